@@ -1,0 +1,12 @@
+"""Stateful objects to a directory and back: sharded over ranks, committed whole, checked on the way in.
+
+Knows `Stateful` and `Storage`, nothing of models, loops or Ray.
+"""
+
+from areal_ray.checkpoint.catalog import Catalog, Entry
+from areal_ray.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest
+from areal_ray.checkpoint.reader import load
+from areal_ray.checkpoint.state import DCPState
+from areal_ray.checkpoint.writer import save
+
+__all__ = ["Catalog", "CheckpointDamaged", "DCPState", "Entry", "Manifest", "load", "read_manifest", "save"]

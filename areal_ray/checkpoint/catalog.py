@@ -1,0 +1,71 @@
+"""Which checkpoints a run has, and which of them is the newest good one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from areal_ray.checkpoint.manifest import CheckpointDamaged, Manifest, check_sizes, read_manifest
+from areal_ray.storage import Storage
+
+_NAME = re.compile(r"step-(\d{8,})\.a(\d+)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A directory with a checkpoint's name: committed if it has a manifest, else `problem` says what is wrong."""
+
+    name: str
+    step: int
+    attempt: int
+    manifest: Manifest | None
+    problem: str | None = None
+
+
+class Catalog:
+    """The checkpoints in a run directory. Looks at the storage each time: other processes write there.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: Storage) -> None:
+        self._run = run
+
+    @staticmethod
+    def name(step: int, attempt: int) -> str:
+        """step-00000100.a2: every save of every attempt has a name of its own."""
+        return f"step-{step:08d}.a{attempt}"
+
+    def directory(self, name: str) -> Storage:
+        return self._run.sub(name)
+
+    def names(self) -> list[tuple[int, int, str]]:
+        """(attempt, step, name) of every directory with a checkpoint's name, newest first.
+
+        An attempt goes on from what it restored, so what it saved is newer than anything that an earlier one left,
+        whatever the step.
+        """
+        matches = [(name, _NAME.fullmatch(name)) for name in self._run.names()]
+        return sorted(((int(m[2]), int(m[1]), name) for name, m in matches if m), reverse=True)
+
+    def last_attempt(self) -> int:
+        """The highest attempt that has saved, or begun to; 0 if none has."""
+        return max((attempt for attempt, _, _ in self.names()), default=0)
+
+    def entries(self) -> Iterator[Entry]:
+        """Every directory, newest first, with its manifest and sizes checked; contents are not read."""
+        for attempt, step, name in self.names():
+            try:
+                manifest = read_manifest(self.directory(name))
+                check_sizes(self.directory(name), manifest)
+                if (manifest.info.get("step"), manifest.info.get("attempt")) != (step, attempt):
+                    raise CheckpointDamaged("manifest.json: belongs to another checkpoint")
+                yield Entry(name, step, attempt, manifest)
+            except CheckpointDamaged as error:
+                yield Entry(name, step, attempt, None, str(error))
+
+    def newest(self) -> Entry | None:
+        """The newest one that is committed and complete."""
+        return next((entry for entry in self.entries() if entry.problem is None), None)

@@ -1,0 +1,142 @@
+"""Loading: nothing is used before its checksum is."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.stateful import Stateful
+
+from areal_ray.checkpoint.manifest import METADATA, STATE, CheckpointDamaged, Manifest, read_checked, read_manifest
+from areal_ray.checkpoint.metadata import decode_metadata
+from areal_ray.checkpoint.state import flatten, merge
+from areal_ray.ranks import Ranks
+from areal_ray.storage import Storage
+
+
+def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Manifest:
+    """Bring objects to the state that a checkpoint holds, at any world size and mesh. A collective.
+
+    Args:
+        directory: a committed checkpoint.
+        state: the objects, by the names under which they were saved. Tensors are filled in place.
+        ranks: all ranks of the job.
+
+    Raises:
+        RankError: on every rank, if the checkpoint is damaged anywhere (each rank checks what it reads).
+        ValueError: if it holds other tensors, or of other shapes, than the objects have.
+    """
+    trees = {name: part.state_dict() for name, part in state.items()}
+    tensors, _ = flatten(trees)
+
+    def read_small_files() -> tuple[Manifest, Metadata, dict[str, Any]]:
+        manifest = read_manifest(directory)
+        metadata = decode_metadata(read_checked(directory, METADATA, manifest))
+        return manifest, metadata, json.loads(read_checked(directory, STATE, manifest))
+
+    manifest, metadata, values = ranks.together(read_small_files)[ranks.rank]
+    _check_keys(tensors, metadata, directory.location)
+    ranks.together(lambda: _read_tensors(directory, manifest, metadata, tensors))
+    for name, part in state.items():
+        part.load_state_dict(merge(trees[name], values.get(name, {})))
+    return manifest
+
+
+def _read_tensors(
+    directory: Storage, manifest: Manifest, metadata: Metadata, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Fill tensors in place: DCP plans which chunks this rank needs, each is verified before it is decoded.
+
+    No collective: a load plan needs nobody else's, and DCP's own `dcp.load` would wrap the error of a failing rank.
+    """
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(tensors), metadata, is_coordinator=False)
+    plan = planner.finish_plan(planner.create_local_plan())
+    sums = {
+        (name, offset): (length, digest)
+        for name, record in manifest.files.items()
+        for offset, length, digest in record.chunks
+    }
+    by_file: dict[str, list[tuple[int, ReadItem]]] = {}
+    for item in plan.items:
+        where = metadata.storage_data[item.storage_index]
+        by_file.setdefault(where.relative_path, []).append((where.offset, item))
+    for name, requests in by_file.items():
+        try:
+            file = directory.open(name)
+        except FileNotFoundError:
+            raise CheckpointDamaged(f"{name}: missing") from None
+        with file:
+            for offset, item in sorted(requests, key=lambda request: request[0]):
+                if (name, offset) not in sums:
+                    raise CheckpointDamaged(f"{name}: no checksum for the bytes at {offset}")
+                tensor = _read_chunk(file, name, offset, *sums[name, offset])
+                for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    tensor = tensor.narrow(dim, start, length)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(tensor)
+                planner.commit_tensor(item, target)
+
+
+def _read_chunk(file: BinaryIO, name: str, offset: int, length: int, digest: str) -> torch.Tensor:
+    file.seek(offset)
+    data = file.read(length)
+    if len(data) != length:
+        raise CheckpointDamaged(f"{name}: ends after {offset + len(data)} bytes, should have {offset + length}")
+    if xxhash.xxh3_64_hexdigest(data) != digest:
+        raise CheckpointDamaged(f"{name}: the checksum of the bytes at {offset} does not match")
+    tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+class StoredState:
+    """What a checkpoint holds, for tools: whole tensors one at a time, in one process.
+
+    Args:
+        directory: a committed checkpoint.
+
+    Raises:
+        CheckpointDamaged: here and on reading, if what is read is not what was written.
+    """
+
+    def __init__(self, directory: Storage) -> None:
+        self._directory = directory
+        self.manifest = read_manifest(directory)
+        self._metadata = decode_metadata(read_checked(directory, METADATA, self.manifest))
+        self.values: dict[str, Any] = json.loads(read_checked(directory, STATE, self.manifest))
+        self.names = sorted(self._metadata.state_dict_metadata)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._metadata.state_dict_metadata[name].size)  # type: ignore[union-attr]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor, put together from all shards."""
+        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
+        _read_tensors(self._directory, self.manifest, self._metadata, {name: tensor})
+        return tensor
+
+
+def _check_keys(tensors: Mapping[str, torch.Tensor], metadata: Metadata, location: str) -> None:
+    """DCP itself ignores what the checkpoint has too much; here both directions are errors."""
+    saved = metadata.state_dict_metadata
+    problems = [f"missing in it: {name}" for name in sorted(set(tensors) - set(saved))]
+    problems += [f"unknown here: {name}" for name in sorted(set(saved) - set(tensors))]
+    for name in sorted(set(saved) & set(tensors)):
+        entry, tensor = saved[name], tensors[name]
+        size = tuple(entry.size)  # type: ignore[union-attr]
+        if size != tuple(tensor.shape):
+            problems.append(f"{name} is {size} in it and {tuple(tensor.shape)} here")
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"checkpoint {location} does not fit this model: {'; '.join(problems[:8])}{more}")

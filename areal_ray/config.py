@@ -1,0 +1,171 @@
+"""The whole schema on one page, and `load`, which turns an experiment's files and overrides into a frozen Config.
+
+Values come from, later ones winning: the defaults below, the groups that the experiment's `defaults:` list names
+(conf/model, conf/data, conf/cluster), the experiment itself, `key=value` on the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from areal_ray.config_layers import ConfigError, merge_layers, read_layers, source_of
+from areal_ray.config_rules import check
+
+__all__ = ["Config", "ConfigError", "dump", "load"]
+
+_SECRET = re.compile(r"(^|_)(secret|secrets|password|passwd|token|tokens|credentials?|api_key|access_key)(_|$)", re.I)
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = "run"  # the run directory's name; the same name and storage_path resume
+    storage_path: str = "~/areal_ray"  # every node must see it; ${oc.env:NAME} is resolved once, in the driver
+    seed: int = 0  # weights, order of the data and all randomness follow from it
+    recover: Literal["auto", "resume", "fresh"] = "auto"  # if there is something · insist · refuse a used directory
+
+
+@dataclass(frozen=True)
+class Cluster:
+    num_workers: int = 2
+    use_gpu: bool = False
+    resources_per_worker: dict[str, float] = field(default_factory=dict)  # default: one CPU, or one CPU and one GPU
+    max_failures: int = 3  # restarts before the run is given up; -1: without limit
+    collective_timeout_s: float = 600.0  # longest wait of a rank for the others before it counts as failed
+
+
+@dataclass(frozen=True)
+class Model:
+    config: dict[str, Any] = field(default_factory=dict)  # arguments of a transformers config, model_type among them
+    factory: str | None = None  # "package.module:function" instead; called with args, returns an nn.Module
+    args: dict[str, Any] = field(default_factory=dict)
+    shard_units: list[str] = field(default_factory=list)  # class names sharded one by one; default: the model's own
+
+
+@dataclass(frozen=True)
+class Data:
+    source: Literal["stdlib", "text"] = "stdlib"  # Python's standard library · files of one's own
+    paths: list[str] = field(default_factory=list)  # text: files, directories or globs, one document a file
+    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer
+    held_out: float = 0.05  # share of the documents kept for evaluation, chosen by the hash of their names
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only; not on norms, biases
+    clip_grad_norm: float | None = 1.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # where the cosine ends, as a share of lr
+
+
+@dataclass(frozen=True)
+class Mesh:
+    replicate: int = 1  # copies of the sharded model (HSDP)
+    shard: int = -1  # ranks that share one copy; -1: all that replicate leaves
+
+
+@dataclass(frozen=True)
+class Engine:
+    mesh: Mesh = field(default_factory=Mesh)
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
+    reshard_after_forward: bool = True
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 100  # length of the run and of the learning-rate schedule
+    stop_at: int | None = None  # end early, resumable; the schedule stays that of steps
+    global_batch_size: int = 8  # sequences per optimizer step, whatever the number of workers
+    micro_batch_size: int = 4  # sequences per forward pass of one rank
+    seq_len: int = 256  # tokens
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int | None = 50
+    every_seconds: float | None = None
+    every_epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Eval:
+    every_steps: int | None = 50  # null: never
+    batches: int = 8  # global batches of held-out text
+
+
+@dataclass(frozen=True)
+class Logging:
+    every_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something bad, on purpose: happens once per run, on `rank`, before `step` is computed."""
+
+    kind: Literal["sigkill", "exception", "exit"]
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    cluster: Cluster = field(default_factory=Cluster)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    engine: Engine = field(default_factory=Engine)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+    logging: Logging = field(default_factory=Logging)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this invocation ends."""
+        return self.train.steps if self.train.stop_at is None else self.train.stop_at
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read an experiment.
+
+    Args:
+        path: YAML file, usually in conf/experiments/.
+        overrides: "key=value" strings; dotted keys, values in YAML.
+
+    Raises:
+        ConfigError: one line that names the file (or "command line"), the key and what would be right.
+    """
+    layers = read_layers(path, overrides)
+    merged = merge_layers(Config, layers)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(error.key, error.message, source_of(error.key, layers)) from None
+    return config
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back; values of keys that name a secret are replaced by `***`."""
+
+    def redacted(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: redacted(v, str(k)) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [redacted(v, key) for v in value]
+        return "***" if value is not None and _SECRET.search(key) else value
+
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(asdict(config))))

@@ -1,0 +1,202 @@
+"""From files and command line to layers of plain values, each with the name of where it came from."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+GROUPS = ("model", "data", "cluster")  # folders of conf/ that a `defaults:` list may pick from
+
+
+class ConfigError(ValueError):
+    """A user's mistake in the configuration: one line that says where and what.
+
+    Args:
+        key: the dotted key, "" when the file as a whole is at fault.
+        message: what is wrong with it, and what would be right.
+        source: the file, or "command line"; filled in by `load` when the raiser does not know it.
+    """
+
+    def __init__(self, key: str, message: str, source: str = "") -> None:
+        self.key, self.message, self.source = key, message, source
+        super().__init__(": ".join(part for part in (source, key, message) if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.message, self.source)
+
+
+@dataclass(frozen=True)
+class Layer:
+    source: str
+    values: DictConfig
+
+
+def read_layers(path: str, overrides: Sequence[str]) -> list[Layer]:
+    """The groups that the experiment at `path` names, the experiment, the overrides: later ones win.
+
+    `model=small` among the overrides picks conf/model/small.yaml instead of the experiment's own choice.
+    """
+    experiment = _read_yaml(Path(path))
+    groups = _default_groups(experiment.values.pop("defaults", []), experiment.source)
+    assignments = []
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(text, "an override is written key=value, for example train.steps=200", "command line")
+        if key in GROUPS:
+            groups[key] = value
+        else:
+            assignments.append(text)
+    folder = _conf_folder(Path(path))
+    layers = [_group_layer(folder, group, name) for group, name in groups.items()]
+    return [*layers, experiment, Layer("command line", _read_assignments(assignments))]
+
+
+def merge_layers(schema: type, layers: Sequence[Layer]) -> DictConfig:
+    """Put the layers on top of the defaults of the dataclass `schema`, checking keys and types one layer at a time."""
+    merged = OmegaConf.structured(schema)
+    for layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer.values)
+        except OmegaConfBaseException as error:
+            raise _explained(error, _culprit(merged, layer.values), layer.source, merged) from None
+    try:
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise _explained(error, key, source_of(key, layers), merged) from None
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(key, "this value must be given", source_of(key, layers))
+    return merged
+
+
+def source_of(key: str, layers: Sequence[Layer]) -> str:
+    """Where the value of a dotted key was set last; the experiment's file if it is a default."""
+    depths = [_depth(OmegaConf.to_container(layer.values, resolve=False), key) for layer in layers]
+    deepest = max(depths)
+    if deepest < 2 and "." in key:  # a whole section is no trace of one of its keys
+        return layers[-2].source
+    return layers[len(depths) - 1 - depths[::-1].index(deepest)].source if deepest else layers[-2].source
+
+
+def _depth(value: Any, key: str) -> int:
+    """How many parts of a dotted key, as in `faults[0].step`, a tree of plain values has."""
+    depth = 0
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            break
+        depth += 1
+    return depth
+
+
+def _read_yaml(path: Path) -> Layer:
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError("", f"no such file{_suggest(path.stem, _stems(path.parent))}", str(path)) from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError("", _one_line(str(error)), str(path)) from None
+    if not isinstance(values, DictConfig):
+        raise ConfigError("", "the file must hold a mapping of keys to values", str(path))
+    return Layer(str(path), values)
+
+
+def _read_assignments(assignments: list[str]) -> DictConfig:
+    values = OmegaConf.create()
+    for text in assignments:
+        key = text.partition("=")[0]
+        try:
+            values = OmegaConf.merge(values, OmegaConf.from_dotlist([text]))
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ConfigError(key, _one_line(str(error)), "command line") from None
+    assert isinstance(values, DictConfig)
+    return values
+
+
+def _default_groups(defaults: Any, source: str) -> dict[str, str]:
+    groups: dict[str, str] = {}
+    entries = OmegaConf.to_container(defaults) if OmegaConf.is_config(defaults) else defaults
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if not (isinstance(entry, dict) and len(entry) == 1 and isinstance(next(iter(entry.values())), str)):
+            raise ConfigError("defaults", "must be a list of entries such as `- model: tiny`", source)
+        group, name = next(iter(entry.items()))
+        if group not in GROUPS:
+            raise ConfigError("defaults", f"no group {group!r}{_suggest(str(group), GROUPS)}", source)
+        groups[group] = name
+    return groups
+
+
+def _group_layer(folder: Path, group: str, name: str) -> Layer:
+    path = folder / group / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(group, f"there is no {path}{_suggest(name, _stems(path.parent))}", "command line")
+    layer = _read_yaml(path)
+    if "defaults" in layer.values:
+        raise ConfigError("defaults", "only an experiment may have a defaults list", layer.source)
+    return Layer(layer.source, OmegaConf.create({group: layer.values}))
+
+
+def _conf_folder(experiment: Path) -> Path:
+    """The folder with model/, data/, cluster/: the nearest one above the experiment that has one of them."""
+    for folder in experiment.resolve().parents:
+        if any((folder / group).is_dir() for group in GROUPS):
+            # Keep paths in messages as short as the user typed them.
+            return Path(*experiment.parts[: -(len(experiment.resolve().relative_to(folder).parts))] or ".")
+    return experiment.parent
+
+
+def _culprit(merged: DictConfig, values: DictConfig) -> str:
+    """The first key of a layer, at most two levels down, that does not merge: OmegaConf's errors do not always say."""
+    for section, value in OmegaConf.to_container(values, resolve=False).items():
+        parts = [(f"{section}.{name}", {section: {name: v}}) for name, v in value.items()] if isinstance(value, dict) else []
+        for key, part in parts or [(str(section), {section: value})]:
+            try:
+                OmegaConf.merge(merged, part)
+            except OmegaConfBaseException:
+                return key
+    return ""
+
+
+def _explained(error: OmegaConfBaseException, culprit: str, source: str, merged: DictConfig) -> ConfigError:
+    message = _one_line(error.msg or str(error) or "does not fit the schema")
+    key = error.full_key or ""
+    if not key.startswith(culprit):  # inside of lists OmegaConf's keys are relative to the element
+        message = message if not key else f"{key}: {message}"
+        key = culprit
+    parent, _, name = key.rpartition(".")
+    if isinstance(OmegaConf.select(merged, key, throw_on_resolution_failure=False) if key else None, DictConfig) and "Merge error" in message:
+        message = "is a section of several keys, not one value"
+    if "not in" in message or "Did you mean" in message:
+        node = OmegaConf.select(merged, parent, throw_on_resolution_failure=False) if parent else merged
+        known = [str(k) for k in node] if isinstance(node, DictConfig) else []
+        message = f"no such key{_suggest(name, known)}"
+    return ConfigError(key, message, source)
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are: {', '.join(known)}" if known else ""
+
+
+def _stems(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    keep = [line for line in lines if not line.startswith(("full_key:", "reference_type=", "object_type="))]
+    return "; ".join(keep).replace("KeyError raised while resolving interpolation: ", "").strip('"')

@@ -1,0 +1,118 @@
+"""What a configuration must satisfy beyond keys and types. Checked once, before anything is started."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from areal_ray.config_layers import ConfigError
+
+if TYPE_CHECKING:
+    from areal_ray.config import Config
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_POSITIVE = (
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.seq_len",
+    "cluster.num_workers",
+    "cluster.collective_timeout_s",
+    "optim.lr",
+    "optim.eps",
+    "optim.clip_grad_norm",
+    "engine.mesh.replicate",
+    "checkpoint.every_steps",
+    "checkpoint.every_seconds",
+    "checkpoint.every_epochs",
+    "eval.every_steps",
+    "eval.batches",
+    "logging.every_steps",
+)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first rule that the config breaks."""
+    for key in _POSITIVE:
+        value = _get(config, key)
+        if value is not None and not value > 0:
+            raise ConfigError(key, f"must be greater than 0, not {value}")
+    _check_run(config)
+    _check_train(config)
+    _check_sizes(config)
+    _check_faults(config)
+
+
+def _check_run(config: Config) -> None:
+    if not _NAME.fullmatch(config.run.name) or ".." in config.run.name:
+        raise ConfigError("run.name", f"{config.run.name!r} must be letters, digits, '.', '_' or '-', without '..'")
+    if not 0 <= config.run.seed < 2**32:
+        raise ConfigError("run.seed", f"must be in [0, 2**32), not {config.run.seed}")
+    if config.cluster.max_failures < -1:
+        raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
+    if bool(config.model.config) == bool(config.model.factory):
+        raise ConfigError("model.config", "give either model.config (a transformers config) or model.factory")
+    if config.model.config and "model_type" not in config.model.config:
+        raise ConfigError("model.config", "model_type is missing, for example model_type: qwen3")
+    if config.model.factory and not re.fullmatch(r"[\w.]+:\w+", config.model.factory):
+        raise ConfigError("model.factory", f"{config.model.factory!r} is not of the form package.module:function")
+    if config.model.args and not config.model.factory:
+        raise ConfigError("model.args", "are for model.factory, which is not set")
+    if config.data.source == "text" and not config.data.paths:
+        raise ConfigError("data.paths", "source `text` needs files, directories or globs")
+    if config.data.source != "text" and config.data.paths:
+        raise ConfigError("data.paths", f"are for source `text`; the source is {config.data.source!r}")
+    if not 0 < config.data.held_out < 1:
+        raise ConfigError("data.held_out", f"must be between 0 and 1, not {config.data.held_out}")
+
+
+def _check_train(config: Config) -> None:
+    train, optim = config.train, config.optim
+    if train.stop_at is not None and not 0 < train.stop_at <= train.steps:
+        raise ConfigError("train.stop_at", f"must be between 1 and train.steps={train.steps}, not {train.stop_at}")
+    if train.seq_len < 2:
+        raise ConfigError("train.seq_len", "must be at least 2: one token to predict the next from")
+    if not 0 <= optim.warmup_steps < train.steps:
+        raise ConfigError("optim.warmup_steps", f"must be in [0, train.steps={train.steps}), not {optim.warmup_steps}")
+    if not 0 <= optim.min_lr_ratio <= 1:
+        raise ConfigError("optim.min_lr_ratio", f"must be between 0 and 1, not {optim.min_lr_ratio}")
+    if optim.weight_decay < 0:
+        raise ConfigError("optim.weight_decay", f"must be 0 or more, not {optim.weight_decay}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError("optim.betas", f"must be in [0, 1), not {list(optim.betas)}")
+
+
+def _check_sizes(config: Config) -> None:
+    workers, mesh = config.cluster.num_workers, config.engine.mesh
+    if workers % mesh.replicate:
+        raise ConfigError("engine.mesh.replicate", f"{mesh.replicate} does not divide cluster.num_workers={workers}")
+    if mesh.shard != -1 and mesh.replicate * mesh.shard != workers:
+        raise ConfigError(
+            "engine.mesh.shard",
+            f"replicate x shard = {mesh.replicate} x {mesh.shard} must be cluster.num_workers={workers}; -1 means the rest",
+        )
+    batch = config.train.global_batch_size
+    if batch % workers:
+        below = max(workers, batch - batch % workers)
+        raise ConfigError(
+            "train.global_batch_size",
+            f"{batch} cannot be shared evenly by cluster.num_workers={workers}; "
+            f"the nearest that can: {below} or {batch - batch % workers + workers}",
+        )
+    if unknown := [name for name, amount in config.cluster.resources_per_worker.items() if amount < 0]:
+        raise ConfigError("cluster.resources_per_worker", f"{unknown[0]} must not be negative")
+
+
+def _check_faults(config: Config) -> None:
+    for i, fault in enumerate(config.faults):
+        if not 0 <= fault.rank < config.cluster.num_workers:
+            raise ConfigError(f"faults[{i}].rank", f"must be in [0, {config.cluster.num_workers}), not {fault.rank}")
+        if not 0 < fault.step <= config.train.steps:
+            raise ConfigError(f"faults[{i}].step", f"must be between 1 and {config.train.steps}, not {fault.step}")
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,7 @@
+"""Text to token batches: sources, tokenizers, packing, and global batches addressed by one cursor."""
+
+from areal_ray.data.batches import GlobalBatches
+from areal_ray.data.packing import PackedTokens, load_splits
+from areal_ray.data.tokenizers import build_tokenizer
+
+__all__ = ["GlobalBatches", "PackedTokens", "build_tokenizer", "load_splits"]

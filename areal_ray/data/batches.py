@@ -1,0 +1,88 @@
+"""Global batches addressed by one integer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import absl.logging
+import numpy as np
+import torch
+
+from areal_ray.data.packing import PackedTokens
+
+absl.logging.set_verbosity(absl.logging.ERROR)  # grain warns at import that JAX is not there
+import grain.python as grain  # noqa: E402
+
+Batch = dict[str, torch.Tensor]
+
+
+class GlobalBatches:
+    """This rank's part of an endless sequence of global batches.
+
+    The cursor is the number of samples that have been given out, over all ranks. Sample `n` is a pure function of
+    (seed, n): position n % N of the shuffle of epoch n // N. So the cursor is the whole state, any world size that
+    divides the batch continues any other's, and no sample is lost or repeated.
+
+    Args:
+        sequences: the data, N sequences.
+        seed: of the shuffle, which differs from epoch to epoch.
+        global_batch_size: sequences per batch over all ranks.
+        rank, world_size: which part is this rank's: rows rank, rank + world_size, ... of the global batch.
+        device: where batches are put.
+    """
+
+    def __init__(
+        self,
+        sequences: PackedTokens,
+        seed: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if global_batch_size % world_size:
+            raise ValueError(f"a global batch of {global_batch_size} cannot be shared evenly by {world_size} ranks")
+        self._sequences, self._device = sequences, torch.device(device)
+        # Random access, O(1) memory: grain's shuffle is a permutation computed per index.
+        self._order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
+        self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
+        self._fingerprint = sequences.fingerprint()
+        self.next_sample = 0
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the data that are complete."""
+        return self.next_sample // len(self._sequences)
+
+    def ids(self, first: int) -> list[int]:
+        """The sequence numbers of the global batch that begins at cursor `first`, in order, over all ranks."""
+        return [int(self._order[n]) for n in range(first, first + self._batch_size)]
+
+    def __next__(self) -> Batch:
+        """input_ids and attention_mask, each (global_batch_size / world_size, seq_len)."""
+        mine = self.ids(self.next_sample)[self._rank :: self._world_size]
+        self.next_sample += self._batch_size
+        input_ids = torch.from_numpy(self._sequences[np.asarray(mine)])
+        if self._device.type == "cuda":
+            input_ids = input_ids.pin_memory().to(self._device, non_blocking=True)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    def __iter__(self) -> GlobalBatches:
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next_sample": self.next_sample, "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the cursor.
+
+        Raises:
+            ValueError: if it is a cursor into other data.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                f"the data is not what the checkpoint was trained on (fingerprint {self._fingerprint}, then "
+                f"{state['fingerprint']}): files, tokenizer or train.seq_len have changed. Restore them, or start a "
+                "new run under another run.name"
+            )
+        self.next_sample = state["next_sample"]

@@ -1,0 +1,6 @@
+"""What the loop and the recover handler train with."""
+
+from areal_ray.engine.base import SaveLoadMeta, TrainEngine
+from areal_ray.engine.fsdp import FSDPEngine
+
+__all__ = ["FSDPEngine", "SaveLoadMeta", "TrainEngine"]

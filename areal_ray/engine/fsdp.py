@@ -1,0 +1,159 @@
+"""FSDP2 (torch.distributed.fsdp.fully_shard): the engine that trains, saves and loads."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from areal_ray import models
+from areal_ray.checkpoint import DCPState, hf, load, save
+from areal_ray.config import Config
+from areal_ray.engine.base import SaveLoadMeta
+from areal_ray.engine.parallelize import parallelize
+from areal_ray.mesh import build_mesh, init_distributed
+from areal_ray.objectives import Batch, LossFn, LossWeightFn
+from areal_ray.optim import LrSchedule, build_optimizer
+from areal_ray.ranks import Ranks
+from areal_ray.storage import LocalStorage
+
+
+class FSDPEngine:
+    """A TrainEngine on FSDP2. Needs a launcher that sets the usual variables (torchrun, Ray Train) or none (one rank).
+
+    Args:
+        config: model, optim, engine and the sizes in train are read.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._schedule = LrSchedule(config.optim, config.train.steps)
+
+    def initialize(self) -> None:
+        """Join the process group, build the model on the meta device, shard it, give it memory and first values."""
+        config = self._config
+        self.device = init_distributed(config.cluster.collective_timeout_s)
+        self.mesh = build_mesh(config.engine.mesh, self.device)
+        self.model = models.build_model(config.model)
+        parallelize(self.model, models.shard_units(self.model, config.model.shard_units), self.mesh, config.engine)
+        models.materialise(self.model, self.device)
+        models.init_weights(self.model, config.run.seed)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self._ranks = Ranks()
+
+    @property
+    def state(self) -> DCPState:
+        return DCPState(self.model, self.optimizer, self._schedule)
+
+    def train_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
+        self.model.train()
+        reseed(self._config.run.seed, self._schedule.step, self._ranks.rank)
+        micro_batches = self._split(batch)
+        weights = [loss_weight_fn(micro).to(self.device, torch.float32) for micro in micro_batches]
+        total = torch.stack(weights).sum()
+        dist.all_reduce(total)
+        loss_sum = torch.zeros((), device=self.device)
+        for micro, weight in zip(micro_batches, weights, strict=True):
+            # Gradients are summed locally and leave the rank once, with the last micro-batch.
+            self.model.set_requires_gradient_sync(micro is micro_batches[-1])  # type: ignore[operator]
+            loss = loss_fn(self._logits(micro), micro) * (weight / total)
+            # FSDP averages over the ranks; the mean here is over the weights of all of them.
+            (loss * self._ranks.size).backward()
+            loss_sum += loss.detach()
+        dist.all_reduce(loss_sum)
+        grad_norm = self._clip()
+        lr = self._schedule.lr()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._schedule.step += 1
+        return {"loss": loss_sum, "grad_norm": grad_norm, "lr": lr}
+
+    @torch.no_grad()
+    def eval_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for micro in self._split(batch):
+            weight = loss_weight_fn(micro).to(self.device)
+            sums += torch.stack([loss_fn(self._logits(micro), micro).double() * weight, weight.double()])
+        dist.all_reduce(sums)
+        return {"loss": sums[0] / sums[1], "weight": sums[1]}
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        self.model.eval()
+        return torch.cat([self._logits(micro) for micro in self._split(batch)])
+
+    def save(self, meta: SaveLoadMeta) -> None:
+        """Save to a directory that all ranks see.
+
+        Raises:
+            RankError: on every rank, if one of them could not write.
+        """
+        directory = LocalStorage(meta.path)
+        if meta.weight_format == "dcp":
+            state = self.state if meta.with_optim else DCPState(self.model)
+            save(directory, {"engine": state}, self.describe(), self._ranks)
+            return
+        hf.save_weights(directory.location, DCPState(self.model).state_dict()["model"])
+        if self._ranks.rank == 0 and hasattr(self.model, "config"):
+            self.model.config.save_pretrained(directory.location)  # type: ignore[operator, union-attr]
+        if meta.with_optim:
+            save(directory.sub("optim"), {"engine": self._optim_state()}, self.describe(), self._ranks)
+
+    def load(self, meta: SaveLoadMeta) -> None:
+        """Load what `save` wrote, at any world size.
+
+        Raises:
+            RankError: on every rank, if it is damaged.
+            ValueError: if it is of another model, or holds an optimizer and none is asked for, or the other way round.
+        """
+        directory = LocalStorage(meta.path)
+        if meta.weight_format == "dcp":
+            state = self.state if meta.with_optim else DCPState(self.model)
+            load(directory, {"engine": state}, self._ranks)
+            return
+        hf.load_weights(directory.location, DCPState(self.model).state_dict()["model"])
+        if meta.with_optim:
+            load(directory.sub("optim"), {"engine": self._optim_state()}, self._ranks)
+
+    def _optim_state(self) -> DCPState:
+        return DCPState(self.model, self.optimizer, self._schedule, weights=False)
+
+    def describe(self) -> dict[str, Any]:
+        """World size and mesh, for the manifest."""
+        sizes = dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
+        return {"world_size": self._ranks.size, "mesh": sizes}
+
+    def _split(self, batch: Batch) -> list[Batch]:
+        size = self._config.train.micro_batch_size
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        rows = len(next(iter(on_device.values())))
+        return [{name: t[i : i + size] for name, t in on_device.items()} for i in range(0, rows, size)]
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    def _clip(self) -> torch.Tensor:
+        limit = self._config.optim.clip_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), torch.inf if limit is None else limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Make all randomness of a step a function of (seed, step, rank), so that none needs to be saved."""
+    value = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)

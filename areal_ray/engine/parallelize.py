@@ -1,0 +1,39 @@
+"""Sharding applied to a model, apart from the model and from the engine (after torchtitan's parallelize.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from areal_ray.config import ConfigError, Engine
+
+
+def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, config: Engine) -> None:
+    """Checkpoint activations, compile and shard, in this order, each unit by itself and then the rest as one.
+
+    Args:
+        model: on the meta device.
+        units: modules that are gathered one at a time.
+        mesh: one dimension: FSDP; two: replicate, then shard (HSDP).
+
+    Raises:
+        ConfigError: if the model cannot do what the config asks for.
+    """
+    if config.activation_checkpointing:
+        if not hasattr(model, "gradient_checkpointing_enable"):
+            raise ConfigError("engine.activation_checkpointing", "this model has no gradient_checkpointing_enable()")
+        # The model's own way: a wrapper module would change the names of the parameters, and with them the state.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        for unit in units:
+            unit.compile()
+    policy = MixedPrecisionPolicy()
+    if config.precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)

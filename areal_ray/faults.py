@@ -1,0 +1,48 @@
+"""Faults on purpose, to see with one's own eyes that a run survives them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from areal_ray.config import Fault
+from areal_ray.ranks import Ranks
+from areal_ray.rundir import RunDir
+
+
+class FaultInjected(RuntimeError):
+    """The `exception` kind of fault."""
+
+
+class Faults:
+    """Makes the configured faults happen, each once in the life of the run: what has happened stands in its ledger.
+
+    Args:
+        faults: what is to happen.
+        run: the run directory.
+        ranks: all ranks.
+    """
+
+    def __init__(self, faults: Sequence[Fault], run: RunDir, ranks: Ranks) -> None:
+        self._run, self._ranks = run, ranks
+        happened: set[str] = ranks.on_first(lambda: {event["fault"] for event in run.events("fault")}) if faults else set()
+        self._ahead = {str(fault): fault for fault in faults if str(fault) not in happened}
+
+    def before_step(self, step: int) -> None:
+        """Called by every rank before it computes a step, counted from 1."""
+        due = [(key, fault) for key, fault in self._ahead.items() if fault.step == step]
+        for key, fault in due:
+            del self._ahead[key]
+            # Written down before it happens, by a rank that waits for nobody, and seen to be written by all.
+            self._ranks.on_first(lambda key=key, fault=fault: self._run.event("fault", fault=key, step=fault.step))  # type: ignore[misc]
+            if fault.rank == self._ranks.rank:
+                _happen(fault)
+
+
+def _happen(fault: Fault) -> None:
+    if fault.kind == "sigkill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "exit":
+        os._exit(17)
+    raise FaultInjected(f"the configured fault: an exception on rank {fault.rank} before step {fault.step}")

@@ -1,0 +1,71 @@
+"""The ranks of a job as seen by bookkeeping: small objects agreed upon, work done together or failed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Some ranks failed at work that all of them must finish; raised on every rank, with what happened where."""
+
+
+class Ranks:
+    """A process group for objects. Every method but `rank` and `size` is a collective; without a group they are trivial.
+
+    Args:
+        group: a group with a CPU backend; None means the default group, or a single process if there is none.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self._alone = not dist.is_initialized()
+        self.rank = 0 if self._alone else dist.get_rank(group)
+        self.size = 1 if self._alone else dist.get_world_size(group)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+        if self._alone:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values  # type: ignore[return-value]
+
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0, on every rank."""
+        if self._alone:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self._group, group_src=0)
+        return box[0]
+
+    def agree(self, opinion: bool) -> bool:
+        """The opinion of rank 0, on every rank."""
+        return self.broadcast(opinion)
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every rank; every rank's result on every rank, or RankError on all of them.
+
+        A rank that raised alone would leave the others in their next collective until it times out.
+        """
+        if self._alone:
+            return [work()]
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:  # noqa: BLE001  (raised again below, on every rank)
+            error = caught
+        outcomes = self.gather((result, None if error is None else f"{type(error).__name__}: {error}"))
+        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+        if failures:
+            raise RankError("; ".join(failures)) from error
+        return [result for result, _ in outcomes]  # type: ignore[misc]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 only; its result, or its failure as RankError, on every rank."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]

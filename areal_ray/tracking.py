@@ -1,0 +1,79 @@
+"""What one sees of a run while it trains: a line on the screen and a line in metrics.jsonl."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from areal_ray.cadence import Cadence
+from areal_ray.metrics import Window
+from areal_ray.rundir import RunDir
+
+
+class Tracker:
+    """Collects every step, writes every so often. Only rank 0 has somewhere to write to.
+
+    Args:
+        cadence: when to write.
+        run: where to; None on the other ranks.
+        say: prints a line for the user.
+        total_steps: for the display.
+        tokens_per_step: of the global batch.
+    """
+
+    def __init__(
+        self, cadence: Cadence, run: RunDir | None, say: Callable[[str], None], total_steps: int, tokens_per_step: int
+    ) -> None:
+        self._cadence, self._run, self._say = cadence, run, say
+        self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
+        self._window = Window()
+        self._line: dict[str, Any] = {}
+        self._began = self._seconds = 0.0
+        self._steps_timed = 0
+
+    def begin_step(self) -> None:
+        """A step begins now. What lies between the steps (evaluation, saves) does not count as their time."""
+        self._began = time.perf_counter()
+
+    def end_step(self, step: int, epoch: int, stats: dict[str, Any]) -> None:
+        """Take the results of a finished step: loss and grad_norm (scalars, may be on the device), lr."""
+        self._window.add({"loss": stats["loss"], "grad_norm": stats["grad_norm"]})
+        due = self._cadence.due(step, epoch) or step == self._total_steps
+        means = self._window.flush() if due else {}  # waits for the device, so it belongs to the steps' time
+        self._seconds += time.perf_counter() - self._began
+        self._steps_timed += 1
+        if not due:
+            return
+        self._cadence.fired(step, epoch)
+        seconds = self._seconds / self._steps_timed
+        rate = self._tokens_per_step / seconds
+        self._seconds, self._steps_timed = 0.0, 0
+        self._say_at(
+            step,
+            f"loss {means['loss']:.4f}  grad norm {means['grad_norm']:.2f}  lr {stats['lr']:.2e}  "
+            f"{rate:,.0f} tokens/s  {seconds:.3f} s/step",
+        )
+        timing = {"tokens_per_s": round(rate, 1), "step_time_s": round(seconds, 4)}
+        self._line |= {**means, "lr": stats["lr"], "epoch": epoch, **timing}
+
+    def evaluated(self, step: int, results: dict[str, float]) -> None:
+        """Take the results of an evaluation after `step`."""
+        self._say_at(step, "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.items()))
+        self._line |= results
+
+    def write(self, step: int) -> None:
+        """Write the step's line, if there is anything to say of it."""
+        if self._line and self._run is not None:
+            self._run.log_metrics(step, self._line)
+        self._line = {}
+
+    def _say_at(self, step: int, text: str) -> None:
+        self._say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {text}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"clock": self._cadence.state_dict(), "window": self._window.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._cadence.load_state_dict(state["clock"])
+        self._window.load_state_dict(state["window"])
