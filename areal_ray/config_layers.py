@@ -114,7 +114,7 @@ def _read_yaml(path: Path) -> Layer:
 
 
 def _read_assignments(assignments: list[str]) -> DictConfig:
-    values = OmegaConf.create()
+    values: Any = OmegaConf.create()
     for text in assignments:
         key = text.partition("=")[0]
         try:
@@ -159,8 +159,13 @@ def _conf_folder(experiment: Path) -> Path:
 
 def _culprit(merged: DictConfig, values: DictConfig) -> str:
     """The first key of a layer, at most two levels down, that does not merge: OmegaConf's errors do not always say."""
-    for section, value in OmegaConf.to_container(values, resolve=False).items():
-        parts = [(f"{section}.{name}", {section: {name: v}}) for name, v in value.items()] if isinstance(value, dict) else []
+    tree: Any = OmegaConf.to_container(values, resolve=False)
+    for section, value in tree.items():
+        parts = (
+            [(f"{section}.{name}", {section: {name: v}}) for name, v in value.items()]
+            if isinstance(value, dict)
+            else []
+        )
         for key, part in parts or [(str(section), {section: value})]:
             try:
                 OmegaConf.merge(merged, part)
@@ -176,7 +181,10 @@ def _explained(error: OmegaConfBaseException, culprit: str, source: str, merged:
         message = message if not key else f"{key}: {message}"
         key = culprit
     parent, _, name = key.rpartition(".")
-    if isinstance(OmegaConf.select(merged, key, throw_on_resolution_failure=False) if key else None, DictConfig) and "Merge error" in message:
+    if (
+        isinstance(OmegaConf.select(merged, key, throw_on_resolution_failure=False) if key else None, DictConfig)
+        and "Merge error" in message
+    ):
         message = "is a section of several keys, not one value"
     if "not in" in message or "Did you mean" in message:
         node = OmegaConf.select(merged, parent, throw_on_resolution_failure=False) if parent else merged

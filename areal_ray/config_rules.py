@@ -89,7 +89,7 @@ def _check_sizes(config: Config) -> None:
     if mesh.shard != -1 and mesh.replicate * mesh.shard != workers:
         raise ConfigError(
             "engine.mesh.shard",
-            f"replicate x shard = {mesh.replicate} x {mesh.shard} must be cluster.num_workers={workers}; -1 means the rest",
+            f"replicate x shard = {mesh.replicate} x {mesh.shard} must be cluster.num_workers={workers}; -1: the rest",
         )
     batch = config.train.global_batch_size
     if batch % workers:

@@ -1,7 +1,7 @@
 """Lines for the user, from whatever process they come, without Ray's prefixes.
 
 Ray brings what its processes print to the driver. Lines that `say` printed are shown as they are; others from workers
-(a user's own prints, warnings) with the process that they come from. What Ray's own actors say stays in Ray's log files.
+(a user's own prints, warnings) with the process that they come from. What Ray's own actors say stays in Ray's logs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import sys
 import threading
 from typing import Any
+
+import ray._private.worker as ray_worker
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 _MARK = "[areal_ray] "
 _END = "\x04"
@@ -31,27 +34,22 @@ class Console:
     """Takes over the driver's display of worker output while the block lasts."""
 
     def __enter__(self) -> Console:
-        from ray._private.ray_logging import global_worker_stdstream_dispatcher
-
         self._ended = threading.Event()
-        self._dispatcher = global_worker_stdstream_dispatcher
-        self._theirs = [pair for pair in self._dispatcher.handlers if pair[0] == "ray_print_logs"]
-        self._dispatcher.remove_handler("ray_print_logs")
-        self._dispatcher.add_handler(_HANDLER, self._show)
+        # Ray's own printing, of worker output and of the raylet's accounts of dead workers.
+        ray_worker._worker_logs_enabled = False
+        global_worker_stdstream_dispatcher.add_handler(_HANDLER, self._show)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._dispatcher.remove_handler(_HANDLER)
-        for name, handler in self._theirs:
-            self._dispatcher.add_handler(name, handler)
+        global_worker_stdstream_dispatcher.remove_handler(_HANDLER)
+        ray_worker._worker_logs_enabled = True
 
     def wait_for_end(self, timeout_s: float = 5.0) -> None:
         """Let lines that are under way arrive before the driver says its last."""
         self._ended.wait(timeout_s)
 
     def _show(self, data: dict[str, Any]) -> None:
-        source = str(data.get("actor_name") or data.get("pid"))
-        foreign = "RayTrainWorker" not in source and source != "raylet"
+        foreign = "RayTrainWorker" not in str(data.get("actor_name"))
         for line in data.get("lines", []):
             if line.startswith(_MARK):
                 self._show_marked(line[len(_MARK) :])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from areal_ray import data, failures, models, worker
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, dump
 from areal_ray.console import Console
+from areal_ray.goodput import goodput
 from areal_ray.rundir import RunDir
 from areal_ray.storage import storage_at
 
@@ -47,24 +49,23 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     run.storage.ensure()
     run.write_config(_record(config, overrides))
     print(f"run directory: {run.storage.location}", flush=True)
-    connect(config)
-    started = time.time()
-    run.event("submitted", last_step=config.last_step)
-    with Console() as console:
+    with _cluster(config), Console() as console:
+        run.event("submitted", last_step=config.last_step)
         try:
             outcome = _trainer(config).fit().return_value
         except TrainingFailedError as error:
-            run.event("failed", error=str(failures.root_cause(error).exception))
-            run.write_result(_result(run, config, "failed", started, {}))
-            failures.show(error, run)
+            cause = failures.cause_of(error)
+            run.event("failed", cause=cause.kind, error=cause.message[:500])
+            run.write_result(_result(run, "failed", {}))
+            console.wait_for_end(timeout_s=1.0)
+            failures.show(cause, run)
             return 1
+        assert outcome is not None
+        status = "finished" if outcome["step"] == config.train.steps else "stopped"
+        run.event(status, step=outcome["step"])
+        run.write_result(_result(run, status, outcome))
         console.wait_for_end()
-    assert outcome is not None
-    status = "finished" if outcome["step"] == config.train.steps else "stopped"
-    run.event(status, step=outcome["step"])
-    result = _result(run, config, status, started, outcome)
-    run.write_result(result)
-    _summary(result, run)
+        _summary(run)
     return 0
 
 
@@ -82,34 +83,43 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     except ValueError as error:
         raise ConfigError("run.storage_path", str(error)) from None
     _check_writable(config, storage.location)
-    config = _with_storage_path(config, storage.location)
+    config = replace(config, run=replace(config.run, storage_path=storage.location))
     tokenizer = data.build_tokenizer(config.data.tokenizer)
     models.check_model(config.model, tokenizer.vocab_size)
     data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
     run = RunDir(storage.sub(config.run.name))
     has_checkpoint = any(entry.manifest for entry in Catalog(run.storage).entries())
     if config.run.recover == "fresh" and run.exists():
-        raise ConfigError("run.recover", f"`fresh`, but {run.storage.location} holds a run already; choose another run.name")
+        raise ConfigError(
+            "run.recover", f"`fresh`, but {run.storage.location} holds a run already; choose another run.name"
+        )
     if config.run.recover == "resume" and not has_checkpoint:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
     return run, config
 
 
-def connect(config: Config) -> None:
-    """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine."""
+@contextmanager
+def _cluster(config: Config) -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
+
+    A connection that the caller has already is used and left alone.
+    """
     if ray.is_initialized():
+        yield
         return
-    # The restarts' log lines of Ray's own would bury ours; they stay in Ray's log files.
     options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env()}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-        return
-    needed = config.cluster.num_workers * _resources(config).get("CPU", 0)
-    cores = os.cpu_count() or 1
-    if needed > cores:
-        print(f"{config.cluster.num_workers} workers share this machine's {cores} CPU cores")
-    # Fewer cores than workers is slow, not wrong: tell Ray what it needs to hear to place them.
-    ray.init(num_cpus=max(cores, int(-(-needed // 1))), include_dashboard=False, **options)
+    if not os.environ.get("RAY_ADDRESS"):
+        # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
+        needed = math.ceil(config.cluster.num_workers * _resources(config).get("CPU", 0))
+        cores = os.cpu_count() or 1
+        if needed > cores:
+            print(f"{config.cluster.num_workers} workers share the {cores} CPU cores of this machine", flush=True)
+        options |= {"num_cpus": max(cores, needed), "include_dashboard": False}
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _trainer(config: Config) -> TorchTrainer:
@@ -148,39 +158,32 @@ def _runtime_env() -> dict[str, Any]:
 
 def _check_writable(config: Config, location: str) -> None:
     path = Path(location)
-    if "runtime_resources/working_dir_files" in os.getcwd() and not Path(config.run.storage_path).expanduser().is_absolute():
-        raise ConfigError("run.storage_path", "is relative, but a submitted job runs in a folder that Ray deletes; make it absolute")
+    if (
+        "runtime_resources/working_dir_files" in os.getcwd()
+        and not Path(config.run.storage_path).expanduser().is_absolute()
+    ):
+        raise ConfigError(
+            "run.storage_path", "is relative, but a submitted job runs in a folder that Ray deletes; make it absolute"
+        )
     while not path.exists():
         path = path.parent
     if not (path.is_dir() and os.access(path, os.W_OK)):
         raise ConfigError("run.storage_path", f"cannot write below {path}")
 
 
-def _with_storage_path(config: Config, path: str) -> Config:
-    from dataclasses import replace
-
-    return replace(config, run=replace(config.run, storage_path=path))
-
-
 def _record(config: Config, overrides: Sequence[str]) -> str:
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    head = [f"# git revision: {git.stdout.strip() or 'unknown'}", *(f"# override: {override}" for override in overrides)]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    head = [
+        f"# git revision: {git.stdout.strip() or 'unknown'}",
+        *(f"# override: {override}" for override in overrides),
+    ]
     return "\n".join(head) + "\n" + dump(config)
 
 
-def _result(run: RunDir, config: Config, status: str, started: float, outcome: dict[str, Any]) -> dict[str, Any]:
+def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]:
     newest = Catalog(run.storage).newest()
-    metrics = run.metrics()
-    productive = sum(
-        line["step_time_s"] * config.logging.every_steps for line in metrics if "step_time_s" in line
-    )
     attempts = run.events("attempt")
-    wall = sum(
-        e["time"] for e in run.events() if e["event"] in ("finished", "stopped", "failed")
-    ) - sum(e["time"] for e in run.events("submitted"))
-    del started
     return {
         "status": status,
         "step": outcome.get("step", newest.step if newest else 0),
@@ -188,18 +191,20 @@ def _result(run: RunDir, config: Config, status: str, started: float, outcome: d
         "world_size": outcome.get("world_size", attempts[-1]["world_size"] if attempts else None),
         "restarts": len(run.events("failure")),
         "checkpoint": newest.name if newest else None,
-        "goodput": {"wall_s": round(wall, 1), "steps_s": round(productive, 1), "share": round(productive / max(wall, 1e-9), 3)},
+        "goodput": goodput(run),
     }
 
 
-def _summary(result: dict[str, Any], run: RunDir) -> None:
+def _summary(run: RunDir) -> None:
+    result = run.result()
+    assert result is not None
+    n = result["restarts"]
+    print(f"{result['status']}: step {result['step']}, loss {result['loss']:.4f}, {n} restart{'s' * (n != 1)}")
     held_out = [line for line in run.metrics() if "held_out_loss" in line]
-    print(f"{result['status']}: step {result['step']}, loss {result['loss']:.4f}, {result['restarts']} restarts")
     if len(held_out) > 1:
         first, last = held_out[0], held_out[-1]
         print(
             f"held-out loss: {first['held_out_loss']:.4f} at step {first['step']}, {last['held_out_loss']:.4f} at step "
             f"{last['step']} ({last['held_out_loss'] / first['held_out_loss']:.0%})"
         )
-    print(f"checkpoint: {run.storage.location}/{result['checkpoint']}")
-    sys.stdout.flush()
+    print(f"checkpoint: {run.storage.location}/{result['checkpoint']}", flush=True)

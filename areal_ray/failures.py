@@ -1,46 +1,127 @@
-"""What went wrong, said once and clearly."""
+"""What went wrong, said once and clearly: in the ledger and on the screen as it happens, in a panel at the end."""
 
 from __future__ import annotations
 
+import re
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.train import TrainingFailedError, UserCallback
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 from areal_ray.console import say
 from areal_ray.rundir import RunDir
 from areal_ray.storage import storage_at
 
+# What the ranks that did nothing wrong report when another one is gone.
+_COLLATERAL = re.compile(
+    r"Connection (reset|closed|refused)|Broken pipe|ncclRemoteError|ncclSystemError|Timed out waiting|timed out after"
+    r"|Socket Timeout|failed to connect|Application timeout caused pair closure|RankError|BarrierResetError"
+)
+_LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3\.\d+/|<frozen ")
+
 
 @dataclass(frozen=True)
 class Cause:
+    """The failure that the others follow from.
+
+    Args:
+        rank: of the worker; None if it was not a worker.
+        kind, message: of the exception.
+        where: "file:line in function" of the innermost frame of the user's code (else of any), "" if unknown.
+    """
+
     rank: int | None
-    exception: BaseException
+    kind: str
+    message: str
+    where: str = ""
+
+
+def root_cause(errors: dict[int, Exception]) -> Cause:
+    """Choose among the exceptions of several ranks, by rank, the one to show."""
+
+    def order(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
+        rank, error = item
+        # An exception of one's own code explains most, then a dead process, then what the survivors saw of either.
+        return bool(_COLLATERAL.search(str(_base(error)))), not hasattr(error, "_base_exc"), rank
+
+    rank, error = min(errors.items(), key=order)
+    return _describe(rank, error)
+
+
+def _base(error: BaseException) -> BaseException:
+    return getattr(error, "_base_exc", error)
+
+
+def _describe(rank: int | None, error: BaseException) -> Cause:
+    base = _base(error)
+    kind = type(base).__name__
+    if kind in ("RayActorError", "ActorDiedError", "WorkerHealthCheckFailedError"):
+        return Cause(rank, "the worker process died", _why_died(str(base)))
+    text = getattr(error, "_traceback_str", "") or "".join(traceback.format_exception(base))
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
+    own = [frame for frame in frames if not _LIBRARY.search(frame[0])] or frames
+    where = f"{own[-1][0]}:{own[-1][1]} in {own[-1][2]}" if own else ""
+    return Cause(rank, kind, " ".join(str(base).split()), where)
+
+
+def _why_died(text: str) -> str:
+    """The part of Ray's long message that is about this process."""
+    if "out of memory" in text.lower() or "OOM killed" in text:
+        return "killed for lack of memory"
+    found = re.search(
+        r"(exit code -?\d+|exit_code=-?\d+|signal \w+|Worker exit type: \w+|exited unexpectedly[^.]*)", text
+    )
+    return found[1] if found else "killed or crashed; nothing was left to say why"
 
 
 class Reporter(UserCallback):
-    """In Ray's controller: writes every failure of the workers to the ledger and the screen."""
+    """Runs in Ray's controller: tells of every failure of the workers when it is noticed.
+
+    Args:
+        storage_path, name: of the run.
+    """
 
     def __init__(self, storage_path: str, name: str) -> None:
         self._storage_path, self._name = storage_path, name
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, exception = min(worker_exceptions.items())
-        text = " ".join(str(exception).split())[:200]
-        say(f"worker {rank} failed ({text})")
-        RunDir(storage_at(self._storage_path).sub(self._name)).event("failure", rank=rank, error=text)
+        cause = root_cause(worker_exceptions)
+        say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
+        RunDir(storage_at(self._storage_path).sub(self._name)).event(
+            "failure", rank=cause.rank, cause=cause.kind, error=cause.message[:500], ranks=sorted(worker_exceptions)
+        )
 
 
-def root_cause(error: TrainingFailedError) -> Cause:
-    failures = getattr(error, "worker_failures", {})
-    if failures:
-        rank, exception = min(failures.items())
-        return Cause(rank, exception)
-    return Cause(None, error)
+def cause_of(error: TrainingFailedError) -> Cause:
+    """The root cause of a run that was given up."""
+    workers: dict[int, Exception] = getattr(error, "worker_failures", {})
+    if workers:
+        return root_cause(workers)
+    return _describe(None, getattr(error, "controller_failure", error))
 
 
-def show(error: TrainingFailedError, run: RunDir) -> None:
-    cause = root_cause(error)
-    Console(stderr=True).print(Panel(f"{type(cause.exception)} {cause.exception!r}", title="training failed"))
+def show(cause: Cause, run: RunDir) -> None:
+    """One panel on stderr with what is needed to go on."""
+    attempts = run.events("attempt")
+    nodes = attempts[-1].get("nodes", []) if attempts else []
+    rows = [("cause", f"{cause.kind}: {cause.message[:1000]}")]
+    if cause.where:
+        rows.append(("at", cause.where))
+    if cause.rank is not None:
+        node = nodes[cause.rank] if cause.rank < len(nodes) else "unknown"
+        rows.append(("worker", f"rank {cause.rank} on node {node}"))
+    rows.append(("ledger", f"{run.storage.location}/events.jsonl"))
+    rows.append(("logs", f"{_log_directory()} (on that node)"))
+    width = max(len(name) for name, _ in rows)
+    text = Text("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    Console(stderr=True).print(Panel(text, title="training failed", border_style="red", title_align="left"))
+
+
+def _log_directory() -> str:
+    node = ray._private.worker._global_node
+    return "Ray's session directory" if node is None else str(node.get_logs_dir_path())

@@ -26,7 +26,9 @@ class Faults:
 
     def __init__(self, faults: Sequence[Fault], run: RunDir, ranks: Ranks) -> None:
         self._run, self._ranks = run, ranks
-        happened: set[str] = ranks.on_first(lambda: {event["fault"] for event in run.events("fault")}) if faults else set()
+        happened: set[str] = (
+            ranks.on_first(lambda: {event["fault"] for event in run.events("fault")}) if faults else set()
+        )
         self._ahead = {str(fault): fault for fault in faults if str(fault) not in happened}
 
     def before_step(self, step: int) -> None:

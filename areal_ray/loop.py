@@ -28,7 +28,7 @@ class RunContext(Protocol):
 
 @dataclass
 class Progress:
-    """How far the run is: finished steps, and the samples that they took."""
+    """How far the run is: finished steps, the samples that they took, the loss of the last one that was saved."""
 
     step: int = 0
     samples: int = 0
@@ -41,43 +41,59 @@ class Progress:
         self.step, self.samples, self.loss = state["step"], state["samples"], state["loss"]
 
 
-def train(
-    engine: TrainEngine,
-    batches: GlobalBatches,
-    loss_fn: LossFn,
-    loss_weight_fn: LossWeightFn,
-    progress: Progress,
-    tracker: Tracker,
-    evaluator: Evaluator | None,
-    evaluate: Cadence,
-    recover: RecoverHandler,
-    save: Cadence,
-    run: RunContext,
-    last_step: int,
-    total_steps: int,
-) -> Progress:
-    """Train from where `progress` stands to `last_step`; the end is always a checkpoint.
+@dataclass
+class Job:
+    """Everything that training takes, wired by the worker.
 
-    The length of the run is `total_steps`; one that ends before it leaves no other trace than its checkpoint, so that
-    going on later gives the same run as not having stopped.
+    Args:
+        engine, batches: what is trained, and on what.
+        loss_fn, loss_weight_fn: the objective, as the engine takes it.
+        progress, tracker: where the run stands, and what is seen of it.
+        evaluator, evaluate: how held-out loss is computed (None: never), and when.
+        recover, save: how the run is dumped, and when.
+        run: the job around the loop.
+        last_step: where this invocation ends.
+        total_steps: the length of the run.
     """
-    if evaluator and progress.step == 0:
-        tracker.evaluated(0, evaluator.run())
+
+    engine: TrainEngine
+    batches: GlobalBatches
+    loss_fn: LossFn
+    loss_weight_fn: LossWeightFn
+    progress: Progress
+    tracker: Tracker
+    evaluator: Evaluator | None
+    evaluate: Cadence
+    recover: RecoverHandler
+    save: Cadence
+    run: RunContext
+    last_step: int
+    total_steps: int
+
+
+def train(job: Job) -> None:
+    """Train from where the progress stands to the last step; the end is always a checkpoint.
+
+    A run that ends before its full length leaves no other trace than that checkpoint, so that going on later gives the
+    same run as not having stopped.
+    """
+    progress, tracker = job.progress, job.tracker
+    if job.evaluator and progress.step == 0:
+        tracker.evaluated(0, job.evaluator.run())
         tracker.write(0)
-    while progress.step < last_step:
-        run.before_step(progress.step + 1)
+    while progress.step < job.last_step:
+        job.run.before_step(progress.step + 1)
         tracker.begin_step()
-        stats = engine.train_batch(next(batches), loss_fn, loss_weight_fn)
+        stats = job.engine.train_batch(next(job.batches), job.loss_fn, job.loss_weight_fn)
         progress.step += 1
-        progress.samples = batches.next_sample
-        at = progress.step, batches.epoch
+        progress.samples = job.batches.next_sample
+        at = progress.step, job.batches.epoch
         tracker.end_step(*at, stats)
-        if evaluator and (evaluate.due(*at) or progress.step == total_steps):
-            evaluate.fired(*at)
-            tracker.evaluated(progress.step, evaluator.run())
+        if job.evaluator and (job.evaluate.due(*at) or progress.step == job.total_steps):
+            job.evaluate.fired(*at)
+            tracker.evaluated(progress.step, job.evaluator.run())
         tracker.write(progress.step)
-        if save.due(*at) or progress.step == last_step:
-            save.fired(*at)
+        if job.save.due(*at) or progress.step == job.last_step:
+            job.save.fired(*at)
             progress.loss = float(stats["loss"])
-            run.saved(progress.step, recover.dump(progress.step), {"loss": progress.loss})
-    return progress
+            job.run.saved(progress.step, job.recover.dump(progress.step), {"loss": progress.loss})

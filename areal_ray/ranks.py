@@ -15,7 +15,7 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """A process group for objects. Every method but `rank` and `size` is a collective; without a group they are trivial.
+    """A process group for objects. All methods are collectives; in a single process they are trivial.
 
     Args:
         group: a group with a CPU backend; None means the default group, or a single process if there is none.

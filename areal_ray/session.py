@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import logging
 
 from ray.train import Checkpoint, get_context, report
 from ray.train import CheckpointUploadMode as Upload
+from ray.train.v2._internal.execution import context as ray_context
 
 from areal_ray.faults import Faults
 from areal_ray.rundir import RunDir
@@ -23,7 +24,8 @@ class RaySession:
     def __init__(self, faults: Faults, run: RunDir | None, attempt: int) -> None:
         self._faults, self._run, self._attempt = faults, run, attempt
         self._storage = get_context().get_storage()
-        self._asked = time.perf_counter()
+        # Ray announces every report of every rank, by a logger that RunConfig's log level does not reach.
+        ray_context.logger.setLevel(logging.WARNING)
 
     def before_step(self, step: int) -> None:
         self._faults.before_step(step)

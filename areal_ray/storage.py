@@ -1,7 +1,8 @@
 """Where runs live: a small interface over a directory tree, made for state that must survive a crash.
 
 Everything that is written is durable when the call returns, and nothing is ever changed in place: a file is created
-whole, replaced whole, or (logs) appended to. Floor 0: the checkpoints, the run directory and the tools use it without Ray.
+whole, replaced whole, or (logs) appended to. Floor 0: checkpoints, run directory and
+tools use it without Ray.
 """
 
 from __future__ import annotations
@@ -140,7 +141,12 @@ class LocalStorage:
 
     def _inside(self, name: str) -> str:
         path = os.path.realpath(os.path.join(self._path, name))
-        if not name or os.path.isabs(name) or os.path.commonpath([path, self._path]) != self._path or path == self._path:
+        if (
+            not name
+            or os.path.isabs(name)
+            or os.path.commonpath([path, self._path]) != self._path
+            or path == self._path
+        ):
             raise ValueError(f"{name!r} is not a name inside {self._path}")
         return path
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import socket
 import time
 from typing import Any
 
 import ray
 import torch
 import transformers
+from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray import __version__, loop
 from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, dump
 from areal_ray.console import say, say_end
-from areal_ray.data import GlobalBatches, build_tokenizer, load_splits
+from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_splits
 from areal_ray.engine import FSDPEngine
 from areal_ray.evaluation import Evaluator
 from areal_ray.faults import Faults
@@ -33,92 +35,80 @@ def main(config: Config) -> dict[str, Any]:
     """Train one rank; Ray calls it in every worker, again after every restart.
 
     Returns:
-        step and loss at the end, for the driver.
+        step, loss and world_size at the end, for the driver.
     """
     started = time.time()
     engine = FSDPEngine(config)
     engine.initialize()
     ranks = Ranks()
-    speak = say if ranks.rank == 0 else _silent
     run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
     catalog = Catalog(run.storage)
     attempt = ranks.on_first(lambda: run.next_attempt(catalog.last_attempt()))
-    here = run if ranks.rank == 0 else None  # only rank 0 writes to the run's files
-    if here:
-        here.event("attempt", attempt=attempt, **engine.describe(), started=round(started, 3))
+    nodes = ranks.gather(socket.gethostname())
+    if ranks.rank == 0:
+        run.event("attempt", attempt=attempt, **engine.describe(), nodes=nodes, started=round(started, 3))
+    job = wire(config, engine, ranks, run, catalog, attempt)
+    restored = job.recover.load()
+    if ranks.rank == 0:
+        run.rewind_metrics(job.progress.step)
+        _announce(run, attempt, restored, job, engine)
+    loop.train(job)
+    if ranks.rank == 0:
+        say_end()
+    return {"step": job.progress.step, "loss": job.progress.loss, "world_size": ranks.size}
 
-    train, held_out = load_splits(
-        config.data, build_tokenizer(config.data.tokenizer), config.train.seq_len, config.train.global_batch_size
-    )
-    batches = _batches(config, train, ranks, engine)
-    evaluator = None
-    if config.eval.every_steps:
-        evaluator = Evaluator(
-            engine,
-            lambda: _batches(config, held_out, ranks, engine),
-            config.eval.batches,
-            next_token_loss,
-            predicted_tokens,
-        )
-    progress = loop.Progress()
-    evaluate = Cadence(steps=config.eval.every_steps)
-    every = config.checkpoint
-    save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=ranks.agree)
-    tokens_per_step = config.train.global_batch_size * config.train.seq_len
-    tracker = Tracker(Cadence(config.logging.every_steps), here, speak, config.train.steps, tokens_per_step)
+
+def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog: Catalog, attempt: int) -> loop.Job:
+    """Make the objects of one rank, each knowing only what it is given here."""
+    train, here = config.train, run if ranks.rank == 0 else None  # only rank 0 writes to the run's files
+    speak = say if ranks.rank == 0 else _silent
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    sequences, held_out = load_splits(config.data, tokenizer, train.seq_len, train.global_batch_size)
+
+    def batches(of: PackedTokens) -> GlobalBatches:
+        return GlobalBatches(of, config.run.seed, train.global_batch_size, ranks.rank, ranks.size, engine.device)
 
     def warn(checkpoint: str, reason: str) -> None:
         speak(f"passing over {checkpoint}: {reason}")
         run.event("passed_over", attempt=attempt, checkpoint=checkpoint, reason=reason)
 
-    recover = RecoverHandler(
-        catalog,
-        {
-            "engine": engine.state,
-            "data": batches,
-            "progress": progress,
-            "tracker": tracker,
-            "evaluate": evaluate,
-            "save": save,
-        },
-        attempt,
-        {**engine.describe(), **_provenance(config)},
-        ranks,
-        warn,
+    every = config.checkpoint
+    save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=ranks.agree)
+    evaluate = Cadence(config.eval.every_steps)
+    evaluator = None
+    if config.eval.every_steps:
+        evaluator = Evaluator(engine, lambda: batches(held_out), config.eval.batches, next_token_loss, predicted_tokens)
+    tracker = Tracker(
+        Cadence(config.logging.every_steps), here, speak, train.steps, train.global_batch_size * train.seq_len
     )
-    restored = recover.load()
-    if here:
-        here.rewind_metrics(progress.step)
-        _announce(here, attempt, restored, progress, config, engine)
-    context = RaySession(Faults(config.faults, run, ranks), here, attempt)
-    loop.train(
-        engine,
-        batches,
-        next_token_loss,
-        predicted_tokens,
-        progress,
-        tracker,
-        evaluator,
-        evaluate,
-        recover,
-        save,
-        context,
-        config.last_step,
-        config.train.steps,
+    cursor, progress = batches(sequences), loop.Progress()
+    state: dict[str, Stateful] = {
+        "engine": engine.state,
+        "data": cursor,
+        "progress": progress,
+        "tracker": tracker,
+        "evaluate": evaluate,
+        "save": save,
+    }
+    info = {**engine.describe(), **_provenance(config)}
+    return loop.Job(
+        engine=engine,
+        batches=cursor,
+        loss_fn=next_token_loss,
+        loss_weight_fn=predicted_tokens,
+        progress=progress,
+        tracker=tracker,
+        evaluator=evaluator,
+        evaluate=evaluate,
+        recover=RecoverHandler(catalog, state, attempt, info, ranks, warn),
+        save=save,
+        run=RaySession(Faults(config.faults, run, ranks), here, attempt),
+        last_step=config.last_step,
+        total_steps=train.steps,
     )
-    if here:
-        say_end()
-    return {"step": progress.step, "loss": progress.loss, "world_size": ranks.size}
 
 
-def _batches(config: Config, sequences: Any, ranks: Ranks, engine: FSDPEngine) -> GlobalBatches:
-    size = config.train.global_batch_size
-    return GlobalBatches(sequences, config.run.seed, size, ranks.rank, ranks.size, engine.device)
-
-
-def _announce(
-    run: RunDir, attempt: int, restored: str | None, progress: loop.Progress, config: Config, engine: FSDPEngine
-) -> None:
+def _announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, engine: FSDPEngine) -> None:
     parameters = sum(p.numel() for p in engine.model.parameters())
     ranks = engine.describe()["world_size"]
     what = f"{parameters / 1e6:.1f}M parameters on {ranks} {engine.device.type} worker{'s' * (ranks != 1)}"
@@ -126,8 +116,9 @@ def _announce(
         run.event("started", attempt=attempt, step=0)
         say(f"attempt {attempt}: {what}, from the beginning")
     else:
-        run.event("restored", attempt=attempt, step=progress.step, checkpoint=restored)
-        say(f"attempt {attempt}: {what}, restored {restored}, going on with step {progress.step + 1}")
+        step = job.progress.step
+        run.event("restored", attempt=attempt, step=step, checkpoint=restored)
+        say(f"attempt {attempt}: {what}, restored {restored}, going on with step {step + 1}")
 
 
 def _provenance(config: Config) -> dict[str, Any]:

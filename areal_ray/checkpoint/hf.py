@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+import torch.distributed as dist
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 _SHARD_BYTES = 5 << 30
 
@@ -25,12 +28,14 @@ def save_weights(path: str, weights: dict[str, torch.Tensor]) -> None:
     for name, tensor in weights.items():
         used += tensor.numel() * tensor.itemsize
         file_of[name] = used // _SHARD_BYTES + 1
-    dcp.save(
+    save(
         dict(weights),
         storage_writer=HuggingFaceStorageWriter(
             path, fqn_to_index_mapping=file_of, save_distributed=True, enable_consolidation=True
         ),
     )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.rmtree(os.path.join(path, "sharded"), ignore_errors=True)  # the parts, now in the files above
 
 
 def load_weights(path: str, weights: dict[str, torch.Tensor]) -> None:
@@ -44,4 +49,4 @@ def load_weights(path: str, weights: dict[str, torch.Tensor]) -> None:
     missing = sorted(set(weights) - set(saved))
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights, the first of them {', '.join(missing[:4])}")
-    dcp.load(dict(weights), storage_reader=HuggingFaceStorageReader(path))
+    load(dict(weights), storage_reader=HuggingFaceStorageReader(path))

@@ -33,7 +33,7 @@ class Manifest:
     """What a checkpoint holds.
 
     Args:
-        info: about the save: step, attempt, world_size, mesh, config_hash, versions, time. Nothing of it is needed to load.
+        info: about the save: step, attempt, world_size, mesh, config_hash, versions, time; none of it needed to load.
         files: every other file of the directory, by name.
     """
 

@@ -43,7 +43,7 @@ class DCPState(Stateful):
             state["model"] = dict(_weights(self._model))
         if self._optimizer is not None:
             names = {parameter: name for name, parameter in self._model.named_parameters()}
-            state["optim"] = {names[parameter]: dict(values) for parameter, values in self._optimizer.state.items()}
+            state["optim"] = {names[p]: dict(values) for p, values in self._optimizer.state.items()}  # type: ignore[index]
         if self._schedule is not None:
             state["schedule"] = self._schedule.state_dict()
         return state

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint.manifest import MANIFEST, METADATA, STATE, FileRecord, Manifest

@@ -38,7 +38,9 @@ class PackedTokens:
         return digest.hexdigest()
 
 
-def load_splits(config: Data, tokenizer: Tokenizer, seq_len: int, global_batch_size: int) -> tuple[PackedTokens, PackedTokens]:
+def load_splits(
+    config: Data, tokenizer: Tokenizer, seq_len: int, global_batch_size: int
+) -> tuple[PackedTokens, PackedTokens]:
     """Read everything once: (train, held-out), split by document.
 
     A document's side follows from its name alone, so it never changes sides when others come or go.
@@ -46,7 +48,8 @@ def load_splits(config: Data, tokenizer: Tokenizer, seq_len: int, global_batch_s
     Raises:
         ConfigError: if there are too few documents or tokens for one global batch of each.
     """
-    train, held_out = [], []
+    train: list[tuple[str, bytes]] = []
+    held_out: list[tuple[str, bytes]] = []
     for name, content in documents(config):
         share = zlib.crc32(name.encode()) / 2**32
         (held_out if share < config.held_out else train).append((name, content))

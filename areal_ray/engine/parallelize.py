@@ -27,7 +27,7 @@ def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, 
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ConfigError("engine.activation_checkpointing", "this model has no gradient_checkpointing_enable()")
         # The model's own way: a wrapper module would change the names of the parameters, and with them the state.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if config.compile:
         for unit in units:
             unit.compile()

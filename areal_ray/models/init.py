@@ -73,7 +73,9 @@ def _full_sized(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
             full[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
             if tensor.dtype.is_floating_point:
                 full[key].fill_(torch.nan)
-    module._parameters = {k: None if p is None else nn.Parameter(full[k], p.requires_grad) for k, p in parameters.items()}
+    module._parameters = {
+        k: None if p is None else nn.Parameter(full[k], p.requires_grad) for k, p in parameters.items()
+    }
     module._buffers = {k: None if b is None else full[k] for k, b in buffers.items()}
     try:
         yield full
@@ -86,7 +88,7 @@ def _full_sized(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 def _apply_rule(model: nn.Module, module: nn.Module, name: str) -> None:
     rule = getattr(model, "_init_weights", None)  # transformers: one call per module
     if rule is None:
-        rule = type(module).reset_parameters if hasattr(module, "reset_parameters") else None
+        rule = getattr(type(module), "reset_parameters", None)
     if rule is None:
         raise ValueError(
             f"module {name!r} ({type(module).__name__}) has parameters or buffers but neither reset_parameters() nor a "

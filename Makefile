@@ -1,0 +1,61 @@
+# make train EXP=tiny SET="run.name=mine train.steps=500"
+PYTHON ?= python3
+EXP ?= tiny
+SET ?=
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG := conf/experiments/$(EXP).yaml
+STAMP := $(VENV)/.installed
+# Kept open to be told where torch comes from: PIP_INSTALL="pip install --index-url ..." for a CPU-only or CUDA build.
+PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu check clean
+
+help:
+	@echo "make train              train the tiny model on this machine (EXP=name, SET=\"key=value ...\")"
+	@echo "make submit             the same as a job of the cluster at RAY_API_SERVER_ADDRESS"
+	@echo "make test               all tests; also test-unit, test-distributed, test-ray, test-gpu"
+	@echo "make check              format, lint, types, import contracts"
+	@echo "make install            .venv with everything pinned; the others call it when needed"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "areal_ray needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	@echo "installing into $(VENV) (a minute or two, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and by its exact version: a range would admit builds of several gigabytes.
+	@$(PIP_INSTALL) --constraint constraints.txt torch
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[ray,dev]'
+	@touch $(STAMP)
+
+train: install
+	@$(BIN)/python jobs/train.py --config $(CONFIG) $(SET)
+
+submit: install
+	@$(BIN)/areal-ray submit --config $(CONFIG) $(SET)
+
+test: install
+	@$(BIN)/pytest tests -m "not gpu"
+
+test-unit: install
+	@$(BIN)/pytest tests/unit
+
+test-distributed: install
+	@$(BIN)/pytest tests/distributed
+
+test-ray: install
+	@$(BIN)/pytest tests/ray
+
+# Floors 0 to 3 on one GPU, with whatever Python has torch: no Ray, no installation.
+test-gpu:
+	@$(PYTHON) -m pytest tests/distributed -m gpu
+
+check: install
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --quiet 2>/dev/null || $(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,50 @@
+"""Hand an experiment to a running cluster and follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+_NO_CLUSTER = """no Ray cluster answers at {address}
+Start one:          ray start --head
+or name another:    export RAY_API_SERVER_ADDRESS=http://HEAD:8265
+"""
+
+
+def submit(config: str, overrides: Sequence[str], address: str | None = None) -> int:
+    """Upload this folder, run jobs/train.py on the cluster, show its output; the job's own exit status.
+
+    Args:
+        config: an experiment's file, below the current folder.
+        overrides: key=value strings.
+        address: of the dashboard; default RAY_API_SERVER_ADDRESS, then this machine.
+    """
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    if not Path("jobs/train.py").is_file():
+        print("submit from the folder that has jobs/train.py: it is what is uploaded", file=sys.stderr)
+        return 2
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError):
+        print(_NO_CLUSTER.format(address=address), end="", file=sys.stderr)
+        return 1
+    entrypoint = shlex.join(["python", "jobs/train.py", "--config", config, *overrides])
+    job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": "."})
+    print(f"job {job} on {address}\nstop it with: ray job stop {job} --address {address}", flush=True)
+    asyncio.run(_follow(client, job))
+    info = client.get_job_info(job)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    print(f"job {job}: {info.status.value.lower()}", file=sys.stderr)
+    return info.driver_exit_code or 1
+
+
+async def _follow(client: JobSubmissionClient, job: str) -> None:
+    async for text in client.tail_job_logs(job):
+        print(text, end="", flush=True)
