@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +48,10 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _driver_train(config: Any, overrides: Sequence[str]) -> int:
+    if os.environ.get("RAY_ADDRESS"):
+        from areal_ray.cluster import use_token
+
+        use_token()
     from areal_ray.driver import train  # imports Ray and torch: seconds that a typing error need not wait for
 
     return train(config, overrides)
@@ -169,3 +174,7 @@ def _diff(arguments: argparse.Namespace) -> int:
             apart = "" if difference.max_abs is None else f", max |a-b| {difference.max_abs:.3g}"
             print(f"{difference.name}: {difference.what}{apart}")
     return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

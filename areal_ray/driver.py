@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from areal_ray import data, failures, models, worker
 from areal_ray.checkpoint import Catalog
+from areal_ray.cluster import cluster, resources
 from areal_ray.config import Config, ConfigError, dump
 from areal_ray.console import Console
 from areal_ray.goodput import goodput
@@ -49,7 +46,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     run.storage.ensure()
     run.write_config(_record(config, overrides))
     print(f"run directory: {run.storage.location}", flush=True)
-    with _cluster(config), Console() as console:
+    with cluster(config), Console() as console:
         run.event("submitted", last_step=config.last_step)
         try:
             outcome = _trainer(config).fit().return_value
@@ -98,62 +95,25 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     return run, config
 
 
-@contextmanager
-def _cluster(config: Config) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
-
-    A connection that the caller has already is used and left alone.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env()}
-    if not os.environ.get("RAY_ADDRESS"):
-        # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
-        needed = math.ceil(config.cluster.num_workers * _resources(config).get("CPU", 0))
-        cores = os.cpu_count() or 1
-        if needed > cores:
-            print(f"{config.cluster.num_workers} workers share the {cores} CPU cores of this machine", flush=True)
-        options |= {"num_cpus": max(cores, needed), "include_dashboard": False}
-    ray.init(**options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _trainer(config: Config) -> TorchTrainer:
-    cluster = config.cluster
-    backend = "cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo"
+    wanted = config.cluster
+    backend = "cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"
     return TorchTrainer(
         worker.main,
         train_loop_config=config,
-        torch_config=TorchConfig(backend=backend, timeout_s=int(cluster.collective_timeout_s)),
+        torch_config=TorchConfig(backend=backend, timeout_s=int(wanted.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=_resources(config)
+            num_workers=wanted.num_workers, use_gpu=wanted.use_gpu, resources_per_worker=resources(config)
         ),
         run_config=RunConfig(
             name=config.run.name,
             storage_path=config.run.storage_path,
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=FailureConfig(max_failures=wanted.max_failures),
             checkpoint_config=CheckpointConfig(),
             callbacks=[failures.Reporter(config.run.storage_path, config.run.name)],
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
-
-
-def _resources(config: Config) -> dict[str, float]:
-    return {"CPU": 1, **({"GPU": 1} if config.cluster.use_gpu else {}), **config.cluster.resources_per_worker}
-
-
-def _runtime_env() -> dict[str, Any]:
-    quiet = {
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows every line of a worker twice
-        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # report() waits for all ranks, by default for ever
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return {"env_vars": {name: os.environ.get(name, value) for name, value in quiet.items()}}
 
 
 def _check_writable(config: Config, location: str) -> None:

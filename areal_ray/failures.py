@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.train import TrainingFailedError, UserCallback
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from areal_ray.console import say
 from areal_ray.rundir import RunDir
@@ -47,26 +45,23 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
     def order(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
         rank, error = item
         # An exception of one's own code explains most, then a dead process, then what the survivors saw of either.
-        return bool(_COLLATERAL.search(str(_base(error)))), not hasattr(error, "_base_exc"), rank
+        return bool(_COLLATERAL.search(f"{type(error).__name__} {error}")), not hasattr(error, "__notes__"), rank
 
     rank, error = min(errors.items(), key=order)
     return _describe(rank, error)
 
 
-def _base(error: BaseException) -> BaseException:
-    return getattr(error, "_base_exc", error)
-
-
 def _describe(rank: int | None, error: BaseException) -> Cause:
-    base = _base(error)
-    kind = type(base).__name__
+    kind = type(error).__name__
     if kind in ("RayActorError", "ActorDiedError", "WorkerHealthCheckFailedError"):
-        return Cause(rank, "the worker process died", _why_died(str(base)))
-    text = getattr(error, "_traceback_str", "") or "".join(traceback.format_exception(base))
+        return Cause(rank, "the worker process died", _why_died(str(error)))
+    text = "".join(getattr(error, "__notes__", [])) or "".join(
+        traceback.format_exception(error)
+    )  # the note: see worker.py
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
     own = [frame for frame in frames if not _LIBRARY.search(frame[0])] or frames
     where = f"{own[-1][0]}:{own[-1][1]} in {own[-1][2]}" if own else ""
-    return Cause(rank, kind, " ".join(str(base).split()), where)
+    return Cause(rank, kind, " ".join(str(error).split()), where)
 
 
 def _why_died(text: str) -> str:
@@ -118,8 +113,11 @@ def show(cause: Cause, run: RunDir) -> None:
     rows.append(("ledger", f"{run.storage.location}/events.jsonl"))
     rows.append(("logs", f"{_log_directory()} (on that node)"))
     width = max(len(name) for name, _ in rows)
-    text = Text("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    Console(stderr=True).print(Panel(text, title="training failed", border_style="red", title_align="left"))
+    # No frame around it and no wrapping: paths are there to be copied.
+    print("── training failed " + "─" * 61, file=sys.stderr)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}", file=sys.stderr)
+    print("─" * 80, file=sys.stderr, flush=True)
 
 
 def _log_directory() -> str:

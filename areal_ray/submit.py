@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ray.job_submission import JobStatus, JobSubmissionClient
+from areal_ray.cluster import use_token
 
 _NO_CLUSTER = """no Ray cluster answers at {address}
-Start one:          ray start --head
-or name another:    export RAY_API_SERVER_ADDRESS=http://HEAD:8265
+start one:        . .venv/bin/activate && ray start --head
+or name another:  export RAY_API_SERVER_ADDRESS=http://HEAD:8265
 """
 
 
@@ -25,6 +27,9 @@ def submit(config: str, overrides: Sequence[str], address: str | None = None) ->
         overrides: key=value strings.
         address: of the dashboard; default RAY_API_SERVER_ADDRESS, then this machine.
     """
+    use_token()
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     if not Path("jobs/train.py").is_file():
         print("submit from the folder that has jobs/train.py: it is what is uploaded", file=sys.stderr)
@@ -35,6 +40,9 @@ def submit(config: str, overrides: Sequence[str], address: str | None = None) ->
         print(_NO_CLUSTER.format(address=address), end="", file=sys.stderr)
         return 1
     entrypoint = shlex.join(["python", "jobs/train.py", "--config", config, *overrides])
+    for name in list(logging.Logger.manager.loggerDict):  # Ray logs every file that it does not upload, three times
+        if name.startswith("ray."):
+            logging.getLogger(name).setLevel(logging.ERROR)
     job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": "."})
     print(f"job {job} on {address}\nstop it with: ray job stop {job} --address {address}", flush=True)
     asyncio.run(_follow(client, job))
@@ -45,6 +53,6 @@ def submit(config: str, overrides: Sequence[str], address: str | None = None) ->
     return info.driver_exit_code or 1
 
 
-async def _follow(client: JobSubmissionClient, job: str) -> None:
+async def _follow(client: Any, job: str) -> None:
     async for text in client.tail_job_logs(job):
         print(text, end="", flush=True)

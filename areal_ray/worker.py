@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import socket
 import time
+import traceback
 from typing import Any
 
 import ray
@@ -37,6 +38,14 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
         step, loss and world_size at the end, for the driver.
     """
+    try:
+        return _train(config)
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # Ray hands exceptions on without their traceback
+        raise
+
+
+def _train(config: Config) -> dict[str, Any]:
     started = time.time()
     engine = FSDPEngine(config)
     engine.initialize()
@@ -50,7 +59,7 @@ def main(config: Config) -> dict[str, Any]:
     job = wire(config, engine, ranks, run, catalog, attempt)
     restored = job.recover.load()
     if ranks.rank == 0:
-        run.rewind_metrics(job.progress.step)
+        run.rewind_metrics(job.progress.step if restored else -1)  # the beginning has a line too, that of step 0
         _announce(run, attempt, restored, job, engine)
     loop.train(job)
     if ranks.rank == 0:

@@ -1,0 +1,65 @@
+"""Getting to a Ray cluster: the one that is there, or one of one's own."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Ray reads RAY_AUTH_MODE when it is imported, so nothing here imports it at the top.
+from areal_ray.config import Config
+
+
+def use_token() -> None:
+    """Show the cluster the token that `ray start` made it ask for.
+
+    `ray start` asks for tokens as soon as this user has one (a local `ray.init` makes one), but clients send it only
+    when RAY_AUTH_MODE says so. To be called before the first import of ray.
+    """
+    have = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if have or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+@contextmanager
+def cluster(config: Config) -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
+
+    A connection that the caller has already is used and left alone.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env()}
+    if not os.environ.get("RAY_ADDRESS"):
+        # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
+        needed = math.ceil(config.cluster.num_workers * resources(config).get("CPU", 0))
+        cores = os.cpu_count() or 1
+        if needed > cores:
+            print(f"{config.cluster.num_workers} workers share the {cores} CPU cores of this machine", flush=True)
+        options |= {"num_cpus": max(cores, needed), "include_dashboard": False}
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def resources(config: Config) -> dict[str, float]:
+    """What Ray reserves for one worker."""
+    return {"CPU": 1, **({"GPU": 1} if config.cluster.use_gpu else {}), **config.cluster.resources_per_worker}
+
+
+def _runtime_env() -> dict[str, Any]:
+    quiet = {
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows every line of a worker twice
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # report() waits for all ranks, by default for ever
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {"env_vars": {name: os.environ.get(name, value) for name, value in quiet.items()}}

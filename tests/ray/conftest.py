@@ -1,0 +1,81 @@
+"""One Ray cluster for the whole tier, runs of a model that trains in seconds, and what to ask of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from areal_ray import ckpt, cli
+from areal_ray.cluster import cluster
+from areal_ray.config import load
+from areal_ray.storage import LocalStorage
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENT = str(ROOT / "conf/experiments/tiny.yaml")
+SMALL = [
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=128",
+    "model.config.num_hidden_layers=2",
+    "model.config.head_dim=16",
+    "optim.warmup_steps=4",
+    "train.steps=12",
+    "train.seq_len=64",
+    "checkpoint.every_steps=4",
+    "eval.every_steps=6",
+    "eval.batches=2",
+    "logging.every_steps=3",
+]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A local cluster as the driver starts one, shared by the runs of the tier."""
+    with cluster(load(EXPERIMENT, SMALL)):
+        yield
+
+
+class Run:
+    """A run directory and the command that works on it."""
+
+    def __init__(self, storage_path: Path, name: str) -> None:
+        self.path = storage_path / name
+        self._where = [f"run.storage_path={storage_path}", f"run.name={name}"]
+
+    def train(self, *overrides: str) -> int:
+        return cli.main(["train", "--config", EXPERIMENT, *SMALL, *self._where, *overrides])
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*SMALL, *self._where]
+
+    def result(self) -> dict:
+        return json.loads((self.path / "result.json").read_text())
+
+    def lines(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in self.lines("events.jsonl") if event["event"] == kind]
+
+    def digest(self) -> str:
+        return ckpt.digest(LocalStorage(self.path / self.result()["checkpoint"]))
+
+    def metrics(self) -> list[dict]:
+        """The logged lines without what the clock says."""
+        return [
+            {k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s")}
+            for x in self.lines("metrics.jsonl")
+        ]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_cluster, tmp_path_factory) -> Run:
+    """The run that all others must equal."""
+    run = Run(tmp_path_factory.mktemp("runs"), "undisturbed")
+    assert run.train() == 0
+    return run
+
+
+@pytest.fixture
+def run(ray_cluster, tmp_path) -> Run:
+    return Run(tmp_path, "run")

@@ -1,0 +1,76 @@
+"""Workers are really killed, and the run comes back to the same bits."""
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+
+def test_undisturbed_run_leaves_what_it_promises(undisturbed):
+    result = undisturbed.result()
+    assert (result["status"], result["step"], result["world_size"], result["restarts"]) == ("finished", 12, 2, 0)
+    assert result["checkpoint"] == "step-00000012.a1"
+    assert 0 < result["goodput"]["share"] < 1
+    assert [line["step"] for line in undisturbed.metrics()] == [0, 3, 6, 9, 12]
+    assert [event["step"] for event in undisturbed.events("saved")] == [4, 8, 12]
+    names = {path.name for path in undisturbed.path.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "result.json", "step-00000004.a1"} <= names
+    held_out = [line["held_out_loss"] for line in undisturbed.metrics() if "held_out_loss" in line]
+    assert len(held_out) == 3
+    assert held_out[-1] < held_out[0]
+
+
+def test_kills_at_two_steps_change_nothing(undisturbed, run, capfd):
+    assert run.train("faults=[{kind: sigkill, rank: 1, step: 6}, {kind: sigkill, rank: 0, step: 11}]") == 0
+    assert run.digest() == undisturbed.digest()
+    assert run.metrics() == undisturbed.metrics()
+    assert run.result()["restarts"] == 2
+    assert [event["step"] for event in run.events("restored")] == [4, 8]
+    assert [event["rank"] for event in run.events("failure")] == [1, 0]
+    out = capfd.readouterr().out
+    assert "restored step-00000004.a1, going on with step 5" in out
+    assert "restored step-00000008.a2, going on with step 9" in out
+
+
+def test_exit_and_exception_change_nothing(undisturbed, run):
+    assert run.train("faults=[{kind: exit, rank: 0, step: 2}, {kind: exception, rank: 1, step: 7}]") == 0
+    assert run.digest() == undisturbed.digest()
+    assert [event["step"] for event in run.events("started")] == [
+        0,
+        0,
+    ]  # before the first checkpoint: from the beginning
+    assert [event["step"] for event in run.events("restored")] == [4]
+    assert run.metrics() == undisturbed.metrics()
+
+
+def test_stopping_and_going_on_changes_nothing(undisturbed, run, capfd):
+    assert run.train("train.stop_at=7") == 0
+    assert run.result()["status"] == "stopped"
+    assert run.result()["checkpoint"] == "step-00000007.a1"
+    assert run.train() == 0
+    assert run.result()["status"] == "finished"
+    assert run.digest() == undisturbed.digest()
+    assert run.metrics() == undisturbed.metrics()
+    capfd.readouterr()
+    assert run.train() == 0
+    assert "has finished step 12 already" in capfd.readouterr().out
+
+
+def test_too_many_failures_end_in_one_panel(run, capfd):
+    assert run.train("cluster.max_failures=0", "faults=[{kind: exception, rank: 1, step: 6}]") == 1
+    panel = capfd.readouterr().err
+    assert "training failed" in panel
+    assert "FaultInjected: the configured fault: an exception on rank 1 before step 6" in panel
+    assert "faults.py:" in panel
+    assert "rank 1 on node" in panel
+    assert run.result()["status"] == "failed"
+    assert run.result()["checkpoint"] == "step-00000004.a1"
+    # The fault is remembered, so the same command goes on.
+    assert run.train("cluster.max_failures=0", "faults=[{kind: exception, rank: 1, step: 6}]") == 0
+    assert [event["step"] for event in run.events("restored")] == [4]
+
+
+def test_recover_policies(undisturbed, run, capfd):
+    assert run.train("run.recover=resume") == 2
+    assert "run.recover: `resume`, but" in capfd.readouterr().err
+    assert undisturbed.train("run.recover=fresh") == 2
+    assert "run.recover: `fresh`, but" in capfd.readouterr().err
