@@ -95,6 +95,9 @@ class Checkpoint:
     every_steps: int | None = 50
     every_seconds: float | None = None
     every_epochs: int | None = None
+    async_save: bool = True  # training goes on while a process beside each rank writes
+    when_busy: Literal["wait", "skip"] = "wait"  # if storage still writes the last one when the next is due
+    max_failed_saves: int = 3  # in a row, after which the run stops
 
 
 @dataclass(frozen=True)

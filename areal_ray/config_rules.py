@@ -25,6 +25,7 @@ _POSITIVE = (
     "checkpoint.every_steps",
     "checkpoint.every_seconds",
     "checkpoint.every_epochs",
+    "checkpoint.max_failed_saves",
     "eval.every_steps",
     "eval.batches",
     "logging.every_steps",

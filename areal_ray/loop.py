@@ -10,7 +10,7 @@ from areal_ray.data import GlobalBatches
 from areal_ray.engine import TrainEngine
 from areal_ray.evaluation import Evaluator
 from areal_ray.objectives import LossFn, LossWeightFn
-from areal_ray.recover import RecoverHandler
+from areal_ray.recover import Dump, RecoverHandler
 from areal_ray.tracking import Tracker
 
 
@@ -21,8 +21,8 @@ class RunContext(Protocol):
         """`step`, counted from 1, is about to be computed."""
         ...
 
-    def saved(self, step: int, checkpoint: str, metrics: dict[str, float]) -> None:
-        """The checkpoint of that name is committed."""
+    def saving(self, dump: Dump, metrics: dict[str, float]) -> None:
+        """A save has begun; it is a checkpoint when its manifest is there."""
         ...
 
 
@@ -96,4 +96,7 @@ def train(job: Job) -> None:
         if job.save.due(*at) or progress.step == job.last_step:
             job.save.fired(*at)
             progress.loss = float(stats["loss"])
-            job.run.saved(progress.step, job.recover.dump(progress.step), {"loss": progress.loss})
+            dump = job.recover.dump(progress.step, must=progress.step == job.last_step)
+            if dump is not None:
+                job.run.saving(dump, {"loss": progress.loss})
+    job.recover.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -11,7 +11,24 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Some ranks failed at work that all of them must finish; raised on every rank, with what happened where."""
+    """Some ranks failed at work that all of them must finish; raised on every rank, with what happened where.
+
+    Args:
+        failures: (rank, text, names of the exception's class and its bases) of each rank that failed.
+    """
+
+    def __init__(self, failures: list[tuple[int, str, list[str]]]) -> None:
+        self.failures = failures
+        super().__init__(
+            "; ".join(text if len(failures) == 1 else f"rank {rank}: {text}" for rank, text, _ in failures)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.failures,)
+
+    def only(self, kind: type[Exception]) -> bool:
+        """Whether nothing but exceptions of this kind happened."""
+        return all(kind.__name__ in names for _, _, names in self.failures)
 
 
 class Ranks:
@@ -52,18 +69,19 @@ class Ranks:
 
         A rank that raised alone would leave the others in their next collective until it times out.
         """
-        if self._alone:
-            return [work()]
         result: T | None = None
         error: Exception | None = None
         try:
             result = work()
         except Exception as caught:  # noqa: BLE001  (raised again below, on every rank)
             error = caught
-        outcomes = self.gather((result, None if error is None else f"{type(error).__name__}: {error}"))
-        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+        failure = (
+            None if error is None else (f"{type(error).__name__}: {error}", [c.__name__ for c in type(error).__mro__])
+        )
+        outcomes = self.gather((result, failure))
+        failures = [(rank, *failure) for rank, (_, failure) in enumerate(outcomes) if failure is not None]
         if failures:
-            raise RankError("; ".join(failures)) from error
+            raise RankError(failures) from error
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
     def on_first(self, work: Callable[[], T]) -> T:

@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint import Catalog, Entry, load, save
+from areal_ray.checkpoint import Catalog, CheckpointDamaged, CheckpointWriter, Entry, Manifest, load
 from areal_ray.ranks import RankError, Ranks
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A save that was begun: its name in the run directory, the finished steps, its manifest once it is committed."""
+
+    name: str
+    step: int
+    manifest: Future[Manifest]
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """What to do when storage is in the way of training.
+
+    Args:
+        skip_when_busy: let a save fall out while the one before is still being written; else training waits for it.
+        max_failed_saves: in a row, after which the run stops.
+    """
+
+    skip_when_busy: bool = False
+    max_failed_saves: int = 3
+
+
+class Journal(Protocol):
+    """Hears of saves and restores. `saved` is called on every rank, from another thread; the others as they say."""
+
+    def saved(self, dump: Dump, blocked_s: float, waited_s: float, total_s: float) -> None:
+        """A save has come to its end, good or bad: see its manifest."""
+        ...
+
+    def skipped(self, step: int) -> None:
+        """A save fell out; called on every rank."""
+        ...
+
+    def passed_over(self, checkpoint: str, reason: str) -> None:
+        """A checkpoint cannot be used; called on rank 0."""
+        ...
 
 
 class RecoverHandler:
@@ -20,37 +61,91 @@ class RecoverHandler:
     Args:
         catalog: the run's checkpoints.
         state: what makes the run resumable, by name.
+        writer: how it is written.
+        journal: told of every save and of every checkpoint that is passed over.
         attempt: number of this start of the workers, part of the names of its dumps.
         info: about the run, for the manifest.
         ranks: all ranks.
-        warn: called on rank 0 with (checkpoint, reason) for each one that is passed over.
+        policy: what to do when storage is slow or fails.
     """
 
     def __init__(
         self,
         catalog: Catalog,
         state: Mapping[str, Stateful],
+        writer: CheckpointWriter,
+        journal: Journal,
         attempt: int,
         info: Mapping[str, Any],
         ranks: Ranks,
-        warn: Callable[[str, str], None],
+        policy: SavePolicy,
     ) -> None:
-        self._catalog, self._state, self._attempt, self._info = catalog, state, attempt, info
-        self._ranks, self._warn = ranks, warn
+        self._catalog, self._state, self._writer, self._journal = catalog, state, writer, journal
+        self._attempt, self._info, self._ranks, self._policy = attempt, info, ranks, policy
+        self._last: Dump | None = None
+        self._failed_in_a_row = 0
 
-    def dump(self, step: int) -> str:
-        """Save everything; durable and committed on return. A collective.
+    def dump(self, step: int, must: bool = False) -> Dump | None:
+        """Begin to save everything. A collective.
+
+        A save that fails because of the storage is written down and tried again with the next one; older checkpoints
+        are not touched. At most one is under way: the one before is waited for, or this one is skipped.
+
+        Args:
+            step: finished steps.
+            must: never skip.
 
         Returns:
-            The name of the checkpoint in the run directory.
+            What is under way (or done); None if it was skipped.
 
         Raises:
-            RankError: on every rank, if one could not write.
+            RankError: on every rank, if too many saves in a row have failed.
         """
+        began = time.perf_counter()
+        busy = self._last is not None and not self._ranks.agree(self._last.manifest.done())
+        if busy and self._policy.skip_when_busy and not must:
+            self._journal.skipped(step)
+            return None
+        self.settle()
+        waited = time.perf_counter() - began
         name = self._catalog.name(step, self._attempt)
-        info = {**self._info, "step": step, "attempt": self._attempt}
-        save(self._catalog.directory(name), self._state, info, self._ranks)
-        return name
+        info = {**self._info, "step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
+        manifest = self._writer.begin(self._catalog.directory(name), self._state, info)
+        self._last = Dump(name, step, manifest)
+        blocked = time.perf_counter() - began
+        manifest.add_done_callback(
+            lambda _, dump=self._last: self._journal.saved(dump, blocked, waited, time.perf_counter() - began)  # type: ignore[misc]
+        )
+        return self._last
+
+    def settle(self) -> None:
+        """Wait for the save that is under way, if any. A collective.
+
+        Raises:
+            RankError: on every rank, if too many saves in a row have failed.
+        """
+        if self._last is None:
+            return
+        last, self._last = self._last, None
+        error = last.manifest.exception()
+        if error is None:
+            self._failed_in_a_row = 0
+            return
+        if not (isinstance(error, RankError) and error.only(OSError)):
+            raise error
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= self._policy.max_failed_saves:
+            raise error
+
+    def finish(self) -> None:
+        """Wait for the last save and let go of what the writer holds. A collective.
+
+        Raises:
+            RankError: if that save failed: a run ends with a checkpoint or does not end well.
+        """
+        self._policy = replace(self._policy, max_failed_saves=1)
+        self.settle()
+        self._writer.close()
 
     def load(self) -> str | None:
         """Restore the newest good checkpoint. A collective.
@@ -74,11 +169,11 @@ class RecoverHandler:
                     load(self._catalog.directory(entry.name), self._state, self._ranks)
                     return entry.name
                 except RankError as error:
-                    if "CheckpointDamaged" not in str(error):
+                    if not error.only(CheckpointDamaged):
                         raise
                     problem = str(error)
             if self._ranks.rank == 0:
-                self._warn(entry.name, problem)
+                self._journal.passed_over(entry.name, problem)
         if committed:
             raise RuntimeError(f"none of the {committed} checkpoints of this run can be read; not starting over")
         return None

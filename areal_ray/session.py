@@ -9,20 +9,18 @@ from ray.train import CheckpointUploadMode as Upload
 from ray.train.v2._internal.execution import context as ray_context
 
 from areal_ray.faults import Faults
-from areal_ray.rundir import RunDir
+from areal_ray.recover import Dump
 
 
 class RaySession:
-    """Tells Ray what is committed, and the ledger with it.
+    """Tells Ray what is committed.
 
     Args:
         faults: what is to go wrong on purpose.
-        run: the run directory; None on all ranks but the first.
-        attempt: of this start of the workers.
     """
 
-    def __init__(self, faults: Faults, run: RunDir | None, attempt: int) -> None:
-        self._faults, self._run, self._attempt = faults, run, attempt
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
         self._storage = get_context().get_storage()
         # Ray announces every report of every rank, by a logger that RunConfig's log level does not reach.
         ray_context.logger.setLevel(logging.WARNING)
@@ -30,14 +28,21 @@ class RaySession:
     def before_step(self, step: int) -> None:
         self._faults.before_step(step)
 
-    def saved(self, step: int, checkpoint: str, metrics: dict[str, float]) -> None:
-        """Register a checkpoint that lies in its final place: Ray neither moves nor copies it."""
-        if self._run is not None:
-            self._run.event("saved", attempt=self._attempt, step=step, checkpoint=checkpoint)
+    def saving(self, dump: Dump, metrics: dict[str, float]) -> None:
+        """Have a checkpoint registered once it is committed. It lies where it stays: Ray neither moves nor copies it."""
+        checkpoint = Checkpoint(
+            self._storage.build_checkpoint_path_from_name(dump.name), self._storage.storage_filesystem
+        )
+
+        def committed(_: Checkpoint, __: str) -> Checkpoint | None:
+            # Runs in Ray's upload thread. A failed save is no checkpoint, and not the end of training: Ray hears of
+            # metrics only, and the recover handler, which every rank asks, decides what follows.
+            return checkpoint if dump.manifest.exception() is None else None
+
         report(
-            {"step": step, **metrics},
-            checkpoint=Checkpoint(
-                self._storage.build_checkpoint_path_from_name(checkpoint), self._storage.storage_filesystem
-            ),
-            checkpoint_upload_mode=Upload.NO_UPLOAD,
+            {"step": dump.step, **metrics},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=Upload.ASYNC,
+            checkpoint_upload_fn=committed,
+            delete_local_checkpoint_after_upload=False,  # the default deletes what was just written
         )

@@ -7,25 +7,28 @@ import hashlib
 import socket
 import time
 import traceback
+from datetime import timedelta
 from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 import transformers
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray import __version__, loop
 from areal_ray.cadence import Cadence
-from areal_ray.checkpoint import Catalog
+from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
 from areal_ray.config import Config, dump
 from areal_ray.console import say, say_end
 from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_splits
 from areal_ray.engine import FSDPEngine
 from areal_ray.evaluation import Evaluator
 from areal_ray.faults import Faults
+from areal_ray.journal import LedgerJournal
 from areal_ray.objectives import next_token_loss, predicted_tokens
 from areal_ray.ranks import Ranks
-from areal_ray.recover import RecoverHandler
+from areal_ray.recover import RecoverHandler, SavePolicy
 from areal_ray.rundir import RunDir
 from areal_ray.session import RaySession
 from areal_ray.storage import storage_at
@@ -77,10 +80,6 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
     def batches(of: PackedTokens) -> GlobalBatches:
         return GlobalBatches(of, config.run.seed, train.global_batch_size, ranks.rank, ranks.size, engine.device)
 
-    def warn(checkpoint: str, reason: str) -> None:
-        speak(f"passing over {checkpoint}: {reason}")
-        run.event("passed_over", attempt=attempt, checkpoint=checkpoint, reason=reason)
-
     every = config.checkpoint
     save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=ranks.agree)
     evaluate = Cadence(config.eval.every_steps)
@@ -109,12 +108,31 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
         tracker=tracker,
         evaluator=evaluator,
         evaluate=evaluate,
-        recover=RecoverHandler(catalog, state, attempt, info, ranks, warn),
+        recover=RecoverHandler(
+            catalog,
+            state,
+            _writer(config, engine, ranks),
+            LedgerJournal(here, attempt, speak),
+            attempt,
+            info,
+            ranks,
+            SavePolicy(every.when_busy == "skip", every.max_failed_saves),
+        ),
         save=save,
-        run=RaySession(Faults(config.faults, run, ranks), here, attempt),
+        run=RaySession(Faults(config.faults, run, ranks)),
         last_step=config.last_step,
         total_steps=train.steps,
     )
+
+
+def _writer(config: Config, engine: FSDPEngine, ranks: Ranks) -> CheckpointWriter:
+    if not config.checkpoint.async_save:
+        return SyncWriter(ranks)
+    # No time limit of its own: a slow disk is no failure, and a dead peer closes its connections.
+    background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+    writer = AsyncWriter(ranks, background)
+    engine.before_update = writer.fence
+    return writer
 
 
 def _announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, engine: FSDPEngine) -> None:
@@ -143,7 +161,6 @@ def _provenance(config: Config) -> dict[str, Any]:
     return {
         "config_hash": hashlib.sha256(dump(lasting).encode()).hexdigest()[:16],
         "versions": {**versions, "transformers": transformers.__version__},
-        "time": round(time.time(), 3),
     }
 
 

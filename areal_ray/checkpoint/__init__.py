@@ -7,6 +7,18 @@ from areal_ray.checkpoint.catalog import Catalog, Entry
 from areal_ray.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest
 from areal_ray.checkpoint.reader import load
 from areal_ray.checkpoint.state import DCPState
-from areal_ray.checkpoint.writer import save
+from areal_ray.checkpoint.writer import AsyncWriter, CheckpointWriter, SyncWriter, save
 
-__all__ = ["Catalog", "CheckpointDamaged", "DCPState", "Entry", "Manifest", "load", "read_manifest", "save"]
+__all__ = [
+    "AsyncWriter",
+    "Catalog",
+    "CheckpointDamaged",
+    "CheckpointWriter",
+    "DCPState",
+    "Entry",
+    "Manifest",
+    "SyncWriter",
+    "load",
+    "read_manifest",
+    "save",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,9 @@ class FSDPEngine:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._schedule = LrSchedule(config.optim, config.train.steps)
+        self.before_update: Callable[[], None] = lambda: (
+            None
+        )  # called before the weights change, to wait for copies of them
 
     def initialize(self) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values."""
@@ -74,6 +78,7 @@ class FSDPEngine:
         lr = self._schedule.lr()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._schedule.step += 1

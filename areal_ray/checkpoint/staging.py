@@ -1,0 +1,91 @@
+"""Host memory in which a rank's shard file takes shape, while training goes on."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from areal_ray.checkpoint.frames import frame
+
+
+class Staging:
+    """The image of a shard file in shared memory, laid out once and refilled at every save.
+
+    The memory is an anonymous file: another process of this user can open it by `path`, nobody can leave it behind. It
+    is as large as the rank's own state and a few hundred bytes for each tensor.
+
+    Args:
+        file_name: under which the image will be stored.
+        items: what DCP calls each tensor, with an example of its shape, type and device.
+    """
+
+    def __init__(self, file_name: str, items: Sequence[tuple[MetadataIndex, torch.Tensor]]) -> None:
+        frames = [frame(tuple(tensor.shape), tensor.dtype) for _, tensor in items]
+        self.where: dict[MetadataIndex, _StorageInfo] = {}
+        self.chunks: list[tuple[int, int]] = []
+        starts, self.size = [], 0
+        for (index, tensor), (before, after) in zip(items, frames, strict=True):
+            length = len(before) + tensor.numel() * tensor.itemsize + len(after)
+            self.where[index] = _StorageInfo(file_name, self.size, length)
+            self.chunks.append((self.size, length))
+            starts.append(self.size + len(before))
+            self.size += length
+        self._fd = os.memfd_create("areal_ray staging")
+        os.ftruncate(self._fd, self.size)
+        self._memory = mmap.mmap(self._fd, self.size)
+        self._slots = []
+        for start, (offset, length), (_, tensor), (before, after) in zip(
+            starts, self.chunks, items, frames, strict=True
+        ):
+            self._memory[offset:start] = before
+            self._memory[offset + length - len(after) : offset + length] = after
+            self._slots.append(self._slot(start, tensor))
+        self._stream = self._pin() if any(tensor.is_cuda for _, tensor in items) else None
+
+    @property
+    def path(self) -> str:
+        """Where a child process finds the memory."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def fill(self, tensors: Sequence[torch.Tensor]) -> torch.cuda.Event | None:
+        """Copy the tensors, in the order of the items.
+
+        Returns:
+            None when the copy is done; on a GPU an event, before which the tensors must not change: the copy runs on a
+            stream of its own beside the training.
+        """
+        if self._stream is None:
+            for slot, tensor in zip(self._slots, tensors, strict=True):
+                slot.copy_(tensor)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for slot, tensor in zip(self._slots, tensors, strict=True):
+                slot.copy_(tensor, non_blocking=True)
+                if tensor.is_cuda:
+                    tensor.record_stream(self._stream)
+            done = torch.cuda.Event()
+            done.record()
+        return done
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._slots.clear()
+        os.close(self._fd)
+
+    def _slot(self, start: int, like: torch.Tensor) -> torch.Tensor:
+        if not like.numel():
+            return torch.empty(like.shape, dtype=like.dtype)
+        flat = torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=start)
+        return flat.view(like.shape)
+
+    def _pin(self) -> torch.cuda.Stream:
+        """Register the memory with CUDA, so that copies into it are asynchronous."""
+        address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, self.size, 0))
+        return torch.cuda.Stream()

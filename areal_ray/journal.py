@@ -1,0 +1,49 @@
+"""Saves and restores, on the screen and in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from areal_ray.recover import Dump
+from areal_ray.rundir import RunDir
+
+_NOTABLE_WAIT_S = 0.5
+
+
+class LedgerJournal:
+    """A Journal that writes to the run's ledger.
+
+    Args:
+        run: the run directory; None on all ranks but the first, which is the only one that writes.
+        attempt: of this start of the workers.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, run: RunDir | None, attempt: int, say: Callable[[str], None]) -> None:
+        self._run, self._attempt, self._say = run, attempt, say
+
+    def saved(self, dump: Dump, blocked_s: float, waited_s: float, total_s: float) -> None:
+        if self._run is None:
+            return
+        times = {"blocked_s": round(blocked_s, 4), "waited_s": round(waited_s, 4), "total_s": round(total_s, 4)}
+        if waited_s > _NOTABLE_WAIT_S:
+            self._say(f"the save at step {dump.step} waited {waited_s:.1f} s for the one before: storage is slow")
+        error = dump.manifest.exception()
+        if error is None:
+            size = dump.manifest.result().total_bytes
+            self._event("saved", step=dump.step, checkpoint=dump.name, bytes=size, **times)
+        else:
+            self._say(f"saving {dump.name} failed: {error}; training goes on, the next save tries again")
+            self._event("save_failed", step=dump.step, checkpoint=dump.name, error=str(error)[:500], **times)
+
+    def skipped(self, step: int) -> None:
+        self._say(f"the save at step {step} falls out: storage is still busy with the one before")
+        self._event("save_skipped", step=step)
+
+    def passed_over(self, checkpoint: str, reason: str) -> None:
+        self._say(f"passing over {checkpoint}: {reason}")
+        self._event("passed_over", checkpoint=checkpoint, reason=reason)
+
+    def _event(self, kind: str, **fields: object) -> None:
+        if self._run is not None:
+            self._run.event(kind, attempt=self._attempt, **fields)
