@@ -91,6 +91,17 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay; any rule is enough, and the newest good one always does."""
+
+    last: int | None = None  # so many of the newest; null keeps all
+    every_steps: int | None = None  # those of steps that this divides, for good
+    best: int = 0  # so many of the best by metric
+    metric: str = "held_out_loss"  # or loss
+    mode: Literal["min", "max"] = "min"
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every_steps: int | None = 50
     every_seconds: float | None = None
@@ -98,6 +109,7 @@ class Checkpoint:
     async_save: bool = True  # training goes on while a process beside each rank writes
     when_busy: Literal["wait", "skip"] = "wait"  # if storage still writes the last one when the next is due
     max_failed_saves: int = 3  # in a row, after which the run stops
+    keep: Keep = field(default_factory=Keep)
 
 
 @dataclass(frozen=True)

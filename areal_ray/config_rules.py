@@ -26,6 +26,8 @@ _POSITIVE = (
     "checkpoint.every_seconds",
     "checkpoint.every_epochs",
     "checkpoint.max_failed_saves",
+    "checkpoint.keep.last",
+    "checkpoint.keep.every_steps",
     "eval.every_steps",
     "eval.batches",
     "logging.every_steps",

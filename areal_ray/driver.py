@@ -12,7 +12,7 @@ from typing import Any
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from areal_ray import data, failures, models, worker
+from areal_ray import data, failures, models, snapshot, worker
 from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import cluster, resources
 from areal_ray.config import Config, ConfigError, dump
@@ -48,6 +48,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     print(f"run directory: {run.storage.location}", flush=True)
     with cluster(config), Console() as console:
         run.event("submitted", last_step=config.last_step)
+        snapshot.rebuild(run.storage)
         try:
             outcome = _trainer(config).fit().return_value
         except TrainingFailedError as error:

@@ -1,9 +1,12 @@
-"""Saves and restores, on the screen and in the ledger."""
+"""What follows from saves and restores: lines on the screen, events in the ledger, older checkpoints let go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from areal_ray.checkpoint import Catalog
+from areal_ray.checkpoint.retention import expendable, remove
+from areal_ray.config import Keep
 from areal_ray.recover import Dump
 from areal_ray.rundir import RunDir
 
@@ -17,10 +20,14 @@ class LedgerJournal:
         run: the run directory; None on all ranks but the first, which is the only one that writes.
         attempt: of this start of the workers.
         say: prints a line for the user.
+        catalog, keep: which checkpoints are let go when a new one is committed.
     """
 
-    def __init__(self, run: RunDir | None, attempt: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: RunDir | None, attempt: int, say: Callable[[str], None], catalog: Catalog, keep: Keep
+    ) -> None:
         self._run, self._attempt, self._say = run, attempt, say
+        self._catalog, self._keep = catalog, keep
 
     def saved(self, dump: Dump, blocked_s: float, waited_s: float, total_s: float) -> None:
         if self._run is None:
@@ -32,9 +39,20 @@ class LedgerJournal:
         if error is None:
             size = dump.manifest.result().total_bytes
             self._event("saved", step=dump.step, checkpoint=dump.name, bytes=size, **times)
+            self._let_go()
         else:
             self._say(f"saving {dump.name} failed: {error}; training goes on, the next save tries again")
             self._event("save_failed", step=dump.step, checkpoint=dump.name, error=str(error)[:500], **times)
+
+    def _let_go(self) -> None:
+        for entry in expendable(list(self._catalog.entries()), self._keep):
+            try:
+                remove(self._catalog, entry.name)
+            except OSError as error:  # in the way of nothing: the next save tries again
+                self._say(f"could not delete {entry.name}: {error}")
+                self._event("delete_failed", checkpoint=entry.name, error=str(error))
+            else:
+                self._event("deleted", checkpoint=entry.name)
 
     def skipped(self, step: int) -> None:
         self._say(f"the save at step {step} falls out: storage is still busy with the one before")

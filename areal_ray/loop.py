@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from areal_ray.cadence import Cadence
@@ -28,17 +28,20 @@ class RunContext(Protocol):
 
 @dataclass
 class Progress:
-    """How far the run is: finished steps, the samples that they took, the loss of the last one that was saved."""
+    """How far the run is: finished steps, the samples that they took, and how good the model is.
+
+    `metrics` has the loss of the last step that was saved and the results of the last evaluation before it.
+    """
 
     step: int = 0
     samples: int = 0
-    loss: float = float("nan")
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "samples": self.samples, "loss": self.loss}
+        return {"step": self.step, "samples": self.samples, "metrics": self.metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.samples, self.loss = state["step"], state["samples"], state["loss"]
+        self.step, self.samples, self.metrics = state["step"], state["samples"], dict(state["metrics"])
 
 
 @dataclass
@@ -79,7 +82,8 @@ def train(job: Job) -> None:
     """
     progress, tracker = job.progress, job.tracker
     if job.evaluator and progress.step == 0:
-        tracker.evaluated(0, job.evaluator.run())
+        progress.metrics = job.evaluator.run()
+        tracker.evaluated(0, progress.metrics)
         tracker.write(0)
     while progress.step < job.last_step:
         job.run.before_step(progress.step + 1)
@@ -91,12 +95,14 @@ def train(job: Job) -> None:
         tracker.end_step(*at, stats)
         if job.evaluator and (job.evaluate.due(*at) or progress.step == job.total_steps):
             job.evaluate.fired(*at)
-            tracker.evaluated(progress.step, job.evaluator.run())
+            results = job.evaluator.run()
+            progress.metrics |= results
+            tracker.evaluated(progress.step, results)
         tracker.write(progress.step)
         if job.save.due(*at) or progress.step == job.last_step:
             job.save.fired(*at)
-            progress.loss = float(stats["loss"])
-            dump = job.recover.dump(progress.step, must=progress.step == job.last_step)
+            progress.metrics["loss"] = float(stats["loss"])
+            dump = job.recover.dump(progress.step, progress.metrics, must=progress.step == job.last_step)
             if dump is not None:
-                job.run.saving(dump, {"loss": progress.loss})
+                job.run.saving(dump, progress.metrics)
     job.recover.finish()

@@ -85,7 +85,7 @@ class RecoverHandler:
         self._last: Dump | None = None
         self._failed_in_a_row = 0
 
-    def dump(self, step: int, must: bool = False) -> Dump | None:
+    def dump(self, step: int, metrics: Mapping[str, float], must: bool = False) -> Dump | None:
         """Begin to save everything. A collective.
 
         A save that fails because of the storage is written down and tried again with the next one; older checkpoints
@@ -93,6 +93,7 @@ class RecoverHandler:
 
         Args:
             step: finished steps.
+            metrics: how good the model is, for the manifest.
             must: never skip.
 
         Returns:
@@ -109,7 +110,8 @@ class RecoverHandler:
         self.settle()
         waited = time.perf_counter() - began
         name = self._catalog.name(step, self._attempt)
-        info = {**self._info, "step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
+        place = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
+        info = {**self._info, **place, "metrics": dict(metrics)}
         manifest = self._writer.begin(self._catalog.directory(name), self._state, info)
         self._last = Dump(name, step, manifest)
         blocked = time.perf_counter() - began

@@ -29,7 +29,7 @@ class RaySession:
         self._faults.before_step(step)
 
     def saving(self, dump: Dump, metrics: dict[str, float]) -> None:
-        """Have a checkpoint registered once it is committed. It lies where it stays: Ray neither moves nor copies it."""
+        """Have a checkpoint registered once it is committed. It lies where it stays; Ray copies nothing."""
         checkpoint = Checkpoint(
             self._storage.build_checkpoint_path_from_name(dump.name), self._storage.storage_filesystem
         )

@@ -63,6 +63,10 @@ class Storage(Protocol):
         """All bytes of `name` (FileNotFoundError)."""
         ...
 
+    def remove(self, name: str) -> None:
+        """Remove the file `name` (FileNotFoundError), durably."""
+        ...
+
     def delete(self) -> None:
         """Remove this directory with everything in it."""
         ...
@@ -135,6 +139,11 @@ class LocalStorage:
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
             return file.read()
+
+    def remove(self, name: str) -> None:
+        path = self._inside(name)
+        os.remove(path)
+        _sync_directory(os.path.dirname(path))
 
     def delete(self) -> None:
         shutil.rmtree(self._path)

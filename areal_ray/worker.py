@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from areal_ray import __version__, loop
 from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
+from areal_ray.checkpoint.retention import abandoned, remove
 from areal_ray.config import Config, dump
 from areal_ray.console import say, say_end
 from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_splits
@@ -58,6 +59,8 @@ def _train(config: Config) -> dict[str, Any]:
     attempt = ranks.on_first(lambda: run.next_attempt(catalog.last_attempt()))
     nodes = ranks.gather(socket.gethostname())
     if ranks.rank == 0:
+        for name in abandoned(catalog, attempt):
+            remove(catalog, name)
         run.event("attempt", attempt=attempt, **engine.describe(), nodes=nodes, started=round(started, 3))
     job = wire(config, engine, ranks, run, catalog, attempt)
     restored = job.recover.load()
@@ -67,7 +70,7 @@ def _train(config: Config) -> dict[str, Any]:
     loop.train(job)
     if ranks.rank == 0:
         say_end()
-    return {"step": job.progress.step, "loss": job.progress.loss, "world_size": ranks.size}
+    return {"step": job.progress.step, "loss": job.progress.metrics["loss"], "world_size": ranks.size}
 
 
 def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog: Catalog, attempt: int) -> loop.Job:
@@ -112,7 +115,7 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
             catalog,
             state,
             _writer(config, engine, ranks),
-            LedgerJournal(here, attempt, speak),
+            LedgerJournal(here, attempt, speak, catalog, config.checkpoint.keep),
             attempt,
             info,
             ranks,

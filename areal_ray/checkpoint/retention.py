@@ -1,0 +1,56 @@
+"""Which checkpoints a run keeps. A policy over a list, and the hand that carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from areal_ray.checkpoint.catalog import Catalog, Entry
+from areal_ray.checkpoint.manifest import MANIFEST
+from areal_ray.config import Keep
+
+
+def expendable(entries: Sequence[Entry], keep: Keep) -> list[Entry]:
+    """Those of the good checkpoints (newest first) that no rule keeps. The newest one is never among them.
+
+    What is not good is not counted, so damage does not push good ones out.
+    """
+    if keep.last is None:
+        return []
+    good = [entry for entry in entries if entry.problem is None and entry.manifest is not None]
+    kept = {entry.name for entry in good[: max(1, keep.last)]}
+    if keep.every_steps:
+        kept |= {entry.name for entry in good if entry.step % keep.every_steps == 0}
+    if keep.best:
+        sign = 1 if keep.mode == "min" else -1
+        scored = [
+            (sign * value, -entry.step, entry.name) for entry in good if (value := _metric(entry, keep)) is not None
+        ]
+        kept |= {name for _, _, name in sorted(scored)[: keep.best]}
+    return [entry for entry in good if entry.name not in kept]
+
+
+def abandoned(catalog: Catalog, before_attempt: int) -> list[str]:
+    """Directories of earlier attempts whose save was never finished: nobody will finish it, nobody may read it."""
+    return [
+        name
+        for attempt, _, name in catalog.names()
+        if attempt < before_attempt and catalog.directory(name).size(MANIFEST) is None
+    ]
+
+
+def remove(catalog: Catalog, name: str) -> None:
+    """Delete a checkpoint; its manifest first, so that what a crash leaves behind is no checkpoint.
+
+    Raises:
+        OSError: if it cannot be deleted.
+    """
+    directory = catalog.directory(name)
+    if directory.size(MANIFEST) is not None:
+        directory.remove(MANIFEST)
+    directory.delete()
+
+
+def _metric(entry: Entry, keep: Keep) -> float | None:
+    assert entry.manifest is not None
+    value = entry.manifest.info.get("metrics", {}).get(keep.metric)
+    return value if isinstance(value, int | float) and value == value else None

@@ -1,0 +1,141 @@
+"""areal-ray ckpt: what one types about checkpoints, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from areal_ray.storage import Storage
+
+
+def add_ckpt(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, paths, text in (
+        ("ls", _ls, ["RUN"], "the checkpoints of a run directory"),
+        ("inspect", _inspect, ["CKPT"], "what a checkpoint holds and where it comes from"),
+        ("verify", _verify, ["CKPT"], "read every byte and compare it with the manifest"),
+        ("digest", _digest, ["CKPT"], "one SHA-256 of the logical state, the same for any number of ranks"),
+        ("gc", _gc, ["RUN"], "delete what saves that were never finished have left"),
+        ("repair", _repair, ["RUN"], "make Ray's list of checkpoints anew from the manifests"),
+        ("diff", _diff, ["A", "B"], "compare two states bit for bit; exit 0 if and only if they are the same"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        for path in paths:
+            command.add_argument("run_dir" if path == "RUN" else path.lower(), metavar=path)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
+
+
+def _ckpt(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    from areal_ray.checkpoint import CheckpointDamaged
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `areal-ray ckpt diff A B | head` ends quietly
+    try:
+        return run(arguments)
+    except (CheckpointDamaged, ValueError, OSError) as error:
+        print(f"areal-ray ckpt: {error}", file=sys.stderr)
+        return 1
+
+
+def _at(path: str) -> Storage:
+    from areal_ray.storage import storage_at
+
+    storage = storage_at(path)
+    if not storage.names():
+        raise ValueError(f"{storage.location}: nothing there")
+    return storage
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    from areal_ray import ckpt
+
+    rows = ckpt.listing(_at(arguments.run_dir))
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    print(f"{'name':<20} {'step':>8} {'ranks':>5} {'size':>10}  {'saved':<19}  state")
+    for row in rows:
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:,.1f} MB"
+        ranks, saved = row["world_size"] or "", row["saved"] or ""
+        print(f"{row['name']:<20} {row['step']:>8} {ranks:>5} {size:>10}  {saved:<19}  {row['state']}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from areal_ray import ckpt
+
+    found = ckpt.inspection(_at(arguments.ckpt))
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for key, value in found["info"].items():
+        print(f"{key:<12} {value if not isinstance(value, dict) else json.dumps(value)}")
+    print(f"{'bytes':<12} {found['bytes']:,} in {len(found['files'])} files\n\nvalues")
+    print("\n".join(f"  {line}" for line in json.dumps(found["values"], indent=2).splitlines()))
+    print(f"\n{len(found['tensors'])} tensors")
+    for name, (dtype, shape) in found["tensors"].items():
+        print(f"  {name}  {dtype} {'x'.join(map(str, shape)) or 'scalar'}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from areal_ray import ckpt
+
+    size = ckpt.check(_at(arguments.ckpt))
+    print(json.dumps({"good": True, "bytes": size}) if arguments.json else f"good: {size:,} bytes read and compared")
+    return 0
+
+
+def _digest(arguments: argparse.Namespace) -> int:
+    from areal_ray import ckpt
+
+    value = ckpt.digest(_at(arguments.ckpt))
+    print(json.dumps({"sha256": value}) if arguments.json else value)
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from areal_ray import ckpt
+
+    found = ckpt.differences(_at(arguments.a), _at(arguments.b))
+    if arguments.json:
+        print(json.dumps([vars(difference) for difference in found], indent=2))
+    elif not found:
+        print("bit-identical")
+    else:
+        for difference in found:
+            apart = "" if difference.max_abs is None else f", max |a-b| {difference.max_abs:.3g}"
+            print(f"{difference.name}: {difference.what}{apart}")
+    return 1 if found else 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from areal_ray.checkpoint import Catalog
+    from areal_ray.checkpoint.retention import abandoned, remove
+    from areal_ray.rundir import RunDir
+
+    run = _at(arguments.run_dir)
+    catalog = Catalog(run)
+    # The last attempt may be saving just now; only what came before it is surely nobody's.
+    latest = max([event["attempt"] for event in RunDir(run).events("attempt")] + [catalog.last_attempt()])
+    names = abandoned(catalog, latest)
+    for name in names:
+        remove(catalog, name)
+    if arguments.json:
+        print(json.dumps({"deleted": names}))
+    else:
+        print("\n".join(f"deleted {name}" for name in names) or "nothing to delete")
+    return 0
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from areal_ray.snapshot import rebuild
+
+    names = rebuild(_at(arguments.run_dir))
+    print(json.dumps({"checkpoints": names}) if arguments.json else f"{len(names)} checkpoints: {', '.join(names)}")
+    return 0

@@ -1,0 +1,45 @@
+"""Ray Train's list of checkpoints, made anew from the manifests.
+
+Ray keeps `checkpoint_manager_snapshot.json` in the run directory, writes it in place, and refuses to start a run whose
+list is torn or names a directory that is gone. Nothing in it is news to us, so it is rewritten before every start.
+"""
+
+from __future__ import annotations
+
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+    _CheckpointManagerState,
+    _TrainingResultState,
+)
+
+from areal_ray.checkpoint import Catalog
+from areal_ray.storage import Storage
+
+
+def rebuild(run: Storage) -> list[str]:
+    """Write the list of the good checkpoints of a run directory, oldest first; their names.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    good = [entry for entry in Catalog(run).entries() if entry.problem is None and entry.manifest is not None][::-1]
+    results = [
+        _TrainingResultState(
+            checkpoint_dir_name=entry.name,
+            metrics={"step": entry.step, **(entry.manifest.info.get("metrics", {}) if entry.manifest else {})},
+        )
+        for entry in good
+    ]
+    state = _CheckpointManagerState(
+        checkpoint_results=results,
+        checkpoint_report_indices=list(range(len(results))),
+        latest_checkpoint_result=results[-1] if results else None,
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(results),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    run.replace(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, state.json().encode())
+    return [entry.name for entry in good]
