@@ -9,12 +9,13 @@ STAMP := $(VENV)/.installed
 # Kept open to be told where torch comes from: PIP_INSTALL="pip install --index-url ..." for a CPU-only or CUDA build.
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu check clean
+.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu bench check clean
 
 help:
 	@echo "make train              train the tiny model on this machine (EXP=name, SET=\"key=value ...\")"
 	@echo "make submit             the same as a job of the cluster at RAY_API_SERVER_ADDRESS"
 	@echo "make test               all tests; also test-unit, test-distributed, test-ray, test-gpu"
+	@echo "make bench              measure against the peers, side by side (ARMS=saves ROUNDS=5)"
 	@echo "make check              format, lint, types, import contracts"
 	@echo "make install            .venv with everything pinned; the others call it when needed"
 
@@ -50,6 +51,10 @@ test-ray: install
 # Floors 0 to 3 on one GPU, with whatever Python has torch: no Ray, no installation.
 test-gpu:
 	@$(PYTHON) -m pytest tests/distributed -m gpu
+
+# make bench ARMS=saves ROUNDS=5
+bench: install
+	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5)
 
 check: install
 	@$(BIN)/ruff format --check --quiet .

@@ -1,0 +1,231 @@
+"""What a save costs: the same job, in the same processes, saving in different ways, interleaved.
+
+Arms: `none` never saves; `tutorial` saves the way of Ray's own FSDP2 tutorial (dcp.save into a temporary directory, then
+a synchronous report, which copies); `tutorial-async` the same with Ray's asynchronous upload; `areal_ray` this project.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import ray.train
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ray.train import Checkpoint, CheckpointUploadMode, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+
+from areal_ray.checkpoint import AsyncWriter, Catalog
+from areal_ray.cluster import cluster
+from areal_ray.config import Config, Keep, load
+from areal_ray.console import Console
+from areal_ray.engine import FSDPEngine
+from areal_ray.faults import Faults
+from areal_ray.journal import LedgerJournal
+from areal_ray.objectives import next_token_loss, predicted_tokens
+from areal_ray.ranks import Ranks
+from areal_ray.recover import RecoverHandler, SavePolicy
+from areal_ray.rundir import RunDir
+from areal_ray.session import RaySession
+from areal_ray.storage import storage_at
+
+from . import report
+
+ROOT = Path(__file__).parents[2]
+MODEL = [  # 20.7M parameters
+    "model.config.hidden_size=512",
+    "model.config.intermediate_size=1408",
+    "model.config.num_hidden_layers=7",
+    "model.config.num_attention_heads=8",
+    "model.config.num_key_value_heads=4",
+    "train.seq_len=128",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "train.steps=1000000",
+]
+STEPS, SAVE_AT = 24, (2, 10, 18)
+ARMS = ("none", "tutorial", "tutorial-async", "areal_ray")
+
+
+class AppState(Stateful):
+    """As in the tutorial."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def state_dict(self):
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optim": optimizer}
+
+
+class Tutorial:
+    """dcp.save into a temporary directory on each worker, and a report that has Ray copy it."""
+
+    def __init__(self, engine: FSDPEngine, mode: CheckpointUploadMode) -> None:
+        self._engine, self._mode = engine, mode
+
+    def save(self, step: int) -> None:
+        folder = tempfile.mkdtemp()
+        dcp.save({"app": AppState(self._engine.model, self._engine.optimizer)}, checkpoint_id=folder)
+        asynchronous = self._mode is CheckpointUploadMode.ASYNC
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=self._mode,
+            delete_local_checkpoint_after_upload=asynchronous,
+        )
+        if not asynchronous:
+            shutil.rmtree(folder)
+
+    def settle(self) -> None: ...
+
+
+class Ours:
+    """The parts of the real job, put together as its worker does."""
+
+    def __init__(self, engine: FSDPEngine, ranks: Ranks, config: Config) -> None:
+        run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
+        self._run, self._session = run, RaySession(Faults([], run, ranks))
+        background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+        writer = AsyncWriter(ranks, background)
+        engine.before_update = writer.fence
+        catalog = Catalog(run.storage)
+        journal = LedgerJournal(run if ranks.rank == 0 else None, 1, lambda _: None, catalog, Keep(last=2))
+        state = {"engine": engine.state}
+        self._recover = RecoverHandler(catalog, state, writer, journal, 1, engine.describe(), ranks, SavePolicy())
+
+    def save(self, step: int) -> None:
+        dump = self._recover.dump(step, {})
+        assert dump is not None
+        self._session.saving(dump, {})
+
+    def settle(self) -> None:
+        self._recover.settle()
+
+
+def plain_write(folder: Path, size: int) -> float:
+    """Seconds to write that many bytes into one file, one after the other, with fsync."""
+    data = torch.randint(0, 255, (size,), dtype=torch.uint8).numpy().data
+    path = folder / "plain"
+    began = time.perf_counter()
+    with open(path, "wb") as file:
+        for start in range(0, size, 8 << 20):
+            file.write(data[start : start + (8 << 20)])
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - began
+    path.unlink()
+    return seconds
+
+
+def measure(settings: dict) -> dict | None:
+    """Runs in every worker; rank 0 returns what it measured."""
+    config: Config = settings["config"]
+    engine = FSDPEngine(config)
+    engine.initialize()
+    ranks = Ranks()
+    generator = torch.Generator().manual_seed(ranks.rank)
+    rows = config.train.global_batch_size // ranks.size
+    ids = torch.randint(0, 256, (rows, config.train.seq_len), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    savers = {
+        "none": None,
+        "tutorial": Tutorial(engine, CheckpointUploadMode.SYNC),
+        "tutorial-async": Tutorial(engine, CheckpointUploadMode.ASYNC),
+        "areal_ray": Ours(engine, ranks, config),
+    }
+    segment, blocked, plain = {a: [] for a in ARMS}, {a: [] for a in ARMS if a != "none"}, []
+    step = 0
+    for round_number in range(settings["rounds"] + 1):  # the first one warms up
+        for arm in ARMS:
+            saver, stalls = savers[arm], []
+            dist.barrier()
+            began = time.perf_counter()
+            for i in range(STEPS):
+                engine.train_batch(batch, next_token_loss, predicted_tokens)
+                step += 1
+                if saver is not None and i in SAVE_AT:
+                    dist.barrier()  # not the waiting for a slower rank, but the save
+                    at = time.perf_counter()
+                    saver.save(step)
+                    stalls.append(time.perf_counter() - at)
+            if saver is not None:
+                saver.settle()
+            dist.barrier()
+            if round_number:
+                segment[arm].append(time.perf_counter() - began)
+                if saver is not None:
+                    blocked[arm].append(statistics.median(stalls))
+        if ranks.rank == 0:
+            plain.append(plain_write(Path(config.run.storage_path), settings["bytes"]))
+        dist.barrier()
+    staging = savers["areal_ray"]._recover._writer._staging
+    own = sum(p.to_local().nbytes for p in engine.model.parameters())
+    own += sum(
+        (v.to_local() if hasattr(v, "to_local") else v).nbytes
+        for s in engine.optimizer.state.values()
+        for v in s.values()
+    )
+    return {"segment": segment, "blocked": blocked, "plain": plain[1:], "staging": staging.size, "own": own}
+
+
+def run(rounds: int) -> list[dict]:
+    """Measure on two workers of a cluster of its own; what `report.show` returned."""
+    os.environ["RAY_worker_niceness"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        where = [f"run.storage_path={folder}", "run.name=saves"]
+        config = load(str(ROOT / "conf/experiments/tiny.yaml"), [*MODEL, *where])
+        settings = {"config": config, "rounds": rounds, "bytes": 20_700_000 * 12}
+        with cluster(config), Console():
+            result = TorchTrainer(
+                measure,
+                train_loop_config=settings,
+                torch_config=TorchConfig(backend="gloo"),
+                scaling_config=ScalingConfig(num_workers=2),
+                run_config=RunConfig(
+                    name="saves", storage_path=folder, logging_config=LoggingConfig(log_level="ERROR")
+                ),
+            ).fit()
+        found = result.return_value
+        runs = RunDir(storage_at(folder).sub("saves"))
+        saves = runs.events("saved")[len(SAVE_AT) :]
+        last = saves[-1]
+        on_disk = sum(f.stat().st_size for f in (Path(folder) / "saves" / last["checkpoint"]).iterdir())
+    return _tables(found, saves, last["bytes"], on_disk)
+
+
+def _tables(found: dict, saves: list[dict], size: int, on_disk: int) -> list[dict]:
+    blocked = report.show("blocked time per save", "s", found["blocked"], "tutorial")
+    stall = {
+        arm: [
+            (with_saves - without) / len(SAVE_AT)
+            for with_saves, without in zip(times, found["segment"]["none"], strict=True)
+        ]
+        for arm, times in found["segment"].items()
+        if arm != "none"
+    }
+    effective = report.show("effective stall per save: (time with - time without) / saves", "s", stall, "tutorial")
+    count = len(found["plain"])
+    groups = [saves[i * len(SAVE_AT) : (i + 1) * len(SAVE_AT)] for i in range(count)]
+    ours = [statistics.median(size / (s["total_s"] - s["blocked_s"]) for s in group) / 1e6 for group in groups]
+    plain = [size / seconds / 1e6 for seconds in found["plain"]]
+    rate = report.show(
+        "staged to committed, while training",
+        "MB/s",
+        {"one file and fsync, idle": plain, "areal_ray": ours},
+        "one file and fsync, idle",
+    )
+    print(f"\nbytes on disk / bytes of the checkpoint: {on_disk / size:.4f}")
+    print(f"staging memory / the rank's own state: {found['staging'] / found['own']:.4f}")
+    return [
+        blocked,
+        effective,
+        rate,
+        {"on_disk": on_disk, "bytes": size, "staging": found["staging"], "own": found["own"]},
+    ]
