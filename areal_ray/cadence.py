@@ -49,8 +49,8 @@ class Cadence:
         Steps and epochs are remembered as the period they lie in: an extra firing in between, at the end of a run that
         goes on later, leaves no trace in the state.
         """
-        self._last_step = step - step % (self._steps or 1)
-        self._last_epoch = epoch - epoch % (self._epochs or 1)
+        self._last_step = step - step % self._steps if self._steps else 0
+        self._last_epoch = epoch - epoch % self._epochs if self._epochs else 0
         self._last_time = self._clock()
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from areal_ray.storage import Storage
@@ -56,7 +57,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 
     rows = ckpt.listing(_at(arguments.run_dir))
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        _print_json(rows)
         return 0
     print(f"{'name':<20} {'step':>8} {'ranks':>5} {'size':>10}  {'saved':<19}  state")
     for row in rows:
@@ -71,7 +72,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     found = ckpt.inspection(_at(arguments.ckpt))
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        _print_json(found)
         return 0
     for key, value in found["info"].items():
         print(f"{key:<12} {value if not isinstance(value, dict) else json.dumps(value)}")
@@ -104,7 +105,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
     found = ckpt.differences(_at(arguments.a), _at(arguments.b))
     if arguments.json:
-        print(json.dumps([vars(difference) for difference in found], indent=2))
+        _print_json([vars(difference) for difference in found])
     elif not found:
         print("bit-identical")
     else:
@@ -139,3 +140,16 @@ def _repair(arguments: argparse.Namespace) -> int:
     names = rebuild(_at(arguments.run_dir))
     print(json.dumps({"checkpoints": names}) if arguments.json else f"{len(names)} checkpoints: {', '.join(names)}")
     return 0
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Infinities and NaN, for which JSON has no word, as text."""
+    if isinstance(value, dict):
+        return {key: _finite(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_finite(below) for below in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from areal_ray.config_layers import ConfigError, merge_layers, read_layers, source_of
+from areal_ray.config_layers import ConfigError, compose, read_layers, source_of
 from areal_ray.config_rules import check
 
-__all__ = ["Config", "ConfigError", "dump", "load"]
+__all__ = ["Config", "ConfigError", "dump", "load", "redact"]
 
-_SECRET = re.compile(r"(^|_)(secret|secrets|password|passwd|token|tokens|credentials?|api_key|access_key)(_|$)", re.I)
+_SECRET = re.compile(r"(^|_)(secret|password|passwd|token|credential|api_key|access_key|secret_key)s?$", re.I)
+_NO_SECRET = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)_token$", re.I)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Data:
     source: Literal["stdlib", "text"] = "stdlib"  # Python's standard library · files of one's own
     paths: list[str] = field(default_factory=list)  # text: files, directories or globs, one document a file
     tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer
-    held_out: float = 0.05  # share of the documents kept for evaluation, chosen by the hash of their names
+    held_out: float = 0.05  # share of the documents kept for evaluation, chosen by the hash of their content
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: one line that names the file (or "command line"), the key and what would be right.
     """
     layers = read_layers(path, overrides)
-    merged = merge_layers(Config, layers)
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
+    config = compose(Config, layers)
     try:
         check(config)
     except ConfigError as error:
@@ -176,11 +175,15 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
 def dump(config: Config) -> str:
     """The config as YAML that `load` reads back; values of keys that name a secret are replaced by `***`."""
 
-    def redacted(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {k: redacted(v, str(k)) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [redacted(v, key) for v in value]
-        return "***" if value is not None and _SECRET.search(key) else value
+    return OmegaConf.to_yaml(OmegaConf.create(redact(asdict(config))))
 
-    return OmegaConf.to_yaml(OmegaConf.create(redacted(asdict(config))))
+
+def redact(value: Any, key: str = "") -> Any:
+    """A tree of plain values with `***` for whatever stands under a key that names a secret."""
+    if value not in (None, {}, []) and _SECRET.search(key) and not _NO_SECRET.search(key):
+        return "***"
+    if isinstance(value, dict):
+        return {k: redact(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(v) for v in value]
+    return value

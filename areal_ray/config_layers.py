@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+T = TypeVar("T")
 GROUPS = ("model", "data", "cluster")  # folders of conf/ that a `defaults:` list may pick from
 
 
@@ -30,7 +31,7 @@ class ConfigError(ValueError):
         super().__init__(": ".join(part for part in (source, key, message) if part))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.key, self.message, self.source)
+        return type(self), (self.key, self.message, self.source), self.__dict__
 
 
 @dataclass(frozen=True)
@@ -45,37 +46,39 @@ def read_layers(path: str, overrides: Sequence[str]) -> list[Layer]:
     `model=small` among the overrides picks conf/model/small.yaml instead of the experiment's own choice.
     """
     experiment = _read_yaml(Path(path))
-    groups = _default_groups(experiment.values.pop("defaults", []), experiment.source)
+    chosen = _default_groups(experiment.values.pop("defaults", []), experiment.source)
+    groups = {group: (name, experiment.source) for group, name in chosen.items()}
     assignments = []
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key:
             raise ConfigError(text, "an override is written key=value, for example train.steps=200", "command line")
         if key in GROUPS:
-            groups[key] = value
+            groups[key] = value, "command line"
         else:
             assignments.append(text)
     folder = _conf_folder(Path(path))
-    layers = [_group_layer(folder, group, name) for group, name in groups.items()]
+    layers = [_group_layer(folder, group, *choice) for group, choice in groups.items()]
     return [*layers, experiment, Layer("command line", _read_assignments(assignments))]
 
 
-def merge_layers(schema: type, layers: Sequence[Layer]) -> DictConfig:
+def compose(schema: type[T], layers: Sequence[Layer]) -> T:
     """Put the layers on top of the defaults of the dataclass `schema`, checking keys and types one layer at a time."""
     merged = OmegaConf.structured(schema)
     for layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer.values)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:
             raise _explained(error, _culprit(merged, layer.values), layer.source, merged) from None
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(key, "this value must be given", source_of(key, layers))
     try:
-        OmegaConf.resolve(merged)
+        config = OmegaConf.to_object(merged)  # resolves interpolations
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         raise _explained(error, key, source_of(key, layers), merged) from None
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(key, "this value must be given", source_of(key, layers))
-    return merged
+    assert isinstance(config, schema)
+    return config
 
 
 def source_of(key: str, layers: Sequence[Layer]) -> str:
@@ -138,10 +141,10 @@ def _default_groups(defaults: Any, source: str) -> dict[str, str]:
     return groups
 
 
-def _group_layer(folder: Path, group: str, name: str) -> Layer:
+def _group_layer(folder: Path, group: str, name: str, source: str) -> Layer:
     path = folder / group / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(group, f"there is no {path}{_suggest(name, _stems(path.parent))}", "command line")
+        raise ConfigError(group, f"there is no {path}{_suggest(name, _stems(path.parent))}", source)
     layer = _read_yaml(path)
     if "defaults" in layer.values:
         raise ConfigError("defaults", "only an experiment may have a defaults list", layer.source)
@@ -169,27 +172,31 @@ def _culprit(merged: DictConfig, values: DictConfig) -> str:
         for key, part in parts or [(str(section), {section: value})]:
             try:
                 OmegaConf.merge(merged, part)
-            except OmegaConfBaseException:
+            except (OmegaConfBaseException, TypeError):
                 return key
     return ""
 
 
-def _explained(error: OmegaConfBaseException, culprit: str, source: str, merged: DictConfig) -> ConfigError:
-    message = _one_line(error.msg or str(error) or "does not fit the schema")
-    key = error.full_key or ""
-    if not key.startswith(culprit):  # inside of lists OmegaConf's keys are relative to the element
-        message = message if not key else f"{key}: {message}"
-        key = culprit
-    parent, _, name = key.rpartition(".")
-    if (
-        isinstance(OmegaConf.select(merged, key, throw_on_resolution_failure=False) if key else None, DictConfig)
-        and "Merge error" in message
-    ):
+def _explained(error: Exception, culprit: str, source: str, merged: DictConfig) -> ConfigError:
+    key = getattr(error, "full_key", None) or ""
+    message = _one_line(getattr(error, "msg", None) or str(error) or "does not fit the schema")
+    if isinstance(error, TypeError):
+        return ConfigError(culprit, "is a list, which is given as a whole: key='[first, second]'", source)
+    key = key or culprit
+    if not (
+        key.startswith(culprit) or culprit.startswith(f"{key}.")
+    ):  # inside of lists OmegaConf's keys are relative to the element
+        return ConfigError(culprit, f"{key}: {message}", source)
+    node: Any = merged
+    for i, name in enumerate(key.split(".")):
+        if not isinstance(node, DictConfig):
+            break
+        if name not in node.keys():  # noqa: SIM118  (`in` resolves, and finds no typed key of None)
+            known = [str(k) for k in node]
+            return ConfigError(".".join(key.split(".")[: i + 1]), f"no such key{_suggest(name, known)}", source)
+        node = OmegaConf.select(node, name, throw_on_resolution_failure=False)
+    if isinstance(node, DictConfig) and "Merge error" in message:
         message = "is a section of several keys, not one value"
-    if "not in" in message or "Did you mean" in message:
-        node = OmegaConf.select(merged, parent, throw_on_resolution_failure=False) if parent else merged
-        known = [str(k) for k in node] if isinstance(node, DictConfig) else []
-        message = f"no such key{_suggest(name, known)}"
     return ConfigError(key, message, source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -9,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from areal_ray import data, failures, models, snapshot, worker
 from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import cluster, resources
-from areal_ray.config import Config, ConfigError, dump
+from areal_ray.config import Config, ConfigError, dump, redact
 from areal_ray.console import Console
 from areal_ray.goodput import goodput
 from areal_ray.rundir import RunDir
@@ -137,9 +139,19 @@ def _record(config: Config, overrides: Sequence[str]) -> str:
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     head = [
         f"# git revision: {git.stdout.strip() or 'unknown'}",
-        *(f"# override: {override}" for override in overrides),
+        *(f"# override: {text}" for text in _redacted(overrides)),
     ]
     return "\n".join(head) + "\n" + dump(config)
+
+
+def _redacted(overrides: Sequence[str]) -> list[str]:
+    shown = []
+    for override in overrides:
+        key, _, text = override.partition("=")
+        value = yaml.safe_load(text)
+        safe = redact(value, key.rpartition(".")[2])
+        shown.append(override if safe == value else f"{key}={json.dumps(safe)}")
+    return shown
 
 
 def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import ray
 from ray.train import TrainingFailedError, UserCallback
 
 from areal_ray.console import say
+from areal_ray.ranks import RankError
 from areal_ray.rundir import RunDir
 from areal_ray.storage import storage_at
 
 # What the ranks that did nothing wrong report when another one is gone.
 _COLLATERAL = re.compile(
     r"Connection (reset|closed|refused)|Broken pipe|ncclRemoteError|ncclSystemError|Timed out waiting|timed out after"
-    r"|Socket Timeout|failed to connect|Application timeout caused pair closure|RankError|BarrierResetError"
+    r"|Socket Timeout|failed to connect|Application timeout caused pair closure|BarrierResetError"
 )
 _LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3\.\d+/|<frozen ")
 
@@ -42,10 +43,11 @@ class Cause:
 def root_cause(errors: dict[int, Exception]) -> Cause:
     """Choose among the exceptions of several ranks, by rank, the one to show."""
 
-    def order(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
+    def order(item: tuple[int, Exception]) -> tuple[bool, bool, bool, int]:
         rank, error = item
         # An exception of one's own code explains most, then a dead process, then what the survivors saw of either.
-        return bool(_COLLATERAL.search(f"{type(error).__name__} {error}")), not hasattr(error, "__notes__"), rank
+        collateral = bool(_COLLATERAL.search(f"{type(error).__name__} {error}"))
+        return collateral, isinstance(error, RankError), not hasattr(error, "__notes__"), rank
 
     rank, error = min(errors.items(), key=order)
     return _describe(rank, error)
@@ -53,15 +55,21 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
 
 def _describe(rank: int | None, error: BaseException) -> Cause:
     kind = type(error).__name__
+    if isinstance(error, RankError):  # every rank has it; it says whose it is
+        rank, text, _ = error.failures[0]
+        kind, _, message = text.partition(": ")
+        return Cause(rank, kind, message, _where(error))
     if kind in ("RayActorError", "ActorDiedError", "WorkerHealthCheckFailedError"):
         return Cause(rank, "the worker process died", _why_died(str(error)))
-    text = "".join(getattr(error, "__notes__", [])) or "".join(
-        traceback.format_exception(error)
-    )  # the note: see worker.py
+    return Cause(rank, kind, " ".join(str(error).split()), _where(error))
+
+
+def _where(error: BaseException) -> str:
+    # The note is the traceback, see worker.py.
+    text = "".join(getattr(error, "__notes__", [])) or "".join(traceback.format_exception(error))
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
     own = [frame for frame in frames if not _LIBRARY.search(frame[0])] or frames
-    where = f"{own[-1][0]}:{own[-1][1]} in {own[-1][2]}" if own else ""
-    return Cause(rank, kind, " ".join(str(error).split()), where)
+    return f"{own[-1][0]}:{own[-1][1]} in {own[-1][2]}" if own else ""
 
 
 def _why_died(text: str) -> str:

@@ -19,12 +19,10 @@ class RankError(RuntimeError):
 
     def __init__(self, failures: list[tuple[int, str, list[str]]]) -> None:
         self.failures = failures
-        super().__init__(
-            "; ".join(text if len(failures) == 1 else f"rank {rank}: {text}" for rank, text, _ in failures)
-        )
+        super().__init__("; ".join(f"rank {rank}: {text}" for rank, text, _ in failures))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.failures,)
+        return type(self), (self.failures,), self.__dict__
 
     def only(self, kind: type[Exception]) -> bool:
         """Whether nothing but exceptions of this kind happened."""

@@ -70,7 +70,15 @@ class RunDir:
         return max([event["attempt"] for event in self.events("attempt")] + [last_saved]) + 1
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
-        self.storage.append(name, _line(values))
+        # A line that a full disk or a power cut tore stays unreadable, but alone.
+        self.storage.append(name, (b"\n" if self._is_torn(name) else b"") + _line(values))
+
+    def _is_torn(self, name: str) -> bool:
+        if not self.storage.size(name):
+            return False
+        with self.storage.open(name) as file:
+            file.seek(-1, 2)
+            return file.read(1) != b"\n"
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         if self.storage.size(name) is None:

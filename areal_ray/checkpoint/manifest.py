@@ -63,6 +63,8 @@ def read_manifest(directory: Storage) -> Manifest:
             raise CheckpointDamaged(f"{MANIFEST}: the checksum does not match")
         if body["format"] != 1:
             raise CheckpointDamaged(f"{MANIFEST}: format {body['format']} is not known to this version")
+        if foreign := [name for name in body["files"] if "/" in name or name in ("", ".", "..")]:
+            raise CheckpointDamaged(f"{MANIFEST}: {foreign[0]!r} is no name of a file in the checkpoint")
         return Manifest(body["info"], {name: FileRecord(**record) for name, record in body["files"].items()})
     except FileNotFoundError:
         raise CheckpointDamaged(f"{MANIFEST}: missing, so the save was never finished") from None

@@ -6,6 +6,7 @@ import io
 import pickle
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from areal_ray.checkpoint.manifest import METADATA, CheckpointDamaged
@@ -32,8 +33,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        if module == "torch" and name.startswith(("float", "bfloat", "int", "uint", "bool", "complex")):
-            return super().find_class(module, name)
+        if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
+            return torch.__dict__[name]
         raise CheckpointDamaged(f"{METADATA}: refused, it wants to load {module}.{name}")
 
 

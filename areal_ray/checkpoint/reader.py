@@ -69,6 +69,8 @@ def _read_tensors(
         where = metadata.storage_data[item.storage_index]
         by_file.setdefault(where.relative_path, []).append((where.offset, item))
     for name, requests in by_file.items():
+        if name not in manifest.files:
+            raise CheckpointDamaged(f"{name}: not in the manifest")
         try:
             file = directory.open(name)
         except FileNotFoundError:

@@ -112,7 +112,18 @@ def to_json(values: Mapping[str, Any]) -> bytes:
         TypeError: if they would not come back the same (tuples, integer keys, objects): a state that quietly changes
             its type is found when it is saved, not when a run is lost.
     """
-    text = json.dumps(values, indent=2, sort_keys=True)
-    if json.loads(text) != values:
-        raise TypeError(f"state that JSON does not keep as it is: {values}")
-    return text.encode()
+    _check_plain(values, "state")
+    return json.dumps(values, indent=2, sort_keys=True).encode()
+
+
+def _check_plain(value: Any, path: str) -> None:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{path}: the key {key!r} is no string, and JSON would make it one")
+            _check_plain(below, f"{path}.{key}")
+    elif isinstance(value, list):
+        for i, below in enumerate(value):
+            _check_plain(below, f"{path}[{i}]")
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise TypeError(f"{path}: JSON does not keep a {type(value).__name__} as it is")

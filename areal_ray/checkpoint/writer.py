@@ -217,7 +217,7 @@ def _commit(
     files[STATE] = write_small(directory, STATE, text)
     files[METADATA] = write_small(directory, METADATA, pickle.dumps(metadata))
     manifest = Manifest(dict(info), files)
-    write_small(directory, MANIFEST, manifest.encode())
+    directory.replace(MANIFEST, manifest.encode())  # in one piece: a torn one is damage, not a save that was cut off
     return manifest
 
 

@@ -43,21 +43,21 @@ def load_splits(
 ) -> tuple[PackedTokens, PackedTokens]:
     """Read everything once: (train, held-out), split by document.
 
-    A document's side follows from its name alone, so it never changes sides when others come or go.
+    A document's side follows from its content alone: it never changes sides when others come or go, and copies of it
+    are on the same side.
 
     Raises:
         ConfigError: if there are too few documents or tokens for one global batch of each.
     """
-    train: list[tuple[str, bytes]] = []
-    held_out: list[tuple[str, bytes]] = []
-    for name, content in documents(config):
-        share = zlib.crc32(name.encode()) / 2**32
-        (held_out if share < config.held_out else train).append((name, content))
+    train: list[bytes] = []
+    held_out: list[bytes] = []
+    for _, content in documents(config):
+        (held_out if zlib.crc32(content) / 2**32 < config.held_out else train).append(content)
     if not held_out and len(train) > 1:  # few documents: keep one back all the same
-        held_out.append(train.pop(min(range(len(train)), key=lambda i: zlib.crc32(train[i][0].encode()))))
+        held_out.append(train.pop(min(range(len(train)), key=lambda i: zlib.crc32(train[i]))))
     splits = []
     for side, chosen in (("train on", train), ("hold out", held_out)):
-        tokens = np.concatenate([tokenizer.encode(content) for _, content in chosen] or [np.zeros(0, np.uint32)])
+        tokens = np.concatenate([tokenizer.encode(content) for content in chosen] or [np.zeros(0, np.uint32)])
         split = PackedTokens(tokens, seq_len)
         if len(split) < global_batch_size:
             key = "data.paths" if config.source == "text" else "data.source"

@@ -29,7 +29,7 @@ def check_model(config: Model, vocab_size: int) -> None:
         ConfigError: if not.
     """
     if config.factory:
-        _find_factory(config.factory)
+        build_model(config)
         return
     rows = getattr(_transformers_config(config), "vocab_size", vocab_size)
     if rows < vocab_size:
@@ -39,14 +39,17 @@ def check_model(config: Model, vocab_size: int) -> None:
 def _transformers_config(config: Model) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values = dict(config.config)
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ConfigError("model.config.model_type", f"transformers has no {model_type!r}")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError("model.config.model_type", f"transformers has no causal language model {model_type!r}")
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  (each architecture refuses values in its own way)
         raise ConfigError("model.config", " ".join(str(error).split())) from None
 
 
@@ -74,7 +77,11 @@ def _find_factory(name: str) -> Any:
 
 def _from_factory(config: Model) -> nn.Module:
     assert config.factory
-    model = _find_factory(config.factory)(**config.args)
+    factory = _find_factory(config.factory)
+    try:
+        model = factory(**config.args)
+    except Exception as error:
+        raise ConfigError("model.factory", f"{config.factory} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError("model.factory", f"{config.factory} returned {type(model).__name__}, not a torch.nn.Module")
     return model

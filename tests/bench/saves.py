@@ -1,7 +1,7 @@
 """What a save costs: the same job, in the same processes, saving in different ways, interleaved.
 
-Arms: `none` never saves; `tutorial` saves the way of Ray's own FSDP2 tutorial (dcp.save into a temporary directory, then
-a synchronous report, which copies); `tutorial-async` the same with Ray's asynchronous upload; `areal_ray` this project.
+Arms: `none` never saves; `tutorial` saves in the way of Ray's own FSDP2 tutorial (dcp.save into a temporary directory,
+then a synchronous report, which copies); `tutorial-async` the same with Ray's asynchronous upload; `areal_ray` is ours.
 """
 
 import os
