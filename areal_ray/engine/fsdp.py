@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from areal_ray import models
@@ -92,12 +93,15 @@ class FSDPEngine:
             weight = loss_weight_fn(micro).to(self.device)
             sums += torch.stack([loss_fn(self._logits(micro), micro).double() * weight, weight.double()])
         dist.all_reduce(sums)
+        self._reshard()
         return {"loss": sums[0] / sums[1], "weight": sums[1]}
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
         self.model.eval()
-        return torch.cat([self._logits(micro) for micro in self._split(batch)])
+        logits = torch.cat([self._logits(micro) for micro in self._split(batch)])
+        self._reshard()
+        return logits
 
     def save(self, meta: SaveLoadMeta) -> None:
         """Save to a directory that all ranks see.
@@ -110,9 +114,10 @@ class FSDPEngine:
             state = self.state if meta.with_optim else DCPState(self.model)
             save(directory, {"engine": state}, self.describe(), self._ranks)
             return
-        hf.save_weights(directory.location, DCPState(self.model).state_dict()["model"])
-        if self._ranks.rank == 0 and hasattr(self.model, "config"):
-            self.model.config.save_pretrained(directory.location)  # type: ignore[operator, union-attr]
+        self._ranks.on_first(lambda: hf.prepare(directory.location))
+        self._ranks.together(lambda: hf.save_weights(directory.location, DCPState(self.model).state_dict()["model"]))
+        if hasattr(self.model, "config"):
+            self._ranks.on_first(lambda: self.model.config.save_pretrained(directory.location))  # type: ignore[operator, union-attr]
         if meta.with_optim:
             save(directory.sub("optim"), {"engine": self._optim_state()}, self.describe(), self._ranks)
 
@@ -128,7 +133,9 @@ class FSDPEngine:
             state = self.state if meta.with_optim else DCPState(self.model)
             load(directory, {"engine": state}, self._ranks)
             return
-        hf.load_weights(directory.location, DCPState(self.model).state_dict()["model"])
+        weights = DCPState(self.model).state_dict()["model"]
+        hf.check_fit(meta.path, weights, self._ranks.together(lambda: hf.shapes(directory.location))[0])
+        self._ranks.together(lambda: hf.load_weights(directory.location, weights))
         if meta.with_optim:
             load(directory.sub("optim"), {"engine": self._optim_state()}, self._ranks)
 
@@ -149,6 +156,12 @@ class FSDPEngine:
     def _logits(self, batch: Batch) -> torch.Tensor:
         output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return output if isinstance(output, torch.Tensor) else output.logits
+
+    def _reshard(self) -> None:
+        """Without a backward pass FSDP may leave parameters gathered, and a save would find these in their place."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _clip(self) -> torch.Tensor:
         limit = self._config.optim.clip_grad_norm
