@@ -148,9 +148,16 @@ def _redacted(overrides: Sequence[str]) -> list[str]:
     shown = []
     for override in overrides:
         key, _, text = override.partition("=")
-        value = yaml.safe_load(text)
-        safe = redact(value, key.rpartition(".")[2])
-        shown.append(override if safe == value else f"{key}={json.dumps(safe)}")
+        tree = yaml.safe_load(text)
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        safe = redact(tree)
+        if safe == tree:
+            shown.append(override)
+            continue
+        for part in key.split("."):
+            safe = safe[part] if isinstance(safe, dict) else safe
+        shown.append(f"{key}={json.dumps(safe)}")
     return shown
 
 
