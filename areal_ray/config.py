@@ -180,7 +180,8 @@ def dump(config: Config) -> str:
 
 def redact(value: Any, key: str = "") -> Any:
     """A tree of plain values with `***` for whatever stands under a key that names a secret."""
-    if isinstance(value, str | dict | list) and value and _SECRET.search(key) and not _NO_SECRET.search(key):
+    counted = isinstance(value, int | float) and key.lower().endswith(("token", "tokens"))  # a number of tokens
+    if value not in (None, "", {}, []) and _SECRET.search(key) and not _NO_SECRET.search(key) and not counted:
         return "***"
     if isinstance(value, dict):
         return {k: redact(v, str(k)) for k, v in value.items()}

@@ -146,8 +146,10 @@ class RecoverHandler:
             RankError: if that save failed: a run ends with a checkpoint or does not end well.
         """
         self._policy = replace(self._policy, max_failed_saves=1)
-        self.settle()
-        self._writer.close()
+        try:
+            self.settle()
+        finally:
+            self._writer.close()
 
     def load(self) -> str | None:
         """Restore the newest good checkpoint. A collective.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future
 
 from ray.train import Checkpoint, get_context, report
 from ray.train import CheckpointUploadMode as Upload
 from ray.train.v2._internal.execution import context as ray_context
 
+from areal_ray.checkpoint import Manifest
 from areal_ray.faults import Faults
 from areal_ray.recover import Dump
 
@@ -29,20 +31,17 @@ class RaySession:
         self._faults.before_step(step)
 
     def saving(self, dump: Dump, metrics: dict[str, float]) -> None:
-        """Have a checkpoint registered once it is committed. It lies where it stays; Ray copies nothing."""
-        checkpoint = Checkpoint(
-            self._storage.build_checkpoint_path_from_name(dump.name), self._storage.storage_filesystem
-        )
+        """Have a checkpoint registered once it is committed. It lies where it stays; Ray copies nothing.
 
-        def committed(_: Checkpoint, __: str) -> Checkpoint | None:
-            # Runs in Ray's upload thread. A failed save is no checkpoint, and not the end of training: Ray hears of
-            # metrics only, and the recover handler, which every rank asks, decides what follows.
-            return checkpoint if dump.manifest.exception() is None else None
+        The report, a barrier of all ranks on an actor, is made by the thread that learns of the commit, and for a save
+        that failed there is none: Ray's own asynchronous report would take a failed upload for the end of training.
+        """
+        path = self._storage.build_checkpoint_path_from_name(dump.name)
+        values = {"step": dump.step, **metrics}
 
-        report(
-            {"step": dump.step, **metrics},
-            checkpoint=checkpoint,
-            checkpoint_upload_mode=Upload.ASYNC,
-            checkpoint_upload_fn=committed,
-            delete_local_checkpoint_after_upload=False,  # the default deletes what was just written
-        )
+        def register(manifest: Future[Manifest]) -> None:
+            if manifest.exception() is None:
+                checkpoint = Checkpoint(path, self._storage.storage_filesystem)
+                report(values, checkpoint=checkpoint, checkpoint_upload_mode=Upload.NO_UPLOAD)
+
+        dump.manifest.add_done_callback(register)

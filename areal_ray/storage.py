@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, Protocol
 
 
@@ -115,11 +115,16 @@ class LocalStorage:
     def replace(self, name: str, data: bytes) -> None:
         path = self._inside(name)
         temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
         _sync_directory(os.path.dirname(path))
 
     def append(self, name: str, data: bytes) -> None:

@@ -47,7 +47,7 @@ class Catalog:
         An attempt goes on from what it restored, so what it saved is newer than anything that an earlier one left,
         whatever the step.
         """
-        matches = [(name, _NAME.fullmatch(name)) for name in self._run.names()]
+        matches = [(name, _NAME.fullmatch(name)) for name in self._run.names() if self._run.size(name) is None]
         return sorted(((int(m[2]), int(m[1]), name) for name, m in matches if m), reverse=True)
 
     def last_attempt(self) -> int:

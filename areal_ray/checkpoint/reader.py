@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -94,8 +95,12 @@ def _read_chunk(file: BinaryIO, name: str, offset: int, length: int, digest: str
         raise CheckpointDamaged(f"{name}: ends after {offset + len(data)} bytes, should have {offset + length}")
     if xxhash.xxh3_64_hexdigest(data) != digest:
         raise CheckpointDamaged(f"{name}: the checksum of the bytes at {offset} does not match")
-    tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    assert isinstance(tensor, torch.Tensor)
+    try:
+        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # written so, or the checksum would not match
+        raise CheckpointDamaged(f"{name}: the bytes at {offset} are no tensor ({type(error).__name__})") from None
+    if not isinstance(tensor, torch.Tensor):
+        raise CheckpointDamaged(f"{name}: the bytes at {offset} are a {type(tensor).__name__}, not a tensor")
     return tensor
 
 
@@ -139,6 +144,8 @@ def _check_keys(tensors: Mapping[str, torch.Tensor], metadata: Metadata, locatio
         size = tuple(entry.size)  # type: ignore[union-attr]
         if size != tuple(tensor.shape):
             problems.append(f"{name} is {size} in it and {tuple(tensor.shape)} here")
+        elif entry.properties.dtype != tensor.dtype:  # type: ignore[union-attr]
+            problems.append(f"{name} is {entry.properties.dtype} in it and {tensor.dtype} here")  # type: ignore[union-attr]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"checkpoint {location} does not fit this model: {'; '.join(problems[:8])}{more}")

@@ -60,8 +60,9 @@ class GlobalBatches:
 
     def __next__(self) -> Batch:
         """input_ids and attention_mask, each (global_batch_size / world_size, seq_len)."""
-        mine = self.ids(self.next_sample)[self._rank :: self._world_size]
-        self.next_sample += self._batch_size
+        after = self.next_sample + self._batch_size
+        mine = [int(self._order[n]) for n in range(self.next_sample + self._rank, after, self._world_size)]
+        self.next_sample = after
         input_ids = torch.from_numpy(self._sequences[np.asarray(mine)])
         if self._device.type == "cuda":
             input_ids = input_ids.pin_memory().to(self._device, non_blocking=True)

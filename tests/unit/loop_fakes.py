@@ -1,0 +1,69 @@
+"""What the loop is given in its tests instead of an engine, checkpoints and Ray."""
+
+import json
+from concurrent.futures import Future
+
+import torch
+
+from areal_ray.recover import Dump
+
+
+class Crash(Exception):
+    pass
+
+
+class Engine:
+    """A model of one number, which depends on every batch so far and their order."""
+
+    def __init__(self):
+        self.weight, self.evaluated = 0.5, 0
+
+    def train_batch(self, batch, loss_fn, loss_weight_fn):
+        self.weight = (self.weight * 31 + float(batch["input_ids"].sum())) % 97
+        return {"loss": torch.tensor(self.weight), "grad_norm": torch.tensor(2 * self.weight), "lr": 0.1}
+
+    def eval_batch(self, batch, loss_fn, loss_weight_fn):
+        self.evaluated += 1
+        weight = float(batch["input_ids"].sum())
+        return {"loss": torch.tensor(self.weight + weight, dtype=torch.float64), "weight": torch.tensor(weight)}
+
+    def state_dict(self):
+        return {"weight": self.weight}
+
+    def load_state_dict(self, state):
+        self.weight = state["weight"]
+
+
+class Recover:
+    """Dumps states as JSON to `kept`, with the metrics that stand in the run directory at that moment."""
+
+    def __init__(self, state, run, kept):
+        self.state, self.run, self.kept = state, run, kept
+        self.steps, self.musts, self.lines, self.finished = [], [], [], 0
+
+    def dump(self, step, metrics, must=False):
+        self.kept[step] = json.dumps({name: part.state_dict() for name, part in self.state.items()}, sort_keys=True)
+        self.steps.append(step)
+        self.musts.append(must)
+        self.lines.append([line["step"] for line in self.run.metrics()])
+        manifest = Future()
+        manifest.set_result(None)
+        return Dump(f"step-{step}", step, manifest)
+
+    def finish(self):
+        self.finished += 1
+
+
+class Run:
+    """A RunContext that keeps what it is told, and dies before a step."""
+
+    def __init__(self, dies_at):
+        self.began, self.saves, self.dies_at = [], [], dies_at
+
+    def before_step(self, step):
+        if step == self.dies_at:
+            raise Crash
+        self.began.append(step)
+
+    def saving(self, dump, metrics):
+        self.saves.append((dump.step, dict(metrics)))

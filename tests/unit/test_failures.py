@@ -1,0 +1,169 @@
+"""What is shown of a failed run: the failure that the others follow from, and where in the user's code it was."""
+
+import json
+import pickle
+import traceback
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, WorkerGroupError
+
+from areal_ray.failures import Cause, Reporter, cause_of, root_cause, show
+from areal_ray.ranks import RankError
+from areal_ray.rundir import RunDir
+from areal_ray.storage import LocalStorage
+
+pytestmark = pytest.mark.unit
+
+RESET = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4411"
+
+
+def raising(error):
+    raise error  # here
+
+
+def from_worker(error):
+    """The exception as the controller gets it: with the note that worker.main adds, without its traceback."""
+    try:
+        raising(error)
+    except type(error) as caught:
+        caught.add_note(traceback.format_exc())
+        return pickle.loads(pickle.dumps(caught))  # noqa: S301
+
+
+def line_of(text):
+    return 1 + Path(__file__).read_text().splitlines().index(text)
+
+
+@pytest.mark.parametrize(
+    "collateral",
+    [
+        RuntimeError(RESET),
+        RuntimeError("Connection reset by peer"),
+        RuntimeError("[1] Application timeout caused pair closure"),
+        RankError([(2, "RuntimeError: of a neighbour", ["RuntimeError"])]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_user_s_exception_is_chosen_whatever_its_rank(collateral, rank):
+    errors = {other: from_worker(collateral) for other in (0, 1, 2)}
+    errors[rank] = from_worker(KeyError("no such column"))
+    cause = root_cause(errors)
+    assert (cause.rank, cause.kind, cause.message) == (rank, "KeyError", "'no such column'")
+
+
+def test_the_user_s_exception_is_chosen_over_a_died_actor():
+    cause = root_cause({0: ActorDiedError(), 1: from_worker(ValueError("mine")), 2: from_worker(RuntimeError(RESET))})
+    assert (cause.rank, cause.kind) == (1, "ValueError")
+
+
+def test_a_died_actor_is_chosen_over_what_the_survivors_saw():
+    cause = root_cause({0: from_worker(RuntimeError(RESET)), 1: ActorDiedError(), 2: from_worker(RuntimeError(RESET))})
+    assert cause == Cause(1, "the worker process died", "killed or crashed; nothing was left to say why")
+
+
+def test_of_several_like_causes_the_lowest_rank_is_chosen():
+    cause = root_cause({rank: from_worker(ValueError(f"on {rank}")) for rank in (2, 1, 3)})
+    assert (cause.rank, cause.message) == (1, "on 1")
+
+
+def test_of_work_that_failed_together_the_rank_that_failed_is_chosen():
+    failure = (2, "OSError: No space left on device", ["OSError", "Exception"])
+    cause = root_cause({rank: from_worker(RankError([failure])) for rank in range(4)})
+    assert cause.rank == 2
+    assert "No space left on device" in cause.message
+
+
+def test_if_there_is_nothing_else_what_a_survivor_saw_is_shown():
+    cause = root_cause({1: from_worker(RuntimeError(RESET))})
+    assert (cause.rank, cause.kind, cause.message) == (1, "RuntimeError", RESET)
+
+
+def test_where_is_the_line_of_the_user_s_code():
+    cause = root_cause({0: from_worker(ValueError("mine"))})
+    assert cause.where == f"{__file__}:{line_of('    raise error  # here')} in raising"
+
+
+def test_where_is_the_user_s_line_also_if_a_library_raised():
+    text = "{"
+    try:
+        json.loads(text)  # called
+    except ValueError as error:
+        error.add_note(traceback.format_exc())
+        cause = root_cause({0: error})
+    line = line_of("        json.loads(text)  # called")
+    assert cause.where == f"{__file__}:{line} in test_where_is_the_user_s_line_also_if_a_library_raised"
+
+
+def test_a_message_of_many_lines_is_told_in_one():
+    assert root_cause({0: from_worker(ValueError("one\n  two\n\nthree"))}).message == "one two three"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Worker exit type: SYSTEM_ERROR Worker exit detail: ...", "Worker exit type: SYSTEM_ERROR"),
+        ("the process had exit code 17.", "exit code 17"),
+        ("Task was killed due to the node running low: OOM killed", "killed for lack of memory"),
+        ("ran Out Of Memory", "killed for lack of memory"),
+    ],
+)
+def test_of_a_died_process_it_is_told_how(text, message):
+    class ActorDied(Exception):
+        pass
+
+    ActorDied.__name__ = "ActorDiedError"
+    assert root_cause({3: ActorDied(text)}) == Cause(3, "the worker process died", message)
+
+
+def test_the_cause_of_a_run_that_was_given_up_is_that_of_its_workers():
+    cause = cause_of(
+        WorkerGroupError("long", {0: from_worker(RuntimeError(RESET)), 1: from_worker(ValueError("mine"))})
+    )
+    assert (cause.rank, cause.kind, cause.message) == (1, "ValueError", "mine")
+
+
+def test_the_cause_of_a_failed_controller_has_no_rank():
+    cause = cause_of(ControllerError(ValueError("no room")))
+    assert (cause.rank, cause.kind, cause.message) == (None, "ValueError", "no room")
+
+
+@pytest.fixture
+def run(tmp_path):
+    storage = LocalStorage(tmp_path / "mine")
+    storage.make()
+    return RunDir(storage)
+
+
+def test_a_failure_is_written_down_when_it_is_noticed(run, tmp_path):
+    errors = {1: from_worker(ValueError("mine")), 0: from_worker(RuntimeError(RESET))}
+    Reporter(str(tmp_path), "mine").after_exception(None, errors)
+    (event,) = run.events("failure")
+    assert {key: event[key] for key in ("rank", "cause", "error", "ranks")} == {
+        "rank": 1,
+        "cause": "ValueError",
+        "error": "mine",
+        "ranks": [0, 1],
+    }
+
+
+def test_the_panel_tells_cause_place_node_and_ledger_on_lines_to_copy(run, capsys):
+    run.event("attempt", attempt=1, nodes=["node-a", "node-b"])
+    show(Cause(1, "ValueError", "mine", "/home/me/model.py:7 in forward"), run)
+    out, err = capsys.readouterr()
+    assert out == ""
+    rows = dict(line.split(maxsplit=1) for line in err.splitlines()[1:-1])
+    assert rows["cause"] == "ValueError: mine"
+    assert rows["at"] == "/home/me/model.py:7 in forward"
+    assert rows["worker"] == "rank 1 on node node-b"
+    assert rows["ledger"] == f"{run.storage.location}/events.jsonl"
+
+
+def test_the_panel_does_without_what_is_not_known(run, capsys):
+    show(Cause(None, "ControllerError", "no room"), run)
+    err = capsys.readouterr().err
+    assert "ControllerError: no room" in err
+    assert "\nat " not in err
+    assert "\nworker" not in err

@@ -1,0 +1,173 @@
+"""The loop: what is due when, and that a run which stopped or died goes on as if it had not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from areal_ray.cadence import Cadence
+from areal_ray.data import GlobalBatches, PackedTokens
+from areal_ray.evaluation import Evaluator
+from areal_ray.loop import Job, Progress, train
+from areal_ray.rundir import RunDir
+from areal_ray.storage import LocalStorage
+from areal_ray.tracking import Tracker
+
+from .loop_fakes import Crash, Engine, Recover, Run
+
+pytestmark = pytest.mark.unit
+
+TOTAL = 22
+SEQUENCES = PackedTokens(np.repeat(np.arange(300, dtype=np.uint16), 2), 2)
+TIMES = {"step_time_s", "tokens_per_s"}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start (or go on with) a run as the worker does; its Job, after training."""
+    kept = {}
+
+    def start(last_step=TOTAL, dies_at=None, evaluate=5, name="run"):
+        storage = LocalStorage(tmp_path / name)
+        storage.ensure()
+        run, engine, states = RunDir(storage), Engine(), kept.setdefault(name, {})
+        cursor, progress = GlobalBatches(SEQUENCES, 0, 4, 0, 1), Progress()
+        evaluator = Evaluator(engine, lambda: GlobalBatches(SEQUENCES, 1, 4, 0, 1), 2, None, None)
+        tracker = Tracker(Cadence(4), run, lambda text: None, TOTAL, 8)
+        every = {"evaluate": Cadence(evaluate), "save": Cadence(7)}
+        state = {"engine": engine, "data": cursor, "progress": progress, "tracker": tracker, **every}
+        if states:
+            for part, values in json.loads(states[max(states)]).items():
+                state[part].load_state_dict(values)
+        run.rewind_metrics(progress.step if states else -1)
+        job = Job(
+            engine=engine,
+            batches=cursor,
+            loss_fn=None,
+            loss_weight_fn=None,
+            progress=progress,
+            tracker=tracker,
+            evaluator=evaluator if evaluate else None,
+            recover=Recover(state, run, states),
+            run=Run(dies_at),
+            last_step=last_step,
+            total_steps=TOTAL,
+            **every,
+        )
+        if dies_at is None:
+            train(job)
+        else:
+            with pytest.raises(Crash):
+                train(job)
+        return job
+
+    start.kept = kept
+    return start
+
+
+def lines(job):
+    """The metrics lines but for what the clock says."""
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in job.recover.run.metrics()]
+
+
+def test_it_logs_evaluates_and_saves_when_it_is_due_and_at_the_end(start):
+    job = start()
+    assert job.run.began == list(range(1, TOTAL + 1))
+    assert job.recover.steps == [7, 14, 21, 22]
+    assert [line["step"] for line in lines(job) if "loss" in line] == [4, 8, 12, 16, 20, 22]
+    assert [line["step"] for line in lines(job) if "held_out_loss" in line] == [0, 5, 10, 15, 20, 22]
+    assert [line["step"] for line in lines(job)] == [0, 4, 5, 8, 10, 12, 15, 16, 20, 22]
+    assert job.recover.finished == 1
+
+
+def test_a_line_tells_the_means_of_its_window(start):
+    job = start()
+    engine, batches, losses = Engine(), GlobalBatches(SEQUENCES, 0, 4, 0, 1), []
+    for _ in range(8):
+        losses.append(float(engine.train_batch(next(batches), None, None)["loss"]))
+    line = next(line for line in job.recover.run.metrics() if line["step"] == 8)
+    assert line["loss"] == pytest.approx(sum(losses[4:]) / 4)
+    assert line["grad_norm"] == pytest.approx(sum(losses[4:]) / 2)
+    assert (line["lr"], line["epoch"]) == (0.1, 0)
+    assert set(line) == {"step", "loss", "grad_norm", "lr", "epoch"} | TIMES
+    assert line["tokens_per_s"] > 0
+
+
+def test_the_end_must_be_saved_and_the_others_need_not(start):
+    assert start().recover.musts == [False, False, False, True]
+
+
+def test_a_line_is_written_before_the_checkpoint_that_has_it_behind_it(start):
+    assert [before[-1] for before in start().recover.lines] == [5, 12, 20, 22]
+
+
+def test_the_job_around_hears_of_saves_with_their_loss(start):
+    job = start()
+    assert [step for step, _ in job.run.saves] == [7, 14, 21, 22]
+    assert job.run.saves[-1][1]["loss"] == pytest.approx(job.engine.weight)
+
+
+def test_progress_knows_steps_and_samples(start):
+    job = start()
+    assert (job.progress.step, job.progress.samples) == (TOTAL, 4 * TOTAL)
+    assert job.batches.next_sample == 4 * TOTAL
+
+
+def test_an_early_stop_is_saved_and_neither_evaluated_nor_logged(start):
+    job = start(last_step=13)
+    assert job.recover.steps == [7, 13]
+    assert [line["step"] for line in lines(job)] == [0, 4, 5, 8, 10, 12]
+    assert job.recover.musts == [False, True]
+
+
+def test_without_an_evaluator_nothing_is_evaluated(start):
+    job = start(evaluate=None)
+    assert job.engine.evaluated == 0
+    assert [line["step"] for line in lines(job)] == [4, 8, 12, 16, 20, 22]
+
+
+@pytest.mark.parametrize("stop", range(1, TOTAL))
+def test_stopping_and_going_on_is_the_run_that_did_not_stop(start, stop):
+    whole = start(name="whole")
+    start(last_step=stop)
+    job = start()
+    assert lines(job) == lines(whole)
+    assert job.run.began == list(range(stop + 1, TOTAL + 1))
+    for step in (7, 14, 21, 22):  # no trace of the stop in any later checkpoint either
+        assert start.kept["run"][step] == start.kept["whole"][step]
+
+
+@pytest.mark.parametrize("death", range(1, TOTAL + 1))
+def test_dying_and_going_on_is_the_run_that_did_not_die(start, death):
+    whole = start(name="whole")
+    start(dies_at=death)
+    job = start()
+    assert lines(job) == lines(whole)
+    assert job.run.began[0] == 1 + (death - 1) // 7 * 7
+    assert start.kept["run"] == start.kept["whole"]
+
+
+def test_many_stops_and_deaths_leave_the_run_as_it_is(start):
+    whole = start(name="whole")
+    start(dies_at=3)
+    start(last_step=9)
+    start(dies_at=12)
+    start(last_step=10)
+    start(dies_at=17)
+    assert lines(start()) == lines(whole)
+
+
+def test_a_finished_run_trains_no_further(start):
+    start()
+    job = start()
+    assert (job.run.began, job.recover.steps) == ([], [])
+
+
+def test_an_evaluation_is_the_weighted_mean_of_the_same_batches_each_time():
+    engine = Engine()
+    batches = GlobalBatches(SEQUENCES, 1, 4, 0, 1)
+    weights = [float(next(batches)["input_ids"].sum()) for _ in range(2)]
+    expected = sum(w * (0.5 + w) for w in weights) / sum(weights)
+    evaluator = Evaluator(engine, lambda: GlobalBatches(SEQUENCES, 1, 4, 0, 1), 2, None, None)
+    assert evaluator.run() == {"held_out_loss": pytest.approx(expected)}
+    assert evaluator.run() == evaluator.run()

@@ -1,0 +1,163 @@
+"""LocalStorage: created whole, replaced whole, appended to, and nothing outside of it."""
+
+import os
+
+import pytest
+
+from areal_ray.storage import LocalStorage, storage_at
+
+pytestmark = pytest.mark.unit
+
+ESCAPES = ["../x", "/etc/passwd", "", ".", "a/../../x", "..", "out", "out/x"]
+
+
+@pytest.fixture
+def storage(tmp_path):
+    storage = LocalStorage(tmp_path / "run")
+    storage.make()
+    return storage
+
+
+def write(storage, name, data):
+    with storage.create(name) as file:
+        file.write(data)
+
+
+def test_a_created_file_holds_what_was_written(storage):
+    with storage.create("a") as file:
+        file.write(b"one ")
+        file.write(b"two")
+    assert storage.read("a") == b"one two"
+    with storage.open("a") as file:
+        file.seek(4)
+        assert file.read() == b"two"
+
+
+def test_a_created_file_and_its_name_are_synced_when_the_block_is_left(storage, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    write(storage, "a", b"one")
+    assert synced == [f"{storage.location}/a", storage.location]
+    synced.clear()
+    storage.append("a", b"two")
+    assert synced == [f"{storage.location}/a"]
+
+
+def test_create_is_exclusive(storage):
+    write(storage, "a", b"first")
+    with pytest.raises(FileExistsError):
+        write(storage, "a", b"second")
+    assert storage.read("a") == b"first"
+
+
+def test_replace_puts_new_content_in_the_place_of_the_old(storage):
+    storage.replace("a", b"old, and longer")
+    storage.replace("a", b"new")
+    assert storage.read("a") == b"new"
+    assert storage.names() == ["a"]
+
+
+def test_replace_keeps_the_old_content_if_the_new_cannot_be_written(storage, monkeypatch):
+    storage.replace("a", b"old")
+
+    def disk_is_full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_is_full)
+    with pytest.raises(OSError, match="No space"):
+        storage.replace("a", b"new")
+    assert storage.read("a") == b"old"
+
+
+def test_append_adds_to_the_end_and_creates(storage):
+    storage.append("log", b"one\n")
+    storage.append("log", b"two\n")
+    assert storage.read("log") == b"one\ntwo\n"
+
+
+def test_names_are_sorted_and_direct(storage):
+    for name in ("b", "a", ".c"):
+        write(storage, name, b"")
+    storage.sub("d").make()
+    write(storage.sub("d"), "deep", b"")
+    assert storage.names() == [".c", "a", "b", "d"]
+
+
+def test_names_of_a_directory_that_does_not_exist_are_none(storage):
+    assert storage.sub("nothing").names() == []
+
+
+def test_size_is_that_of_a_file_and_none_of_anything_else(storage):
+    write(storage, "a", b"12345")
+    write(storage, "empty", b"")
+    storage.sub("d").make()
+    assert (storage.size("a"), storage.size("empty")) == (5, 0)
+    assert storage.size("d") is None
+    assert storage.size("nothing") is None
+
+
+def test_reading_what_is_not_there_raises(storage):
+    with pytest.raises(FileNotFoundError):
+        storage.read("nothing")
+
+
+def test_make_wants_a_new_directory(storage):
+    with pytest.raises(FileExistsError):
+        storage.make()
+    storage.ensure()  # which is content
+
+
+def test_ensure_makes_parents_too(storage):
+    storage.sub("a/b/c").ensure()
+    assert storage.sub("a/b").names() == ["c"]
+
+
+def test_delete_removes_everything(storage):
+    storage.sub("d").make()
+    write(storage.sub("d"), "a", b"")
+    storage.sub("d").delete()
+    assert storage.names() == []
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_name_that_leads_out_is_refused(storage, tmp_path, name):
+    (tmp_path / "x").write_bytes(b"outside")
+    os.symlink(tmp_path, os.path.join(storage.location, "out"))
+    for work in (
+        storage.read,
+        storage.size,
+        storage.sub,
+        lambda name: write(storage, name, b"inside"),
+        lambda name: storage.replace(name, b"inside"),
+        lambda name: storage.append(name, b"inside"),
+    ):
+        with pytest.raises(ValueError, match="is not a name inside"):
+            work(name)
+    assert (tmp_path / "x").read_bytes() == b"outside"
+
+
+def test_a_neighbour_whose_name_begins_alike_is_outside(storage, tmp_path):
+    (tmp_path / "run2").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a name inside"):
+        storage.size("../run2")
+
+
+def test_a_symlinked_root_is_resolved(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    storage = LocalStorage(tmp_path / "link")
+    assert storage.location == os.path.realpath(tmp_path / "real")
+    write(storage, "a", b"one")
+    assert (tmp_path / "real" / "a").read_bytes() == b"one"
+
+
+def test_a_path_is_made_absolute_and_the_home_directory_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert storage_at("~/runs").location == os.path.realpath(tmp_path / "runs")
+    assert storage_at("runs").location == os.path.realpath(tmp_path / "runs")
+
+
+def test_a_scheme_that_is_not_supported_is_refused():
+    with pytest.raises(ValueError, match="s3://bucket/runs"):
+        storage_at("s3://bucket/runs")
