@@ -60,6 +60,17 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
             console.wait_for_end(timeout_s=1.0)
             failures.show(cause, run)
             return 1
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+        ):  # Ray Train turns Ctrl-C into the latter once it has stopped the workers
+            newest = Catalog(run.storage).newest()
+            run.event("interrupted")
+            run.write_result(_result(run, "interrupted", {}))
+            print(
+                f"interrupted; the same command goes on from {newest.name if newest else 'the beginning'}", flush=True
+            )
+            return 130
         assert outcome is not None
         status = "finished" if outcome["step"] == config.train.steps else "stopped"
         run.event(status, step=outcome["step"])
