@@ -43,7 +43,8 @@ def cluster(config: Config) -> Iterator[None]:
         cores = os.cpu_count() or 1
         if needed > cores:
             print(f"{config.cluster.num_workers} workers share the {cores} CPU cores of this machine", flush=True)
-        options |= {"num_cpus": max(cores, needed), "include_dashboard": False}
+        # "local", or it would find a cluster that happens to run here.
+        options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
     ray.init(**options)
     try:
         yield

@@ -44,6 +44,7 @@ def check(config: Config) -> None:
     _check_train(config)
     _check_sizes(config)
     _check_faults(config)
+    _check_keep(config)
 
 
 def _check_run(config: Config) -> None:
@@ -104,6 +105,20 @@ def _check_sizes(config: Config) -> None:
         )
     if unknown := [name for name, amount in config.cluster.resources_per_worker.items() if amount < 0]:
         raise ConfigError("cluster.resources_per_worker", f"{unknown[0]} must not be negative")
+
+
+def _check_keep(config: Config) -> None:
+    keep = config.checkpoint.keep
+    if keep.last is None and (keep.best or keep.every_steps):
+        raise ConfigError(
+            "checkpoint.keep.last", "without it everything is kept, and the other rules say nothing; set it"
+        )
+    if keep.best < 0:
+        raise ConfigError("checkpoint.keep.best", f"must be 0 or more, not {keep.best}")
+    if keep.metric not in ("held_out_loss", "loss"):
+        raise ConfigError("checkpoint.keep.metric", f"must be held_out_loss or loss, not {keep.metric!r}")
+    if keep.best and keep.metric == "held_out_loss" and config.eval.every_steps is None:
+        raise ConfigError("checkpoint.keep.metric", "held_out_loss needs eval.every_steps")
 
 
 def _check_faults(config: Config) -> None:

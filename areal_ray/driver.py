@@ -48,17 +48,17 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     run.storage.ensure()
     run.write_config(_record(config, overrides))
     print(f"run directory: {run.storage.location}", flush=True)
-    with cluster(config), Console() as console:
+    with Console() as console, cluster(config):
         run.event("submitted", last_step=config.last_step)
         snapshot.rebuild(run.storage)
         try:
             outcome = _trainer(config).fit().return_value
         except TrainingFailedError as error:
             cause = failures.cause_of(error)
-            run.event("failed", cause=cause.kind, error=cause.message[:500])
-            run.write_result(_result(run, "failed", {}))
             console.wait_for_end(timeout_s=1.0)
             failures.show(cause, run)
+            run.event("failed", cause=cause.kind, error=cause.message[:500])
+            run.write_result(_result(run, "failed", {}))
             return 1
         except (
             KeyboardInterrupt,
@@ -180,7 +180,7 @@ def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]
         "step": outcome.get("step", newest.step if newest else 0),
         "loss": outcome.get("loss"),
         "world_size": outcome.get("world_size", attempts[-1]["world_size"] if attempts else None),
-        "restarts": len(run.events("failure")),
+        "restarts": max(0, len(attempts) - len(run.events("submitted"))),
         "checkpoint": newest.name if newest else None,
         "goodput": goodput(run),
     }

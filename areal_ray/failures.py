@@ -95,9 +95,12 @@ class Reporter(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         cause = root_cause(worker_exceptions)
         say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
-        RunDir(storage_at(self._storage_path).sub(self._name)).event(
-            "failure", rank=cause.rank, cause=cause.kind, error=cause.message[:500], ranks=sorted(worker_exceptions)
-        )
+        run = RunDir(storage_at(self._storage_path).sub(self._name))
+        ranks = sorted(worker_exceptions)
+        try:
+            run.event("failure", rank=cause.rank, cause=cause.kind, error=cause.message[:500], ranks=ranks)
+        except OSError as error:  # an exception here would end the run, whatever its limit of failures
+            say(f"could not write to the ledger: {error}")
 
 
 def cause_of(error: TrainingFailedError) -> Cause:

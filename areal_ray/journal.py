@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from areal_ray.checkpoint import Catalog
-from areal_ray.checkpoint.retention import expendable, remove
+from areal_ray.checkpoint.retention import abandoned, expendable, remove
 from areal_ray.config import Keep
 from areal_ray.recover import Dump
 from areal_ray.rundir import RunDir
@@ -41,18 +41,33 @@ class LedgerJournal:
             self._event("saved", step=dump.step, checkpoint=dump.name, bytes=size, **times)
             self._let_go()
         else:
-            self._say(f"saving {dump.name} failed: {error}; training goes on, the next save tries again")
+            self._say(f"saving {dump.name} failed: {error}")
+            self._remove(dump.name)  # half of it may be what fills the disk
             self._event("save_failed", step=dump.step, checkpoint=dump.name, error=str(error)[:500], **times)
 
     def _let_go(self) -> None:
-        for entry in expendable(list(self._catalog.entries()), self._keep):
-            try:
-                remove(self._catalog, entry.name)
-            except OSError as error:  # in the way of nothing: the next save tries again
-                self._say(f"could not delete {entry.name}: {error}")
-                self._event("delete_failed", checkpoint=entry.name, error=str(error))
-            else:
+        assert self._run is not None
+        distrusted = {event["checkpoint"] for event in self._run.events("passed_over")}
+        trusted = [entry for entry in self._catalog.entries() if entry.name not in distrusted]
+        for entry in expendable(trusted, self._keep):
+            if self._remove(entry.name):
                 self._event("deleted", checkpoint=entry.name)
+
+    def clean_up(self) -> None:
+        """Delete what saves of earlier attempts have left unfinished; called on rank 0."""
+        for name in abandoned(self._catalog, self._attempt):
+            if self._remove(name):
+                self._event("deleted", checkpoint=name)
+
+    def _remove(self, name: str) -> bool:
+        try:
+            remove(self._catalog, name)
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # in the way of nothing: the next time tries again
+            self._say(f"could not delete {name}: {error}")
+            return False
+        return True
 
     def skipped(self, step: int) -> None:
         self._say(f"the save at step {step} falls out: storage is still busy with the one before")

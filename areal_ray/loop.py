@@ -21,6 +21,10 @@ class RunContext(Protocol):
         """`step`, counted from 1, is about to be computed."""
         ...
 
+    def check(self) -> None:
+        """The end is reached; raise what went wrong in the background."""
+        ...
+
     def saving(self, dump: Dump, metrics: dict[str, float]) -> None:
         """A save has begun; it is a checkpoint when its manifest is there."""
         ...
@@ -30,7 +34,7 @@ class RunContext(Protocol):
 class Progress:
     """How far the run is: finished steps, the samples that they took, and how good the model is.
 
-    `metrics` has the loss of the last step that was saved and the results of the last evaluation before it.
+    `metrics` has the loss of the last step that was saved, and results if it was evaluated at that very step.
     """
 
     step: int = 0
@@ -93,16 +97,17 @@ def train(job: Job) -> None:
         progress.samples = job.batches.next_sample
         at = progress.step, job.batches.epoch
         tracker.end_step(*at, stats)
+        progress.metrics = {}
         if job.evaluator and (job.evaluate.due(*at) or progress.step == job.total_steps):
             job.evaluate.fired(*at)
-            results = job.evaluator.run()
-            progress.metrics |= results
-            tracker.evaluated(progress.step, results)
+            progress.metrics = job.evaluator.run()
+            tracker.evaluated(progress.step, progress.metrics)
         tracker.write(progress.step)
         if job.save.due(*at) or progress.step == job.last_step:
             job.save.fired(*at)
-            progress.metrics["loss"] = float(stats["loss"])
+            progress.metrics["loss"] = float(stats["loss"])  # waits for the device, as the save does anyway
             dump = job.recover.dump(progress.step, progress.metrics, must=progress.step == job.last_step)
             if dump is not None:
                 job.run.saving(dump, progress.metrics)
     job.recover.finish()
+    job.run.check()

@@ -13,14 +13,23 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from areal_ray.config import Mesh
 
 
-def init_distributed(timeout_s: float) -> torch.device:
+def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     """Join the process group that the launcher (torchrun, Ray Train) describes; alone, make a group of one.
 
+    Args:
+        timeout_s: longest wait for the other ranks.
+        kind: "cpu" or "cuda"; None takes the GPU where there is one.
+
     Returns:
-        The device of this rank: its local GPU where there is one, else the CPU.
+        The device of this rank.
+
+    Raises:
+        ValueError: if there is no such device.
     """
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("a GPU is wanted, but torch finds none: is this a CPU build, or a node without one?")
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if kind != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_initialized():

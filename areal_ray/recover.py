@@ -167,7 +167,7 @@ class RecoverHandler:
         committed = 0
         for entry in entries:
             problem = entry.problem
-            committed += "never finished" not in (problem or "")
+            committed += entry.committed
             if problem is None:
                 try:
                     load(self._catalog.directory(entry.name), self._state, self._ranks)

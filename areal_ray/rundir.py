@@ -63,10 +63,6 @@ class RunDir:
         Args:
             last_saved: the highest attempt among the checkpoints, should the ledger have been lost.
         """
-        if self.storage.size(EVENTS) and not self.storage.read(EVENTS).endswith(b"\n"):
-            self.storage.append(
-                EVENTS, b"\n"
-            )  # a line that a full disk or a power cut tore: it stays unreadable, alone
         return max([event["attempt"] for event in self.events("attempt")] + [last_saved]) + 1
 
     def _append(self, name: str, values: dict[str, Any]) -> None:

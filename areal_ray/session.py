@@ -24,11 +24,18 @@ class RaySession:
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
         self._storage = get_context().get_storage()
+        self._error: Exception | None = None
         # Ray announces every report of every rank, by a logger that RunConfig's log level does not reach.
         ray_context.logger.setLevel(logging.WARNING)
 
     def before_step(self, step: int) -> None:
+        self.check()
         self._faults.before_step(step)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background: after a report that failed, Ray would wait for the next for ever."""
+        if self._error is not None:
+            raise self._error
 
     def saving(self, dump: Dump, metrics: dict[str, float]) -> None:
         """Have a checkpoint registered once it is committed. It lies where it stays; Ray copies nothing.
@@ -40,8 +47,12 @@ class RaySession:
         values = {"step": dump.step, **metrics}
 
         def register(manifest: Future[Manifest]) -> None:
-            if manifest.exception() is None:
+            if manifest.exception() is not None or self._error is not None:
+                return
+            try:
                 checkpoint = Checkpoint(path, self._storage.storage_filesystem)
                 report(values, checkpoint=checkpoint, checkpoint_upload_mode=Upload.NO_UPLOAD)
+            except Exception as error:  # noqa: BLE001  (a future drops what its callbacks raise; see check)
+                self._error = error
 
         dump.manifest.add_done_callback(register)

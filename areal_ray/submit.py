@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def submit(config: str, overrides: Sequence[str], address: str | None = None) ->
     job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": "."})
     print(f"job {job} on {address}\nstop it with: ray job stop {job} --address {address}", flush=True)
     asyncio.run(_follow(client, job))
-    info = client.get_job_info(job)
+    while not (info := client.get_job_info(job)).status.is_terminal():  # the stream of its log broke off
+        time.sleep(2)
     if info.status == JobStatus.SUCCEEDED:
         return 0
     print(f"job {job}: {info.status.value.lower()}", file=sys.stderr)

@@ -64,9 +64,12 @@ class Tracker:
 
     def write(self, step: int) -> None:
         """Write the step's line, if there is anything to say of it."""
-        if self._line and self._run is not None:
-            self._run.log_metrics(step, self._line)
-        self._line = {}
+        line, self._line = self._line, {}
+        if line and self._run is not None:
+            try:
+                self._run.log_metrics(step, line)
+            except OSError as error:  # a line less is no reason to lose the step
+                self._say(f"could not write the metrics of step {step}: {error}")
 
     def _say_at(self, step: int, text: str) -> None:
         self._say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {text}")

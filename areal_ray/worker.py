@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.stateful import Stateful
 from areal_ray import __version__, loop
 from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
-from areal_ray.checkpoint.retention import abandoned, remove
 from areal_ray.config import Config, dump
 from areal_ray.console import say, say_end
 from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_splits
@@ -51,7 +50,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def _train(config: Config) -> dict[str, Any]:
     started = time.time()
-    engine = FSDPEngine(config)
+    engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     engine.initialize()
     ranks = Ranks()
     run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
@@ -59,12 +58,11 @@ def _train(config: Config) -> dict[str, Any]:
     attempt = ranks.on_first(lambda: run.next_attempt(catalog.last_attempt()))
     nodes = ranks.gather(socket.gethostname())
     if ranks.rank == 0:
-        for name in abandoned(catalog, attempt):
-            remove(catalog, name)
         run.event("attempt", attempt=attempt, **engine.describe(), nodes=nodes, started=round(started, 3))
     job = wire(config, engine, ranks, run, catalog, attempt)
     restored = job.recover.load()
     if ranks.rank == 0:
+        LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
         run.rewind_metrics(job.progress.step if restored else -1)  # the beginning has a line too, that of step 0
         _announce(run, attempt, restored, job, engine)
     loop.train(job)
@@ -93,6 +91,7 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
         Cadence(config.logging.every_steps), here, speak, train.steps, train.global_batch_size * train.seq_len
     )
     cursor, progress = batches(sequences), loop.Progress()
+    _same_everywhere(ranks, sequences, held_out)
     state: dict[str, Stateful] = {
         "engine": engine.state,
         "data": cursor,
@@ -126,6 +125,13 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
         last_step=config.last_step,
         total_steps=train.steps,
     )
+
+
+def _same_everywhere(ranks: Ranks, *data: PackedTokens) -> None:
+    """Ranks that read different files would train on something that no seed names, or wait for each other for ever."""
+    prints = ranks.gather([split.fingerprint() for split in data])
+    if different := [rank for rank, mine in enumerate(prints) if mine != prints[0]]:
+        raise ValueError(f"ranks {different} read other data than rank 0: the files, or their Python, are not the same")
 
 
 def _writer(config: Config, engine: FSDPEngine, ranks: Ranks) -> CheckpointWriter:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from areal_ray.checkpoint.manifest import CheckpointDamaged, Manifest, check_sizes, read_manifest
+from areal_ray.checkpoint.manifest import MANIFEST, CheckpointDamaged, Manifest, check_sizes, read_manifest
 from areal_ray.storage import Storage
 
 _NAME = re.compile(r"step-(\d{8,})\.a(\d+)")
@@ -14,13 +14,20 @@ _NAME = re.compile(r"step-(\d{8,})\.a(\d+)")
 
 @dataclass(frozen=True)
 class Entry:
-    """A directory with a checkpoint's name: committed if it has a manifest, else `problem` says what is wrong."""
+    """A directory with a checkpoint's name.
+
+    Args:
+        name, step, attempt: as the directory's name says.
+        manifest: None if it cannot be used, and `problem` says why.
+        committed: whether its save was finished once, good or not by now.
+    """
 
     name: str
     step: int
     attempt: int
     manifest: Manifest | None
     problem: str | None = None
+    committed: bool = True
 
 
 class Catalog:
@@ -47,8 +54,9 @@ class Catalog:
         An attempt goes on from what it restored, so what it saved is newer than anything that an earlier one left,
         whatever the step.
         """
-        matches = [(name, _NAME.fullmatch(name)) for name in self._run.names() if self._run.size(name) is None]
-        return sorted(((int(m[2]), int(m[1]), name) for name, m in matches if m), reverse=True)
+        matches = [(name, match) for name in self._run.names() if (match := _NAME.fullmatch(name))]
+        found = [(int(match[2]), int(match[1]), name) for name, match in matches if self._run.size(name) is None]
+        return sorted(found, reverse=True)
 
     def last_attempt(self) -> int:
         """The highest attempt that has saved, or begun to; 0 if none has."""
@@ -64,7 +72,8 @@ class Catalog:
                     raise CheckpointDamaged("manifest.json: belongs to another checkpoint")
                 yield Entry(name, step, attempt, manifest)
             except CheckpointDamaged as error:
-                yield Entry(name, step, attempt, None, str(error))
+                committed = self.directory(name).size(MANIFEST) is not None
+                yield Entry(name, step, attempt, None, str(error), committed)
 
     def newest(self) -> Entry | None:
         """The newest one that is committed and complete."""

@@ -21,7 +21,8 @@ _PARTS = "sharded"  # torch's name for the parts of the ranks, which are then pu
 
 def prepare(path: str) -> None:
     """Make a directory ready to be saved to: whatever an earlier save left there would be put together with the new."""
-    shutil.rmtree(os.path.join(path, _PARTS), ignore_errors=True)
+    for part in (_PARTS, "optim"):
+        shutil.rmtree(os.path.join(path, part), ignore_errors=True)
     for old in glob.glob(os.path.join(path, "*.safetensors")) + glob.glob(
         os.path.join(path, "*.safetensors.index.json")
     ):

@@ -46,7 +46,7 @@ class GlobalBatches:
         # Random access, O(1) memory: grain's shuffle is a permutation computed per index.
         self._order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
         self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._fingerprint = sequences.fingerprint()
+        self._fingerprint, self._seed = sequences.fingerprint(), seed
         self.next_sample = 0
 
     @property
@@ -72,14 +72,19 @@ class GlobalBatches:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        return {"next_sample": self.next_sample, "fingerprint": self._fingerprint}
+        return {"next_sample": self.next_sample, "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the cursor.
 
         Raises:
-            ValueError: if it is a cursor into other data.
+            ValueError: if it is a cursor into other data, or into another order of them.
         """
+        if state["seed"] != self._seed:
+            raise ValueError(
+                f"run.seed is {self._seed}, but the checkpoint's data are in the order of seed {state['seed']}: some "
+                "samples would be repeated, others left out. Restore it, or start a new run under another run.name"
+            )
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"the data is not what the checkpoint was trained on (fingerprint {self._fingerprint}, then "

@@ -31,13 +31,14 @@ class FSDPEngine:
 
     Args:
         config: model, optim, engine and the sizes in train are read.
+        device: "cpu" or "cuda"; None takes the GPU where there is one.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, device: str | None = None) -> None:
+        self._config, self._kind = config, device
         self._schedule = LrSchedule(config.optim, config.train.steps)
         self.before_update: Callable[[], None] = lambda: (
             None
@@ -46,7 +47,7 @@ class FSDPEngine:
     def initialize(self) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values."""
         config = self._config
-        self.device = init_distributed(config.cluster.collective_timeout_s)
+        self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
         self.mesh = build_mesh(config.engine.mesh, self.device)
         self.model = models.build_model(config.model)
         parallelize(self.model, models.shard_units(self.model, config.model.shard_units), self.mesh, config.engine)
@@ -66,6 +67,7 @@ class FSDPEngine:
         weights = [loss_weight_fn(micro).to(self.device, torch.float32) for micro in micro_batches]
         total = torch.stack(weights).sum()
         dist.all_reduce(total)
+        total = torch.where(total > 0, total, 1.0)  # a batch without a token to predict changes nothing
         loss_sum = torch.zeros((), device=self.device)
         for micro, weight in zip(micro_batches, weights, strict=True):
             # Gradients are summed locally and leave the rank once, with the last micro-batch.

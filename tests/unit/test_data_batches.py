@@ -41,7 +41,7 @@ def next_global_batch(parts):
 @given(st.integers(20, 100), st.integers(0, 2**32 - 1), st.sampled_from(WORLD_SIZES), st.integers(0, 20))
 def test_the_rows_of_all_ranks_are_the_global_batch(count, seed, world_size, t):
     data = sequences(count)
-    parts = ranks(data, seed, world_size, {"next_sample": t * BATCH, "fingerprint": data.fingerprint()})
+    parts = ranks(data, seed, world_size, {"next_sample": t * BATCH, "seed": seed, "fingerprint": data.fingerprint()})
     expected = GlobalBatches(data, seed, BATCH, 0, 1).ids(t * BATCH)
     assert next_global_batch(parts) == expected
 
@@ -78,7 +78,7 @@ def test_the_same_seed_and_step_give_the_same_batch(count, seed, t):
     for _ in range(t):
         next(walked)
     jumped = GlobalBatches(sequences(count), seed, BATCH, 0, 1)
-    jumped.load_state_dict({"next_sample": t * BATCH, "fingerprint": data.fingerprint()})
+    jumped.load_state_dict({"next_sample": t * BATCH, "seed": seed, "fingerprint": data.fingerprint()})
     assert torch.equal(next(walked)["input_ids"], next(jumped)["input_ids"])
 
 
@@ -131,3 +131,10 @@ def test_what_does_not_fill_a_sequence_is_left_out():
     packed = PackedTokens(np.arange(11, dtype=np.uint16), 4)
     assert len(packed) == 2
     assert packed[np.array([1, 0])].tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
+
+
+def test_a_cursor_into_another_order_is_refused():
+    data = sequences(20)
+    batches = GlobalBatches(data, 1, BATCH, 0, 1)
+    with pytest.raises(ValueError, match="is 2, but the checkpoint's data are in the order of seed 1"):
+        GlobalBatches(data, 2, BATCH, 0, 1).load_state_dict(batches.state_dict())
