@@ -109,12 +109,12 @@ def _check_sizes(config: Config) -> None:
 
 def _check_keep(config: Config) -> None:
     keep = config.checkpoint.keep
+    if keep.best < 0:
+        raise ConfigError("checkpoint.keep.best", f"must be 0 or more, not {keep.best}")
     if keep.last is None and (keep.best or keep.every_steps):
         raise ConfigError(
             "checkpoint.keep.last", "without it everything is kept, and the other rules say nothing; set it"
         )
-    if keep.best < 0:
-        raise ConfigError("checkpoint.keep.best", f"must be 0 or more, not {keep.best}")
     if keep.metric not in ("held_out_loss", "loss"):
         raise ConfigError("checkpoint.keep.metric", f"must be held_out_loss or loss, not {keep.metric!r}")
     if keep.best and keep.metric == "held_out_loss" and config.eval.every_steps is None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     config = replace(config, run=replace(config.run, storage_path=storage.location))
     tokenizer = data.build_tokenizer(config.data.tokenizer)
     models.check_model(config.model, tokenizer.vocab_size)
-    data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
+    sequences, _ = data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
     run = RunDir(storage.sub(config.run.name))
     has_checkpoint = any(entry.manifest for entry in Catalog(run.storage).entries())
     if config.run.recover == "fresh" and run.exists():
@@ -106,7 +106,31 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
         )
     if config.run.recover == "resume" and not has_checkpoint:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
+    newest = Catalog(run.storage).newest()
+    if newest is not None and newest.manifest is not None:
+        _check_continues(newest.manifest.info, config, sequences.fingerprint())
     return run, config
+
+
+def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) -> None:
+    """Compare what a checkpoint says of its run with what is asked for, where nobody could go on with a difference."""
+    if not {"model", "seed", "data"} <= set(saved):
+        return  # an engine's own save, put here by hand; the workers compare the state itself
+    before, now = saved["model"], redact(asdict(config.model))
+    old, new = before["config"], now["config"]
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    other = "; choose another run.name, or go back"
+    if changed:
+        values = [f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed[:4]]
+        raise ConfigError("model.config", f"this run's checkpoints are of another model: {', '.join(values)}{other}")
+    if before["factory"] != now["factory"]:
+        raise ConfigError("model.factory", f"this run's checkpoints were made with {before['factory']}{other}")
+    if saved["seed"] != config.run.seed:
+        raise ConfigError("run.seed", f"this run's data are in the order of seed {saved['seed']}{other}")
+    if saved["data"] != fingerprint:
+        raise ConfigError(
+            "data", f"files, tokenizer or train.seq_len are not those that this run has trained on{other}"
+        )
 
 
 def _trainer(config: Config) -> TorchTrainer:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from areal_ray import __version__, loop
 from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
-from areal_ray.config import Config, dump
+from areal_ray.config import Config, dump, redact
 from areal_ray.console import say, say_end
 from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_splits
 from areal_ray.engine import FSDPEngine
@@ -100,7 +100,7 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
         "evaluate": evaluate,
         "save": save,
     }
-    info = {**engine.describe(), **_provenance(config)}
+    info = {**engine.describe(), **_provenance(config), "data": sequences.fingerprint()}
     return loop.Job(
         engine=engine,
         batches=cursor,
@@ -168,6 +168,8 @@ def _provenance(config: Config) -> dict[str, Any]:
     )
     versions = {"areal_ray": __version__, "torch": torch.__version__, "ray": ray.__version__}
     return {
+        "seed": config.run.seed,
+        "model": redact(dataclasses.asdict(config.model)),
         "config_hash": hashlib.sha256(dump(lasting).encode()).hexdigest()[:16],
         "versions": {**versions, "transformers": transformers.__version__},
     }

@@ -72,5 +72,10 @@ def test_too_many_failures_end_in_one_panel(run, capfd):
 def test_recover_policies(undisturbed, run, capfd):
     assert run.train("run.recover=resume") == 2
     assert "run.recover: `resume`, but" in capfd.readouterr().err
+    assert undisturbed.train("model.config.hidden_size=128") == 2
+    assert "model.config: this run's checkpoints are of another model: hidden_size was 64" in capfd.readouterr().err
+    assert undisturbed.train("run.seed=5") == 2
+    assert undisturbed.train("train.seq_len=32") == 2
+    assert "data: files, tokenizer or train.seq_len" in capfd.readouterr().err
     assert undisturbed.train("run.recover=fresh") == 2
     assert "run.recover: `fresh`, but" in capfd.readouterr().err
