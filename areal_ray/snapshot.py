@@ -41,5 +41,5 @@ def rebuild(run: Storage) -> list[str]:
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     )
-    run.replace(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, state.json().encode())
+    run.replace(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, state.model_dump_json().encode())
     return [entry.name for entry in good]

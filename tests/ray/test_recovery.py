@@ -3,6 +3,7 @@
 import pytest
 
 pytestmark = pytest.mark.ray
+SYNC = "checkpoint.async_save=false"  # where it matters that a save is committed before the fault that comes after it
 
 
 def test_undisturbed_run_leaves_what_it_promises(undisturbed):
@@ -20,7 +21,8 @@ def test_undisturbed_run_leaves_what_it_promises(undisturbed):
 
 
 def test_kills_at_two_steps_change_nothing(undisturbed, run, capfd):
-    assert run.train("faults=[{kind: sigkill, rank: 1, step: 6}, {kind: sigkill, rank: 0, step: 11}]") == 0
+    faults = "faults=[{kind: sigkill, rank: 1, step: 6}, {kind: sigkill, rank: 0, step: 11}]"
+    assert run.train(SYNC, faults) == 0
     assert run.digest() == undisturbed.digest()
     assert run.metrics() == undisturbed.metrics()
     assert run.result()["restarts"] == 2
@@ -38,7 +40,9 @@ def test_exit_and_exception_change_nothing(undisturbed, run):
         0,
         0,
     ]  # before the first checkpoint: from the beginning
-    assert [event["step"] for event in run.events("restored")] == [4]
+    # The save at 4 may still have been under way when the exception came; what was not committed is computed again.
+    assert {event["step"] for event in run.events("restored")} <= {4}
+    assert [event["attempt"] for event in run.events("attempt")] == [1, 2, 3]
     assert run.metrics() == undisturbed.metrics()
 
 
@@ -56,7 +60,7 @@ def test_stopping_and_going_on_changes_nothing(undisturbed, run, capfd):
 
 
 def test_too_many_failures_end_in_one_panel(run, capfd):
-    assert run.train("cluster.max_failures=0", "faults=[{kind: exception, rank: 1, step: 6}]") == 1
+    assert run.train(SYNC, "cluster.max_failures=0", "faults=[{kind: exception, rank: 1, step: 6}]") == 1
     panel = capfd.readouterr().err
     assert "training failed" in panel
     assert "FaultInjected: the configured fault: an exception on rank 1 before step 6" in panel
@@ -65,7 +69,7 @@ def test_too_many_failures_end_in_one_panel(run, capfd):
     assert run.result()["status"] == "failed"
     assert run.result()["checkpoint"] == "step-00000004.a1"
     # The fault is remembered, so the same command goes on.
-    assert run.train("cluster.max_failures=0", "faults=[{kind: exception, rank: 1, step: 6}]") == 0
+    assert run.train(SYNC, "cluster.max_failures=0", "faults=[{kind: exception, rank: 1, step: 6}]") == 0
     assert [event["step"] for event in run.events("restored")] == [4]
 
 

@@ -55,7 +55,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(run, capfd)
 
 
 def test_retention_keeps_what_it_says(undisturbed, run):
-    keep = ("checkpoint.every_steps=2", "checkpoint.keep.last=2", "checkpoint.keep.every_steps=6")
+    keep = (
+        "checkpoint.async_save=false",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep.last=2",
+        "checkpoint.keep.every_steps=6",
+    )
     assert run.train(*keep, "faults=[{kind: sigkill, rank: 0, step: 8}]") == 0
     left = sorted(path.name for path in run.path.glob("step-*"))
     assert left == ["step-00000006.a1", "step-00000010.a2", "step-00000012.a2"]
