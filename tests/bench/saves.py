@@ -182,7 +182,7 @@ def run(rounds: int) -> list[dict]:
         where = [f"run.storage_path={folder}", "run.name=saves"]
         config = load(str(ROOT / "conf/experiments/tiny.yaml"), [*MODEL, *where])
         settings = {"config": config, "rounds": rounds, "bytes": 20_700_000 * 12}
-        with cluster(config), Console():
+        with Console(), cluster(config):
             result = TorchTrainer(
                 measure,
                 train_loop_config=settings,
