@@ -45,6 +45,10 @@ def test_the_best_stay(mode, expected):
     assert left(entries, Keep(last=1, best=1, mode=mode)) == expected
 
 
+def test_what_is_not_a_number_is_not_the_best():
+    assert left([entry(60), entry(50, float("nan")), entry(40, 2.0)], Keep(last=1, best=1)) == [60, 40]
+
+
 def test_what_is_damaged_is_not_counted_and_not_touched():
     entries = [entry(60, problem="torn"), entry(50), entry(40), entry(30)]
     assert left(entries, Keep(last=2)) == [60, 50, 40]
