@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and by its exact version: a range would admit builds of several gigabytes.
 	@$(PIP_INSTALL) --constraint constraints.txt torch
-	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[ray,dev]'
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[ray,s3,dev]'
 	@touch $(STAMP)
 
 train: install

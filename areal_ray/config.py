@@ -23,9 +23,21 @@ _NO_SECRET = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)_token$", re.I)
 
 
 @dataclass(frozen=True)
+class S3:
+    """For a storage_path of s3://. What is not given comes from the AWS variables, profile files or machine roles."""
+
+    endpoint: str | None = None  # URL of a server other than Amazon's
+    region: str | None = None
+    access_key: str | None = field(default=None, repr=False)  # better left to the environment
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
 class Run:
     name: str = "run"  # the run directory's name; the same name and storage_path resume
-    storage_path: str = "~/areal_ray"  # every node must see it; ${oc.env:NAME} is resolved once, in the driver
+    storage_path: str = "~/areal_ray"  # a path that every node sees, or s3://bucket/prefix; ${oc.env:NAME} works here
+    s3: S3 = field(default_factory=S3)
     seed: int = 0  # weights, order of the data and all randomness follow from it
     recover: Literal["auto", "resume", "fresh"] = "auto"  # if there is something · insist · refuse a used directory
 

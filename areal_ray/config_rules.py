@@ -50,6 +50,11 @@ def check(config: Config) -> None:
 def _check_run(config: Config) -> None:
     if not _NAME.fullmatch(config.run.name) or ".." in config.run.name:
         raise ConfigError("run.name", f"{config.run.name!r} must be letters, digits, '.', '_' or '-', without '..'")
+    s3 = config.run.s3
+    if bool(s3.access_key) != bool(s3.secret_key):
+        raise ConfigError("run.s3", "access_key and secret_key go together; or neither, for those of the environment")
+    if s3.endpoint and not re.fullmatch(r"https?://[^/@\s]+/?", s3.endpoint):
+        raise ConfigError("run.s3.endpoint", "must be http(s)://host or http(s)://host:port, without credentials")
     if not 0 <= config.run.seed < 2**32:
         raise ConfigError("run.seed", f"must be in [0, 2**32), not {config.run.seed}")
     if config.cluster.max_failures < -1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -21,7 +22,8 @@ from areal_ray.config import Config, ConfigError, dump, redact
 from areal_ray.console import Console
 from areal_ray.goodput import goodput
 from areal_ray.rundir import RunDir
-from areal_ray.storage import storage_at
+from areal_ray.storage import LocalStorage, Storage, storage_at
+from areal_ray.storage_s3 import filesystem
 
 
 def train(config: Config, overrides: Sequence[str] = ()) -> int:
@@ -52,7 +54,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
         run.event("submitted", last_step=config.last_step)
         snapshot.rebuild(run.storage)
         try:
-            outcome = _trainer(config).fit().return_value
+            outcome = _trainer(config, run.storage).fit().return_value
         except TrainingFailedError as error:
             cause = failures.cause_of(error)
             console.wait_for_end(timeout_s=1.0)
@@ -90,10 +92,10 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
         ConfigError: if the run could not start, or must not touch what it would find.
     """
     try:
-        storage = storage_at(config.run.storage_path)
+        storage = storage_at(config.run.storage_path, asdict(config.run.s3))
     except ValueError as error:
         raise ConfigError("run.storage_path", str(error)) from None
-    _check_writable(config, storage.location)
+    _check_writable(config, storage)
     config = replace(config, run=replace(config.run, storage_path=storage.location))
     tokenizer = data.build_tokenizer(config.data.tokenizer)
     models.check_model(config.model, tokenizer.vocab_size)
@@ -133,29 +135,41 @@ def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) ->
         )
 
 
-def _trainer(config: Config) -> TorchTrainer:
+def _trainer(config: Config, storage: Storage) -> TorchTrainer:
+    recipe = storage.recipe
+    root, files = config.run.storage_path, None
+    if "s3" in recipe:
+        root, files = root.removeprefix("s3://"), filesystem(recipe["s3"])
+
+    def work() -> dict[str, Any]:
+        # Not as train_loop_config, which Ray shows on its dashboard, with credentials if there are any.
+        return worker.main(config, recipe)
+
     wanted = config.cluster
     backend = "cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"
     return TorchTrainer(
-        worker.main,
-        train_loop_config=config,
+        work,
         torch_config=TorchConfig(backend=backend, timeout_s=int(wanted.collective_timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=wanted.num_workers, use_gpu=wanted.use_gpu, resources_per_worker=resources(config)
         ),
         run_config=RunConfig(
             name=config.run.name,
-            storage_path=config.run.storage_path,
+            storage_path=root,
+            storage_filesystem=files,
             failure_config=FailureConfig(max_failures=wanted.max_failures),
             checkpoint_config=CheckpointConfig(),
-            callbacks=[failures.Reporter(config.run.storage_path, config.run.name)],
+            callbacks=[failures.Reporter(recipe)],
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
 
 
-def _check_writable(config: Config, location: str) -> None:
-    path = Path(location)
+def _check_writable(config: Config, storage: Storage) -> None:
+    if not isinstance(storage, LocalStorage):
+        _try_writing(storage)
+        return
+    path = Path(storage.location)
     if (
         "runtime_resources/working_dir_files" in os.getcwd()
         and not Path(config.run.storage_path).expanduser().is_absolute()
@@ -167,6 +181,15 @@ def _check_writable(config: Config, location: str) -> None:
         path = path.parent
     if not (path.is_dir() and os.access(path, os.W_OK)):
         raise ConfigError("run.storage_path", f"cannot write below {path}")
+
+
+def _try_writing(storage: Storage) -> None:
+    name = f".areal_ray-{secrets.token_hex(4)}"
+    try:
+        storage.replace(name, b"can this be written?\n")
+        storage.remove(name)
+    except OSError as error:
+        raise ConfigError("run.storage_path", str(error)) from None
 
 
 def _record(config: Config, overrides: Sequence[str]) -> str:

@@ -86,16 +86,16 @@ class Reporter(UserCallback):
     """Runs in Ray's controller: tells of every failure of the workers when it is noticed.
 
     Args:
-        storage_path, name: of the run.
+        recipe: of the run directory's storage.
     """
 
-    def __init__(self, storage_path: str, name: str) -> None:
-        self._storage_path, self._name = storage_path, name
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        self._recipe = recipe
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         cause = root_cause(worker_exceptions)
         say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
-        run = RunDir(storage_at(self._storage_path).sub(self._name))
+        run = RunDir(storage_at(**self._recipe))
         ranks = sorted(worker_exceptions)
         try:
             run.event("failure", rank=cause.rank, cause=cause.kind, error=cause.message[:500], ranks=ranks)
@@ -121,7 +121,7 @@ def show(cause: Cause, run: RunDir) -> None:
     if cause.rank is not None:
         node = nodes[cause.rank] if cause.rank < len(nodes) else "unknown"
         rows.append(("worker", f"rank {cause.rank} on node {node}"))
-    rows.append(("ledger", f"{run.storage.location}/events.jsonl"))
+    rows.append(("ledger", run.ledger))
     rows.append(("logs", f"{_log_directory()} (on that node)"))
     width = max(len(name) for name, _ in rows)
     # No frame around it and no wrapping: paths are there to be copied.

@@ -47,8 +47,12 @@ class LedgerJournal:
 
     def _let_go(self) -> None:
         assert self._run is not None
-        distrusted = {event["checkpoint"] for event in self._run.events("passed_over")}
-        trusted = [entry for entry in self._catalog.entries() if entry.name not in distrusted]
+        try:
+            distrusted = {event["checkpoint"] for event in self._run.events("passed_over")}
+            trusted = [entry for entry in self._catalog.entries() if entry.name not in distrusted]
+        except OSError as error:  # the next save looks again
+            self._say(f"could not look for checkpoints to delete: {error}")
+            return
         for entry in expendable(trusted, self._keep):
             if self._remove(entry.name):
                 self._event("deleted", checkpoint=entry.name)
@@ -78,5 +82,9 @@ class LedgerJournal:
         self._event("passed_over", checkpoint=checkpoint, reason=reason)
 
     def _event(self, kind: str, **fields: object) -> None:
-        if self._run is not None:
+        if self._run is None:
+            return
+        try:
             self._run.event(kind, attempt=self._attempt, **fields)
+        except OSError as error:  # it stands on the screen, and goes into the ledger with the next one
+            self._say(f"could not write to the ledger: {error}")

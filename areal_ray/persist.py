@@ -64,11 +64,13 @@ class Persister:
                 command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
             )
 
-    def write(self, location: str, name: str, memory: str, size: int, chunks: list[tuple[int, int]]) -> dict[str, Any]:
+    def write(
+        self, directory: Storage, name: str, memory: str, size: int, chunks: list[tuple[int, int]]
+    ) -> dict[str, Any]:
         """Have a file written; waits without holding the interpreter's lock.
 
         Args:
-            location: the directory, as `storage_at` takes it.
+            directory: an existing directory.
             name: of the new file.
             memory: path of the memory to write, one that the child can open.
             size: bytes to write.
@@ -81,7 +83,7 @@ class Persister:
         assert self._child is not None
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        request = {"location": location, "name": name, "memory": memory, "size": size, "chunks": chunks}
+        request = {"storage": directory.recipe, "name": name, "memory": memory, "size": size, "chunks": chunks}
         try:
             self._child.stdin.write(json.dumps(request) + "\n")
             self._child.stdin.flush()
@@ -92,7 +94,7 @@ class Persister:
             raise OSError(f"the process that writes checkpoints is gone (exit status {self._child.wait()})")
         reply = json.loads(answer)
         if "error" in reply:
-            raise OSError(reply["errno"], reply["error"])
+            raise OSError(*filter(None, [reply["errno"], reply["error"]]))
         return dict(reply)
 
     def close(self) -> None:
@@ -131,7 +133,7 @@ def _serve() -> None:
         try:
             image = memory.image(request["memory"], request["size"])
             chunks = ([image[start : start + length]] for start, length in request["chunks"])
-            reply = write_summed(storage_at(request["location"]), request["name"], chunks)
+            reply = write_summed(storage_at(**request["storage"]), request["name"], chunks)
         except OSError as error:
             reply = {"error": f"{type(error).__name__}: {error}", "errno": error.errno or 0}
         print(json.dumps(reply), flush=True)

@@ -1,17 +1,22 @@
 """Where runs live: a small interface over a directory tree, made for state that must survive a crash.
 
 Everything that is written is durable when the call returns, and nothing is ever changed in place: a file is created
-whole, replaced whole, or (logs) appended to. Floor 0: checkpoints, run directory and
-tools use it without Ray.
+whole, replaced whole, or (logs) appended to. Floor 0: checkpoints, run directory and tools use it without Ray.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
+
+
+class Sink(Protocol):
+    """A file that is being written."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
 
 
 class Storage(Protocol):
@@ -22,12 +27,26 @@ class Storage(Protocol):
         """The absolute path or URI of this directory, as a user would type it."""
         ...
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Arguments of `storage_at` that open it in another process; may hold credentials, so never to be shown."""
+        ...
+
+    @property
+    def can_append(self) -> bool:
+        """Whether `append` is there; object storage has none."""
+        ...
+
     def sub(self, name: str) -> Storage:
         """The directory `name` below this one, whether it exists or not."""
         ...
 
     def names(self) -> list[str]:
         """What is directly in here, sorted; empty if there is no such directory."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file directly in here, by name, with one look."""
         ...
 
     def size(self, name: str) -> int | None:
@@ -43,12 +62,16 @@ class Storage(Protocol):
         ...
 
     @contextmanager
-    def create(self, name: str) -> Iterator[BinaryIO]:
+    def create(self, name: str) -> Iterator[Sink]:
         """A new file to write to, which must not exist yet (FileExistsError); durable once the block is left."""
         ...
 
     def replace(self, name: str, data: bytes) -> None:
         """Write the small file `name` so that a reader sees either all of the old bytes or all of the new ones."""
+        ...
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Write the small file `name` in one piece; if somebody else has (FileExistsError), theirs stays."""
         ...
 
     def append(self, name: str, data: bytes) -> None:
@@ -75,6 +98,8 @@ class Storage(Protocol):
 class LocalStorage:
     """A directory on a local or shared (NFS and the like) file system."""
 
+    can_append = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         # Resolved once: Ray compares paths by prefix, and a symlink would pass one of its checks and fail another.
         self._path = os.path.realpath(os.path.expanduser(path))
@@ -82,6 +107,10 @@ class LocalStorage:
     @property
     def location(self) -> str:
         return self._path
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {"path": self._path}
 
     def sub(self, name: str) -> LocalStorage:
         return LocalStorage(self._inside(name))
@@ -91,6 +120,13 @@ class LocalStorage:
             return sorted(os.listdir(self._path))
         except FileNotFoundError:
             return []
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            with os.scandir(self._path) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except FileNotFoundError:
+            return {}
 
     def size(self, name: str) -> int | None:
         path = self._inside(name)
@@ -104,7 +140,7 @@ class LocalStorage:
         os.makedirs(self._path, exist_ok=True)
 
     @contextmanager
-    def create(self, name: str) -> Iterator[BinaryIO]:
+    def create(self, name: str) -> Iterator[Sink]:
         path = self._inside(name)
         with open(path, "xb") as file:
             yield file
@@ -126,6 +162,12 @@ class LocalStorage:
                 os.remove(temporary)
             raise
         _sync_directory(os.path.dirname(path))
+
+    def publish(self, name: str, data: bytes) -> None:
+        # Made by one writer alone, see `make`: between them a check is enough, and not every file system has links.
+        if os.path.lexists(self._inside(name)):
+            raise FileExistsError(f"{self._inside(name)} exists")
+        self.replace(name, data)
 
     def append(self, name: str, data: bytes) -> None:
         # One write on a descriptor opened for appending: lines of several writers on one machine do not mix.
@@ -174,12 +216,24 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def storage_at(path: str) -> Storage:
+def storage_at(path: str, s3: Mapping[str, str | None] | None = None) -> Storage:
     """The storage that a user's path names.
 
+    Args:
+        path: of a directory, or s3://bucket/prefix.
+        s3: endpoint, region and credentials for the latter, see `S3Storage`.
+
     Raises:
-        ValueError: for a scheme that is not supported.
+        ValueError: for a scheme that is not supported, or if its library is missing.
     """
-    if "://" in path:
-        raise ValueError(f"{path}: only local and shared file systems are supported")
-    return LocalStorage(path)
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return LocalStorage(path)
+    if scheme != "s3":
+        raise ValueError(f"{scheme}:// is not supported: it must be a path that every node sees, or s3://bucket/prefix")
+    try:
+        from areal_ray.storage_s3 import S3Storage
+
+        return S3Storage(path, s3)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"s3:// needs packages that are not installed ({error.name}): areal_ray[s3]") from None

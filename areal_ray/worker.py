@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from areal_ray import __version__, loop
 from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
-from areal_ray.config import Config, dump, redact
+from areal_ray.config import Config, Run, dump, redact
 from areal_ray.console import say, say_end
 from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_splits
 from areal_ray.engine import FSDPEngine
@@ -35,25 +35,29 @@ from areal_ray.storage import storage_at
 from areal_ray.tracking import Tracker
 
 
-def main(config: Config) -> dict[str, Any]:
+def main(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
     """Train one rank; Ray calls it in every worker, again after every restart.
+
+    Args:
+        config: with absolute paths.
+        recipe: of the run directory's storage.
 
     Returns:
         step, loss and world_size at the end, for the driver.
     """
     try:
-        return _train(config)
+        return _train(config, recipe)
     except Exception as error:
         error.add_note(traceback.format_exc())  # Ray hands exceptions on without their traceback
         raise
 
 
-def _train(config: Config) -> dict[str, Any]:
+def _train(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
     started = time.time()
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     engine.initialize()
     ranks = Ranks()
-    run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
+    run = RunDir(storage_at(**recipe))
     catalog = Catalog(run.storage)
     attempt = ranks.on_first(lambda: run.next_attempt(catalog.last_attempt()))
     nodes = ranks.gather(socket.gethostname())
@@ -67,6 +71,7 @@ def _train(config: Config) -> dict[str, Any]:
         _announce(run, attempt, restored, job, engine)
     loop.train(job)
     if ranks.rank == 0:
+        run.flush()
         say_end()
     return {"step": job.progress.step, "loss": job.progress.metrics["loss"], "world_size": ranks.size}
 
@@ -162,7 +167,7 @@ def _provenance(config: Config) -> dict[str, Any]:
     # Name and place, faults and the end of this invocation do not make it another experiment.
     lasting = dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, name="", storage_path="", recover="auto"),
+        run=Run(seed=config.run.seed),
         train=dataclasses.replace(config.train, stop_at=None),
         faults=[],
     )

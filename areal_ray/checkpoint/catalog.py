@@ -55,7 +55,8 @@ class Catalog:
         whatever the step.
         """
         matches = [(name, match) for name in self._run.names() if (match := _NAME.fullmatch(name))]
-        found = [(int(match[2]), int(match[1]), name) for name, match in matches if self._run.size(name) is None]
+        files = self._run.sizes()
+        found = [(int(match[2]), int(match[1]), name) for name, match in matches if name not in files]
         return sorted(found, reverse=True)
 
     def last_attempt(self) -> int:

@@ -78,8 +78,9 @@ def check_sizes(directory: Storage, manifest: Manifest) -> None:
     Raises:
         CheckpointDamaged: for the first file that differs.
     """
+    sizes = directory.sizes()
     for name, record in manifest.files.items():
-        size = directory.size(name)
+        size = sizes.get(name)
         if size != record.size:
             found = "missing" if size is None else f"{size} bytes"
             raise CheckpointDamaged(f"{name}: {found}, should be {record.size} bytes")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import xxhash
@@ -20,6 +20,8 @@ from areal_ray.checkpoint.metadata import decode_metadata
 from areal_ray.checkpoint.state import flatten, merge
 from areal_ray.ranks import Ranks
 from areal_ray.storage import Storage
+
+_READ_BYTES = 16 << 20  # of neighbouring chunks that are read in one piece
 
 
 def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Manifest:
@@ -65,34 +67,51 @@ def _read_tensors(
         for name, record in manifest.files.items()
         for offset, length, digest in record.chunks
     }
-    by_file: dict[str, list[tuple[int, ReadItem]]] = {}
+    wanted: dict[str, dict[int, list[ReadItem]]] = {}
     for item in plan.items:
         where = metadata.storage_data[item.storage_index]
-        by_file.setdefault(where.relative_path, []).append((where.offset, item))
-    for name, requests in by_file.items():
+        wanted.setdefault(where.relative_path, {}).setdefault(where.offset, []).append(item)
+    for name, items_at in wanted.items():
         if name not in manifest.files:
             raise CheckpointDamaged(f"{name}: not in the manifest")
-        try:
-            file = directory.open(name)
-        except FileNotFoundError:
-            raise CheckpointDamaged(f"{name}: missing") from None
-        with file:
-            for offset, item in sorted(requests, key=lambda request: request[0]):
-                if (name, offset) not in sums:
-                    raise CheckpointDamaged(f"{name}: no checksum for the bytes at {offset}")
-                tensor = _read_chunk(file, name, offset, *sums[name, offset])
+        if unknown := [offset for offset in items_at if (name, offset) not in sums]:
+            raise CheckpointDamaged(f"{name}: no checksum for the bytes at {unknown[0]}")
+        chunks = [(offset, *sums[name, offset]) for offset in sorted(items_at)]
+        for offset, tensor in _read_chunks(directory, name, chunks):
+            for item in items_at[offset]:
+                part = tensor
                 for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    tensor = tensor.narrow(dim, start, length)
+                    part = part.narrow(dim, start, length)
                 target = planner.resolve_tensor(item).detach()
-                target.copy_(tensor)
+                target.copy_(part)
                 planner.commit_tensor(item, target)
 
 
-def _read_chunk(file: BinaryIO, name: str, offset: int, length: int, digest: str) -> torch.Tensor:
-    file.seek(offset)
-    data = file.read(length)
-    if len(data) != length:
-        raise CheckpointDamaged(f"{name}: ends after {offset + len(data)} bytes, should have {offset + length}")
+def _read_chunks(
+    directory: Storage, name: str, chunks: list[tuple[int, int, str]]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The tensors at (offset, length, checksum), each verified. Neighbours are read in one piece: on object storage
+    every read is a request."""
+    try:
+        file = directory.open(name)
+    except FileNotFoundError:
+        raise CheckpointDamaged(f"{name}: missing") from None
+    with file:
+        while chunks:
+            start, end, count = chunks[0][0], chunks[0][0] + chunks[0][1], 1
+            while count < len(chunks) and chunks[count][0] == end and end + chunks[count][1] - start <= _READ_BYTES:
+                end += chunks[count][1]
+                count += 1
+            file.seek(start)
+            data = memoryview(file.read(end - start))
+            if len(data) != end - start:
+                raise CheckpointDamaged(f"{name}: ends after {start + len(data)} bytes, should have {end}")
+            for offset, length, digest in chunks[:count]:
+                yield offset, _decode(data[offset - start : offset - start + length], name, offset, digest)
+            chunks = chunks[count:]
+
+
+def _decode(data: memoryview, name: str, offset: int, digest: str) -> torch.Tensor:
     if xxhash.xxh3_64_hexdigest(data) != digest:
         raise CheckpointDamaged(f"{name}: the checksum of the bytes at {offset} does not match")
     try:

@@ -148,7 +148,7 @@ class AsyncWriter:
             if copied is not None:
                 copied.synchronize()
             name = _shard_name(self._ranks.rank)
-            record = self._persister.write(directory.location, name, staging.path, staging.size, staging.chunks)
+            record = self._persister.write(directory, name, staging.path, staging.size, staging.chunks)
             return staging.where, FileRecord(**record)
 
         written = self._background.together(write)
@@ -217,7 +217,7 @@ def _commit(
     files[STATE] = write_small(directory, STATE, text)
     files[METADATA] = write_small(directory, METADATA, pickle.dumps(metadata))
     manifest = Manifest(dict(info), files)
-    directory.replace(MANIFEST, manifest.encode())  # in one piece: a torn one is damage, not a save that was cut off
+    directory.publish(MANIFEST, manifest.encode())  # in one piece: a torn one is damage, not a save that was cut off
     return manifest
 
 

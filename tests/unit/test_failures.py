@@ -139,7 +139,7 @@ def run(tmp_path):
 
 def test_a_failure_is_written_down_when_it_is_noticed(run, tmp_path):
     errors = {1: from_worker(ValueError("mine")), 0: from_worker(RuntimeError(RESET))}
-    Reporter(str(tmp_path), "mine").after_exception(None, errors)
+    Reporter(run.storage.recipe).after_exception(None, errors)
     (event,) = run.events("failure")
     assert {key: event[key] for key in ("rank", "cause", "error", "ranks")} == {
         "rank": 1,
@@ -158,7 +158,7 @@ def test_the_panel_tells_cause_place_node_and_ledger_on_lines_to_copy(run, capsy
     assert rows["cause"] == "ValueError: mine"
     assert rows["at"] == "/home/me/model.py:7 in forward"
     assert rows["worker"] == "rank 1 on node node-b"
-    assert rows["ledger"] == f"{run.storage.location}/events.jsonl"
+    assert rows["ledger"] == run.ledger
 
 
 def test_the_panel_does_without_what_is_not_known(run, capsys):

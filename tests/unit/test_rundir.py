@@ -5,7 +5,7 @@ import json
 import pytest
 
 from areal_ray.goodput import goodput
-from areal_ray.rundir import EVENTS, METRICS, RunDir
+from areal_ray.rundir import RunDir
 from areal_ray.storage import LocalStorage
 
 pytestmark = pytest.mark.unit
@@ -45,19 +45,19 @@ def test_without_files_there_is_nothing_to_read(run):
 
 def test_a_torn_line_is_passed_over(run):
     run.event("attempt", attempt=1)
-    run.storage.append(EVENTS, b'{"time": 1, "event": "atte')
+    run.storage.append("events.jsonl", b'{"time": 1, "event": "atte')
     assert [event["attempt"] for event in run.events()] == [1]
 
 
 def test_an_event_after_a_torn_line_is_not_lost(run):
-    run.storage.append(EVENTS, b'{"time": 1, "event": "atte')
+    run.storage.append("events.jsonl", b'{"time": 1, "event": "atte')
     run.event("submitted")  # the driver's first act, before any worker asks for an attempt
     assert [event["event"] for event in run.events()] == ["submitted"]
 
 
 def test_the_line_of_a_step_after_a_torn_one_is_not_lost(run):
     run.log_metrics(10, {"loss": 2.0})
-    run.storage.append(METRICS, b'{"step": 20, "lo')
+    run.storage.append("metrics.jsonl", b'{"step": 20, "lo')
     run.rewind_metrics(10)
     run.log_metrics(20, {"loss": 1.0})
     assert run.metrics() == [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}]
@@ -76,7 +76,7 @@ def test_attempts_count_on_from_the_checkpoints_if_the_ledger_is_lost(run):
 
 def test_the_next_attempt_is_counted_after_a_torn_line(run):
     run.event("attempt", attempt=1)
-    run.storage.append(EVENTS, b'{"time": 1, "event": "fail')
+    run.storage.append("events.jsonl", b'{"time": 1, "event": "fail')
     assert run.next_attempt(last_saved=0) == 2
     run.event("attempt", attempt=2)
     assert run.next_attempt(last_saved=0) == 3
@@ -105,7 +105,7 @@ def test_a_result_comes_back_and_replaces_the_one_before(run):
 
 def ledger(run, *events):
     for time, kind in events:
-        run.storage.append(EVENTS, json.dumps({"time": time, "event": kind}).encode() + b"\n")
+        run.storage.append("events.jsonl", json.dumps({"time": time, "event": kind}).encode() + b"\n")
 
 
 def test_goodput_is_the_share_of_the_steps_that_stand(run):
