@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from areal_ray.checkpoint import Catalog
+from areal_ray.checkpoint.lease import reading
 from areal_ray.checkpoint.manifest import verify
 from areal_ray.checkpoint.reader import StoredState
 from areal_ray.storage import Storage
@@ -58,7 +59,8 @@ def check(checkpoint: Storage) -> int:
     Raises:
         CheckpointDamaged: for the first file that differs.
     """
-    return verify(checkpoint).total_bytes
+    with reading(checkpoint):
+        return verify(checkpoint).total_bytes
 
 
 def digest(checkpoint: Storage) -> str:
@@ -70,7 +72,11 @@ def digest(checkpoint: Storage) -> str:
     Raises:
         CheckpointDamaged: if what is read is not what was written.
     """
-    state = StoredState(checkpoint)
+    with reading(checkpoint):
+        return _digest(StoredState(checkpoint))
+
+
+def _digest(state: StoredState) -> str:
     total = hashlib.sha256()
     for name in state.names:
         tensor = state.tensor(name)
@@ -95,7 +101,11 @@ def differences(a: Storage, b: Storage) -> list[Difference]:
     Raises:
         CheckpointDamaged: if what is read is not what was written.
     """
-    left, right = StoredState(a), StoredState(b)
+    with reading(a), reading(b):
+        return _differences(StoredState(a), StoredState(b))
+
+
+def _differences(left: StoredState, right: StoredState) -> list[Difference]:
     found = [Difference(name, "only in the first") for name in sorted(set(left.names) - set(right.names))]
     found += [Difference(name, "only in the second") for name in sorted(set(right.names) - set(left.names))]
     for name in sorted(set(left.names) & set(right.names)):

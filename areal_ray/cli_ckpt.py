@@ -124,9 +124,7 @@ def _gc(arguments: argparse.Namespace) -> int:
     catalog = Catalog(run)
     # The last attempt may be saving just now; only what came before it is surely nobody's.
     latest = max([event["attempt"] for event in RunDir(run).events("attempt")] + [catalog.last_attempt()])
-    names = abandoned(catalog, latest)
-    for name in names:
-        remove(catalog, name)
+    names = [name for name in abandoned(catalog, latest) if remove(catalog, name)]
     if arguments.json:
         print(json.dumps({"deleted": names}))
     else:

@@ -65,13 +65,12 @@ class LedgerJournal:
 
     def _remove(self, name: str) -> bool:
         try:
-            remove(self._catalog, name)
+            return remove(self._catalog, name)
         except FileNotFoundError:
             return False
         except OSError as error:  # in the way of nothing: the next time tries again
             self._say(f"could not delete {name}: {error}")
             return False
-        return True
 
     def skipped(self, step: int) -> None:
         self._say(f"the save at step {step} falls out: storage is still busy with the one before")

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 
+from areal_ray.checkpoint.lease import reading
 from areal_ray.checkpoint.manifest import METADATA, STATE, CheckpointDamaged, Manifest, read_checked, read_manifest
 from areal_ray.checkpoint.metadata import decode_metadata
 from areal_ray.checkpoint.state import flatten, merge
@@ -36,6 +38,12 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Man
         RankError: on every rank, if the checkpoint is damaged anywhere (each rank checks what it reads).
         ValueError: if it holds other tensors, or of other shapes, than the objects have.
     """
+    with reading(directory) if ranks.rank == 0 else nullcontext():
+        return _load(directory, state, ranks)
+
+
+def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Manifest:
+    ranks.agree(True)  # nobody reads the manifest before rank 0 has said that it is being read
     trees = {name: part.state_dict() for name, part in state.items()}
     tensors, _ = flatten(trees)
 
@@ -124,7 +132,7 @@ def _decode(data: memoryview, name: str, offset: int, digest: str) -> torch.Tens
 
 
 class StoredState:
-    """What a checkpoint holds, for tools: whole tensors one at a time, in one process.
+    """What a checkpoint holds, for tools: whole tensors one at a time, in one process; to be opened under `reading`.
 
     Args:
         directory: a committed checkpoint.

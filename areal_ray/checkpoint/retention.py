@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from areal_ray.checkpoint.catalog import Catalog, Entry
+from areal_ray.checkpoint.lease import is_read
 from areal_ray.checkpoint.manifest import MANIFEST
 from areal_ray.config import Keep
 
@@ -38,16 +39,26 @@ def abandoned(catalog: Catalog, before_attempt: int) -> list[str]:
     ]
 
 
-def remove(catalog: Catalog, name: str) -> None:
+def remove(catalog: Catalog, name: str) -> bool:
     """Delete a checkpoint; its manifest first, so that what a crash leaves behind is no checkpoint.
+
+    Returns:
+        False if it stays because somebody is reading it.
 
     Raises:
         OSError: if it cannot be deleted.
     """
     directory = catalog.directory(name)
+    if is_read(directory):
+        return False
     if directory.size(MANIFEST) is not None:
+        manifest = directory.read(MANIFEST)
         directory.remove(MANIFEST)
+        if is_read(directory):  # began in between, and may have seen the manifest
+            directory.publish(MANIFEST, manifest)
+            return False
     directory.delete()
+    return True
 
 
 def _metric(entry: Entry, keep: Keep) -> float | None:

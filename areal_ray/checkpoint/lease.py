@@ -1,0 +1,44 @@
+"""What somebody reads is not deleted under them."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from areal_ray.storage import Storage
+
+_PREFIX = ".reading-"
+_SECONDS = 3600.0  # a reader that was killed keeps its checkpoint alive that long
+
+
+@contextmanager
+def reading(directory: Storage) -> Iterator[None]:
+    """Keep a checkpoint from being deleted while the block lasts, an hour at most.
+
+    To be entered before the manifest is read: a deletion takes the manifest away first and looks for readers then, so
+    one of the two sees the other. Where one may not write, one reads without.
+    """
+    name = f"{_PREFIX}{secrets.token_hex(4)}"
+    try:
+        directory.replace(name, json.dumps({"until": time.time() + _SECONDS}).encode())
+    except OSError:  # read-only, or gone: then the reading says so
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            directory.remove(name)
+
+
+def is_read(directory: Storage) -> bool:
+    """Whether somebody is reading in there."""
+    for name in directory.names():
+        if name.startswith(_PREFIX):
+            with suppress(FileNotFoundError):  # just finished
+                if json.loads(directory.read(name))["until"] > time.time():
+                    return True
+    return False
