@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -23,12 +24,16 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
         ("digest", _digest, ["CKPT"], "one SHA-256 of the logical state, the same for any number of ranks"),
         ("gc", _gc, ["RUN"], "delete what saves that were never finished have left"),
         ("repair", _repair, ["RUN"], "make Ray's list of checkpoints anew from the manifests"),
+        ("export", _export, ["CKPT", "OUT"], "write a Hugging Face directory: config, tokenizer, safetensors"),
         ("diff", _diff, ["A", "B"], "compare two states bit for bit; exit 0 if and only if they are the same"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         for path in paths:
             command.add_argument("run_dir" if path == "RUN" else path.lower(), metavar=path)
         command.add_argument("--json", action="store_true", help="print JSON")
+        if run is _export:
+            command.add_argument("--shard-size", default="5GB", help="largest file, for example 200MB (default 5GB)")
+            command.add_argument("--tokenizer", help="as data.tokenizer; default that of the run; none for none")
         command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
 
 
@@ -113,6 +118,27 @@ def _diff(arguments: argparse.Namespace) -> int:
             apart = "" if difference.max_abs is None else f", max |a-b| {difference.max_abs:.3g}"
             print(f"{difference.name}: {difference.what}{apart}")
     return 1 if found else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from areal_ray.export import export
+    from areal_ray.storage import storage_at
+
+    size = _bytes(arguments.shard_size)
+    done = export(_at(arguments.ckpt), storage_at(arguments.out), size, arguments.tokenizer)
+    if arguments.json:
+        _print_json(vars(done))
+    else:
+        shards = sum(file.endswith(".safetensors") for file in done.files)
+        print(f"{done.tensors} tensors, {done.total_bytes:,} bytes in {shards} safetensors file{'s' * (shards != 1)}")
+    return 0
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text, re.I)
+    if match is None or not int(match[1]):
+        raise ValueError(f"{text!r} is no size; for example 5GB or 200MB")
+    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]
 
 
 def _gc(arguments: argparse.Namespace) -> int:

@@ -54,7 +54,8 @@ class Cluster:
 @dataclass(frozen=True)
 class Model:
     config: dict[str, Any] = field(default_factory=dict)  # arguments of a transformers config, model_type among them
-    factory: str | None = None  # "package.module:function" instead; called with args, returns an nn.Module
+    path: str | None = None  # instead: a Hugging Face directory or hub name, whose weights are the first ones
+    factory: str | None = None  # instead: "package.module:function", called with args, returns an nn.Module
     args: dict[str, Any] = field(default_factory=dict)
     shard_units: list[str] = field(default_factory=list)  # class names sharded one by one; default: the model's own
 

@@ -59,8 +59,11 @@ def _check_run(config: Config) -> None:
         raise ConfigError("run.seed", f"must be in [0, 2**32), not {config.run.seed}")
     if config.cluster.max_failures < -1:
         raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
-    if bool(config.model.config) == bool(config.model.factory):
-        raise ConfigError("model.config", "give either model.config (a transformers config) or model.factory")
+    ways = [bool(config.model.config), bool(config.model.path), bool(config.model.factory)]
+    if sum(ways) != 1:
+        text = "give either model.config (a transformers config), model.path (Hugging Face weights) or model.factory"
+        hint = "; model=pretrained picks a group without config" if config.model.path else ""
+        raise ConfigError("model.config", text + hint)
     if config.model.config and "model_type" not in config.model.config:
         raise ConfigError("model.config", "model_type is missing, for example model_type: qwen3")
     if config.model.factory and not re.fullmatch(r"[\w.]+:\w+", config.model.factory):

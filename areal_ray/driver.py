@@ -16,7 +16,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from areal_ray import data, failures, models, snapshot, worker
-from areal_ray.checkpoint import Catalog
+from areal_ray.checkpoint import Catalog, hf
 from areal_ray.cluster import cluster, resources
 from areal_ray.config import Config, ConfigError, dump, redact
 from areal_ray.console import Console
@@ -99,6 +99,8 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     config = replace(config, run=replace(config.run, storage_path=storage.location))
     tokenizer = data.build_tokenizer(config.data.tokenizer)
     models.check_model(config.model, tokenizer.vocab_size)
+    if config.model.path:
+        _check_weights(config)
     sequences, _ = data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
     run = RunDir(storage.sub(config.run.name))
     has_checkpoint = any(entry.manifest for entry in Catalog(run.storage).entries())
@@ -114,6 +116,17 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     return run, config
 
 
+def _check_weights(config: Config) -> None:
+    assert config.model.path
+    try:
+        path = hf.resolve(config.model.path)
+        hf.stored_names(path, models.build_model(config.model), hf.shapes(path))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError("model.path", str(error)) from None
+
+
 def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) -> None:
     """Compare what a checkpoint says of its run with what is asked for, where nobody could go on with a difference."""
     if not {"model", "seed", "data"} <= set(saved):
@@ -125,6 +138,10 @@ def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) ->
     if changed:
         values = [f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed[:4]]
         raise ConfigError("model.config", f"this run's checkpoints are of another model: {', '.join(values)}{other}")
+    if config.model.path and not models.same_architecture(saved.get("hf_config") or {}, config.model):
+        raise ConfigError(
+            "model.path", f"this run's checkpoints are of another architecture than its config.json{other}"
+        )
     if before["factory"] != now["factory"]:
         raise ConfigError("model.factory", f"this run's checkpoints were made with {before['factory']}{other}")
     if saved["seed"] != config.run.seed:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray import __version__, loop
+from areal_ray import __version__, loop, models
 from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
 from areal_ray.config import Config, Run, dump, redact
@@ -54,11 +54,12 @@ def main(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _train(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
     started = time.time()
-    engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
-    engine.initialize()
-    ranks = Ranks()
     run = RunDir(storage_at(**recipe))
     catalog = Catalog(run.storage)
+    ranks = Ranks()
+    engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
+    # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
+    engine.initialize(weights=not ranks.on_first(catalog.has_committed))
     attempt = ranks.on_first(lambda: run.next_attempt(catalog.last_attempt()))
     nodes = ranks.gather(socket.gethostname())
     if ranks.rank == 0:
@@ -175,6 +176,8 @@ def _provenance(config: Config) -> dict[str, Any]:
     return {
         "seed": config.run.seed,
         "model": redact(dataclasses.asdict(config.model)),
+        "hf_config": models.architecture(config.model),
+        "tokenizer": config.data.tokenizer,
         "config_hash": hashlib.sha256(dump(lasting).encode()).hexdigest()[:16],
         "versions": {**versions, "transformers": transformers.__version__},
     }

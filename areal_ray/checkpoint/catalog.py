@@ -63,6 +63,10 @@ class Catalog:
         """The highest attempt that has saved, or begun to; 0 if none has."""
         return max((attempt for attempt, _, _ in self.names()), default=0)
 
+    def has_committed(self) -> bool:
+        """Whether any save was ever finished here, good or not by now."""
+        return any(self.directory(name).size(MANIFEST) is not None for _, _, name in self.names())
+
     def entries(self) -> Iterator[Entry]:
         """Every directory, newest first, with its manifest and sizes checked; contents are not read."""
         for attempt, step, name in self.names():

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+
+from areal_ray.checkpoint.state import DCPState
+from areal_ray.ranks import Ranks
 
 _SHARD_BYTES = 5 << 30
 _PARTS = "sharded"  # torch's name for the parts of the ranks, which are then put together
@@ -38,7 +44,12 @@ def save_weights(path: str, weights: dict[str, torch.Tensor]) -> None:
     Args:
         path: directory, see `prepare`.
         weights: parameters by name, DTensors or plain.
+
+    Raises:
+        ValueError: for a scalar weight, which torch's writer would put down as zero.
     """
+    if scalars := [name for name, tensor in weights.items() if tensor.ndim == 0]:
+        raise ValueError(f"{scalars[0]} is a scalar; use `areal-ray ckpt export`, which writes it as it is")
     file_of, used = {}, 0
     for name, tensor in weights.items():
         used += tensor.numel() * tensor.itemsize
@@ -54,35 +65,110 @@ def save_weights(path: str, weights: dict[str, torch.Tensor]) -> None:
         shutil.rmtree(os.path.join(path, _PARTS), ignore_errors=True)  # the parts, now in the files above
 
 
+def resolve(path: str) -> str:
+    """The directory of a model: itself, or the hub's, downloaded once per machine.
+
+    Raises:
+        ValueError: if there is no such model, or it has no safetensors.
+    """
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        except (OSError, ValueError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path!r} is no directory, and the hub does not give it: {text}") from None
+    if not glob.glob(os.path.join(path, "*.safetensors")):
+        raise ValueError(f"there are no safetensors files in {path}")
+    return path
+
+
 def shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight in a directory of safetensors files."""
+    """Name and shape of every weight in a directory of safetensors files; those of its index, if it has one."""
     saved = HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.isfile(index):  # some models lie there twice, under other names
+        with open(index) as file:
+            listed = json.load(file)["weight_map"]
+        if lost := sorted(set(listed) - set(saved)):
+            raise ValueError(f"{path}: the index lists {lost[0]}, but no file has it")
+        saved = {name: saved[name] for name in listed}
     return {name: tuple(entry.size) for name, entry in saved.items()}  # type: ignore[union-attr]
 
 
-def check_fit(path: str, weights: dict[str, torch.Tensor], saved: dict[str, tuple[int, ...]]) -> None:
-    """Compare what a directory holds with what is wanted from it.
+def stored_names(path: str, model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """For every weight of a model the name that it has in a directory.
+
+    Names differ where a parameter is tied to another, and where the files are of the model without its head.
+
+    Args:
+        path: for messages.
+        model: whose weights are wanted.
+        saved: shapes by name, see `shapes`.
 
     Raises:
-        ValueError: if it lacks weights, or has them in other shapes.
+        ValueError: if weights are missing, have other shapes, or are more than the model takes.
     """
-    problems = [f"{name} is missing" for name in sorted(set(weights) - set(saved))]
-    for name in sorted(set(weights) & set(saved)):
-        if saved[name] != tuple(weights[name].shape):
-            problems.append(f"{name} is {saved[name]} in it and {tuple(weights[name].shape)} here")
+    wanted = weights_of(model)
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    same = {group[0]: group for group in aliases.values()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, str] = {}
+    for name in wanted:
+        names = same.get(name, [name])
+        names = names + [other.removeprefix(prefix) for other in names]
+        found |= {name: next((other for other in names if other in saved), "")}
+    problems = [f"{name} is missing" for name in sorted(wanted) if not found[name]]
+    for name, tensor in sorted(wanted.items()):
+        if found[name] and saved[found[name]] != tuple(tensor.shape):
+            problems.append(f"{name} is {saved[found[name]]} in it and {tuple(tensor.shape)} here")
+    known = set(found.values()) | {name for group in aliases.values() for name in group}
+    known |= {name for name, _ in model.named_buffers()}
+    known |= {name.removeprefix(prefix) for name in known}
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
+    spare = [name for name in sorted(set(saved) - known) if not any(pattern.search(name) for pattern in ignored)]
+    problems += [f"{name} is unknown here" for name in spare]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"the weights in {path} do not fit this model: {'; '.join(problems[:8])}{more}")
+    return found
 
 
-def load_weights(path: str, weights: dict[str, torch.Tensor]) -> None:
-    """Fill weights in place from the safetensors files in a directory, each rank reading what it needs. A collective.
+def load_weights(path: str, model: nn.Module, ranks: Ranks) -> None:
+    """Fill a sharded model in place, each rank reading what it needs, whatever the precision in the files.
+
+    A collective.
+
+    Args:
+        path: a directory of safetensors files.
+        model: with memory; its non-persistent buffers are left alone.
+        ranks: all ranks.
 
     Raises:
-        RuntimeError: on every rank, if one of them could not read.
+        RankError: on every rank, if one of them could not read.
+        ValueError: on every rank, if the weights are those of another model.
     """
-    with _plain_errors():
-        load(dict(weights), storage_reader=HuggingFaceStorageReader(path))
+    names = stored_names(path, model, ranks.together(lambda: shapes(path))[0])
+
+    def read() -> None:
+        weights = {names[name]: tensor for name, tensor in weights_of(model).items()}
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        reader = HuggingFaceStorageReader(path)
+        planner.set_up_planner(weights, reader.read_metadata(), is_coordinator=False)
+        reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=False)
+        # No collective: a load plan needs nobody else's, and one rank's error is told to all as it is.
+        reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
+
+    ranks.together(read)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, each once, and persistent buffers, by name."""
+    weights: dict[str, torch.Tensor] = DCPState(model).state_dict()["model"]
+    return weights
 
 
 @contextmanager

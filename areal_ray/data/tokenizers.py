@@ -16,6 +16,10 @@ class Tokenizer(Protocol):
         """Token ids (1-D, integers) of one document, its end marked."""
         ...
 
+    def save(self, folder: str) -> None:
+        """Write it as files that transformers' AutoTokenizer reads."""
+        ...
+
 
 class ByteTokenizer:
     """The 256 bytes and one token, 256, for the end of a document. Needs no vocabulary file."""
@@ -24,6 +28,18 @@ class ByteTokenizer:
 
     def encode(self, document: bytes) -> np.ndarray:
         return np.append(np.frombuffer(document, dtype=np.uint8).astype(np.uint16), np.uint16(256))
+
+    def save(self, folder: str) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        # Byte-level BPE without merges: each byte stands as one printable character, GPT-2's table of them.
+        table = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        letters = _letters_of_bytes()
+        tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
+        tokenizer.pre_tokenizer, tokenizer.decoder = table, decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
 class HuggingFaceTokenizer:
@@ -47,6 +63,16 @@ class HuggingFaceTokenizer:
     def encode(self, document: bytes) -> np.ndarray:
         ids = self._tokenizer(document.decode("utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
         return np.asarray([*ids, self._tokenizer.eos_token_id], dtype=np.uint32)
+
+    def save(self, folder: str) -> None:
+        self._tokenizer.save_pretrained(folder)
+
+
+def _letters_of_bytes() -> list[str]:
+    """The character of each byte in byte-level BPE (GPT-2's encoder.py): itself if printable, else one from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def build_tokenizer(name: str) -> Tokenizer:

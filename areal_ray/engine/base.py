@@ -40,8 +40,8 @@ class TrainEngine(Protocol):
         """Everything of the engine that a resumed run needs."""
         ...
 
-    def initialize(self) -> None:
-        """Build, shard and initialise."""
+    def initialize(self, weights: bool = True) -> None:
+        """Build, shard and initialise; without weights, if they are loaded next."""
         ...
 
     def train_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -44,17 +46,30 @@ class FSDPEngine:
             None
         )  # called before the weights change, to wait for copies of them
 
-    def initialize(self) -> None:
-        """Join the process group, build the model on the meta device, shard it, give it memory and first values."""
+    def initialize(self, weights: bool = True) -> None:
+        """Join the process group, build the model on the meta device, shard it, give it memory and first values.
+
+        Args:
+            weights: False leaves parameters undefined, for when a checkpoint is loaded next.
+
+        Raises:
+            RankError: on every rank, if weights cannot be read from model.path.
+            ValueError: on every rank, if they are those of another model.
+        """
         config = self._config
         self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
         self.mesh = build_mesh(config.engine.mesh, self.device)
         self.model = models.build_model(config.model)
         parallelize(self.model, models.shard_units(self.model, config.model.shard_units), self.mesh, config.engine)
         models.materialise(self.model, self.device)
-        models.init_weights(self.model, config.run.seed)
-        self.optimizer = build_optimizer(self.model, config.optim)
         self._ranks = Ranks()
+        if weights and not config.model.path:
+            models.init_weights(self.model, config.run.seed)
+        else:
+            models.init_buffers(self.model)
+        if weights and config.model.path:
+            self._load_pretrained(config.model.path)
+        self.optimizer = build_optimizer(self.model, config.optim)
 
     @property
     def state(self) -> DCPState:
@@ -117,9 +132,9 @@ class FSDPEngine:
             save(directory, {"engine": state}, self.describe(), self._ranks)
             return
         self._ranks.on_first(lambda: hf.prepare(directory.location))
-        self._ranks.together(lambda: hf.save_weights(directory.location, DCPState(self.model).state_dict()["model"]))
-        if hasattr(self.model, "config"):
-            self._ranks.on_first(lambda: self.model.config.save_pretrained(directory.location))  # type: ignore[operator, union-attr]
+        self._ranks.together(lambda: hf.save_weights(directory.location, hf.weights_of(self.model)))
+        if (architecture := models.architecture(self._config.model)) is not None:
+            self._ranks.on_first(lambda: directory.replace("config.json", json.dumps(architecture, indent=2).encode()))
         if meta.with_optim:
             save(directory.sub("optim"), {"engine": self._optim_state()}, self.describe(), self._ranks)
 
@@ -135,11 +150,16 @@ class FSDPEngine:
             state = self.state if meta.with_optim else DCPState(self.model)
             load(directory, {"engine": state}, self._ranks)
             return
-        weights = DCPState(self.model).state_dict()["model"]
-        hf.check_fit(meta.path, weights, self._ranks.together(lambda: hf.shapes(directory.location))[0])
-        self._ranks.together(lambda: hf.load_weights(directory.location, weights))
+        hf.load_weights(directory.location, self.model, self._ranks)
         if meta.with_optim:
             load(directory.sub("optim"), {"engine": self._optim_state()}, self._ranks)
+
+    def _load_pretrained(self, path: str) -> None:
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        # One download per machine; by then the others find it.
+        found = self._ranks.together(lambda: hf.resolve(path) if first else None)[self._ranks.rank]
+        here = self._ranks.together(lambda: found or hf.resolve(path))[self._ranks.rank]
+        hf.load_weights(here, self.model, self._ranks)
 
     def _optim_state(self) -> DCPState:
         return DCPState(self.model, self.optimizer, self._schedule, weights=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from typing import Any
 
 import torch
@@ -33,7 +34,29 @@ def check_model(config: Model, vocab_size: int) -> None:
         return
     rows = getattr(_transformers_config(config), "vocab_size", vocab_size)
     if rows < vocab_size:
-        raise ConfigError("model.config.vocab_size", f"is {rows}, but the tokenizer has {vocab_size} tokens")
+        key = "model.path" if config.path else "model.config.vocab_size"
+        raise ConfigError(key, f"the model has {rows} rows of embeddings, but the tokenizer has {vocab_size} tokens")
+
+
+def architecture(config: Model) -> dict[str, Any] | None:
+    """What config.json says of the model in a Hugging Face directory; None for a factory's."""
+    if config.factory:
+        return None
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    transformers_config = _transformers_config(config)
+    transformers_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[transformers_config.model_type]]
+    transformers_config.dtype = "float32"
+    return dict(json.loads(transformers_config.to_json_string()))
+
+
+def same_architecture(saved: dict[str, Any], config: Model) -> bool:
+    """Whether the config of a directory, as `architecture` gives it, is that of this model."""
+    from transformers import AutoConfig
+
+    # Both through the same library: what a config leaves out is a default, and defaults change with versions.
+    both = [AutoConfig.for_model(**values).to_dict() for values in (saved, architecture(config) or {})]
+    return both[0] == both[1]
 
 
 def _transformers_config(config: Model) -> Any:
@@ -41,6 +64,15 @@ def _transformers_config(config: Model) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if config.path:
+        try:
+            found = AutoConfig.from_pretrained(config.path)
+        except (OSError, ValueError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError("model.path", f"no Hugging Face model in {config.path!r}: {text}") from None
+        if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ConfigError("model.path", f"{config.path!r} is no causal language model but {found.model_type!r}")
+        return found
     values = dict(config.config)
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:
@@ -58,9 +90,11 @@ def _from_transformers(config: Model) -> nn.Module:
 
     transformers_config = _transformers_config(config)
     try:
-        model = AutoModelForCausalLM.from_config(transformers_config, attn_implementation="sdpa")
+        # float32 whatever the files are in: these are the weights that the optimizer changes.
+        model = AutoModelForCausalLM.from_config(transformers_config, attn_implementation="sdpa", dtype=torch.float32)
     except ValueError as error:
-        raise ConfigError("model.config.model_type", " ".join(str(error).split())[:300]) from None
+        key = "model.path" if config.path else "model.config.model_type"
+        raise ConfigError(key, " ".join(str(error).split())[:300]) from None
     model.config.use_cache = False
     return model
 

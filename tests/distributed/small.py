@@ -39,8 +39,10 @@ SMALL = (
 )
 
 
-def small_config(*overrides: str) -> Config:
-    return load(str(ROOT / "conf/experiments/tiny.yaml"), [*SMALL, *overrides])
+def small_config(*overrides: str, sizes: bool = True) -> Config:
+    """The tiny experiment, smaller; without the sizes of its model when the model is another one."""
+    small = [override for override in SMALL if sizes or not override.startswith("model.")]
+    return load(str(ROOT / "conf/experiments/tiny.yaml"), [*small, *overrides])
 
 
 def start_engine(*overrides: str) -> FSDPEngine:

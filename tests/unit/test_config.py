@@ -49,6 +49,8 @@ def test_every_group_file_can_be_chosen_and_is_used(path, tmp_path):
     overrides = [f"{group}={path.stem}"]
     if (group, path.stem) == ("data", "text"):
         overrides.append(f"data.paths=[{tmp_path}]")
+    if (group, path.stem) == ("model", "pretrained"):
+        overrides.append(f"model.path={tmp_path}")
     section = dataclasses.asdict(getattr(load(TINY, overrides), group))
     values = yaml.safe_load(path.read_text())
     assert values
