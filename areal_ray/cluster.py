@@ -39,10 +39,11 @@ def cluster(config: Config) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env()}
     if not os.environ.get("RAY_ADDRESS"):
         # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
-        needed = math.ceil(config.cluster.num_workers * resources(config).get("CPU", 0))
+        workers = config.worker_range[1]
+        needed = math.ceil(workers * resources(config).get("CPU", 0))
         cores = os.cpu_count() or 1
         if needed > cores:
-            print(f"{config.cluster.num_workers} workers share the {cores} CPU cores of this machine", flush=True)
+            print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
         # "local", or it would find a cluster that happens to run here.
         options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
     ray.init(**options)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from areal_ray.config_layers import ConfigError, compose, read_layers, source_of
-from areal_ray.config_rules import check
+from areal_ray.config_rules import check, fits
 
 __all__ = ["Config", "ConfigError", "dump", "load", "redact"]
 
@@ -44,7 +44,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Cluster:
-    num_workers: int = 2
+    num_workers: Any = 2  # or [min, max]: as many as there is room for, more when machines come back
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = field(default_factory=dict)  # default: one CPU, or one CPU and one GPU
     max_failures: int = 3  # restarts before the run is given up; -1: without limit
@@ -159,6 +159,18 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     logging: Logging = field(default_factory=Logging)
     faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The least and the most workers; the same when cluster.num_workers is one number."""
+        workers = self.cluster.num_workers
+        return (workers, workers) if isinstance(workers, int) else (workers[0], workers[1])
+
+    @property
+    def usable_sizes(self) -> list[int]:
+        """The numbers of workers in that range that the mesh and the global batch can be shared by, ascending."""
+        low, high = self.worker_range
+        return [size for size in range(low, high + 1) if fits(self, size)]
 
     @property
     def last_step(self) -> int:

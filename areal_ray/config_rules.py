@@ -16,7 +16,6 @@ _POSITIVE = (
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.seq_len",
-    "cluster.num_workers",
     "cluster.collective_timeout_s",
     "optim.lr",
     "optim.eps",
@@ -43,6 +42,7 @@ def check(config: Config) -> None:
     _check_run(config)
     _check_train(config)
     _check_sizes(config)
+    _check_resources(config)
     _check_faults(config)
     _check_keep(config)
 
@@ -94,8 +94,35 @@ def _check_train(config: Config) -> None:
         raise ConfigError("optim.betas", f"must be in [0, 1), not {list(optim.betas)}")
 
 
+def fits(config: Config, workers: int) -> bool:
+    """Whether the mesh can be laid over so many workers, and the global batch be shared evenly by them."""
+    mesh = config.engine.mesh
+    if workers % mesh.replicate or (mesh.shard != -1 and workers != mesh.replicate * mesh.shard):
+        return False
+    return config.train.global_batch_size % workers == 0
+
+
+def _check_workers(config: Config) -> None:
+    workers = config.cluster.num_workers
+    numbers = workers if isinstance(workers, list) else [workers, workers]
+    if not (len(numbers) == 2 and all(type(number) is int for number in numbers)):
+        raise ConfigError("cluster.num_workers", f"must be a number, or [least, most], not {workers}")
+    if not 0 < numbers[0] <= numbers[1]:
+        raise ConfigError("cluster.num_workers", f"must be greater than 0, least before most, not {workers}")
+
+
 def _check_sizes(config: Config) -> None:
+    _check_workers(config)
     workers, mesh = config.cluster.num_workers, config.engine.mesh
+    if isinstance(workers, list):
+        if not config.usable_sizes:
+            shard = "" if mesh.shard == -1 else f" x {mesh.shard}"
+            raise ConfigError(
+                "cluster.num_workers",
+                f"no number in {workers} is a multiple of the mesh ({mesh.replicate}{shard}) and divides "
+                f"train.global_batch_size={config.train.global_batch_size}",
+            )
+        return
     if workers % mesh.replicate:
         raise ConfigError("engine.mesh.replicate", f"{mesh.replicate} does not divide cluster.num_workers={workers}")
     if mesh.shard != -1 and mesh.replicate * mesh.shard != workers:
@@ -111,6 +138,9 @@ def _check_sizes(config: Config) -> None:
             f"{batch} cannot be shared evenly by cluster.num_workers={workers}; "
             f"the nearest that can: {below} or {batch - batch % workers + workers}",
         )
+
+
+def _check_resources(config: Config) -> None:
     if unknown := [name for name, amount in config.cluster.resources_per_worker.items() if amount < 0]:
         raise ConfigError("cluster.resources_per_worker", f"{unknown[0]} must not be negative")
 
@@ -131,8 +161,9 @@ def _check_keep(config: Config) -> None:
 
 def _check_faults(config: Config) -> None:
     for i, fault in enumerate(config.faults):
-        if not 0 <= fault.rank < config.cluster.num_workers:
-            raise ConfigError(f"faults[{i}].rank", f"must be in [0, {config.cluster.num_workers}), not {fault.rank}")
+        most = config.worker_range[1]
+        if not 0 <= fault.rank < most:
+            raise ConfigError(f"faults[{i}].rank", f"must be in [0, {most}), not {fault.rank}")
         if not 0 < fault.step <= config.train.steps:
             raise ConfigError(f"faults[{i}].step", f"must be between 1 and {config.train.steps}, not {fault.step}")
 

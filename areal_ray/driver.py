@@ -13,14 +13,16 @@ from typing import Any
 
 import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from areal_ray import data, failures, models, snapshot, worker
 from areal_ray.checkpoint import Catalog, hf
 from areal_ray.cluster import cluster, resources
 from areal_ray.config import Config, ConfigError, dump, redact
 from areal_ray.console import Console
+from areal_ray.control import Control
 from areal_ray.goodput import goodput
+from areal_ray.policies import StoppedWhileWaiting, Trainer
 from areal_ray.rundir import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
 from areal_ray.storage_s3 import filesystem
@@ -53,33 +55,39 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     with Console() as console, cluster(config):
         run.event("submitted", last_step=config.last_step)
         snapshot.rebuild(run.storage)
+        submission = secrets.token_hex(8)
         try:
-            outcome = _trainer(config, run.storage).fit().return_value
+            outcome = _trainer(config, run.storage, submission).fit().return_value
         except TrainingFailedError as error:
+            if isinstance(getattr(error, "controller_failure", None), StoppedWhileWaiting):
+                return _interrupted(run)
             cause = failures.cause_of(error)
             console.wait_for_end(timeout_s=1.0)
             failures.show(cause, run)
             run.event("failed", cause=cause.kind, error=cause.message[:500])
             run.write_result(_result(run, "failed", {}))
             return 1
-        except (
-            KeyboardInterrupt,
-            SystemExit,
-        ):  # Ray Train turns Ctrl-C into the latter once it has stopped the workers
-            newest = Catalog(run.storage).newest()
-            run.event("interrupted")
-            run.write_result(_result(run, "interrupted", {}))
-            print(
-                f"interrupted; the same command goes on from {newest.name if newest else 'the beginning'}", flush=True
-            )
-            return 130
+        except (KeyboardInterrupt, SystemExit):  # Ray Train makes the latter of Ctrl-C once it has ended the workers
+            return _interrupted(run)
+        finally:
+            Control(submission).close()
         assert outcome is not None
+        console.wait_for_end()
+        if outcome["reason"] == "stop":
+            return _interrupted(run)
         status = "finished" if outcome["step"] == config.train.steps else "stopped"
         run.event(status, step=outcome["step"])
         run.write_result(_result(run, status, outcome))
-        console.wait_for_end()
         _summary(run)
     return 0
+
+
+def _interrupted(run: RunDir) -> int:
+    newest = Catalog(run.storage).newest()
+    run.event("interrupted")
+    run.write_result(_result(run, "interrupted", {}))
+    print(f"interrupted; the same command goes on from {newest.name if newest else 'the beginning'}", flush=True)
+    return 130
 
 
 def prepare(config: Config) -> tuple[RunDir, Config]:
@@ -152,7 +160,7 @@ def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) ->
         )
 
 
-def _trainer(config: Config, storage: Storage) -> TorchTrainer:
+def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:
     recipe = storage.recipe
     root, files = config.run.storage_path, None
     if "s3" in recipe:
@@ -160,15 +168,15 @@ def _trainer(config: Config, storage: Storage) -> TorchTrainer:
 
     def work() -> dict[str, Any]:
         # Not as train_loop_config, which Ray shows on its dashboard, with credentials if there are any.
-        return worker.main(config, recipe)
+        return worker.main(config, recipe, submission)
 
     wanted = config.cluster
     backend = "cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"
-    return TorchTrainer(
+    return Trainer(
         work,
         torch_config=TorchConfig(backend=backend, timeout_s=int(wanted.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=wanted.num_workers, use_gpu=wanted.use_gpu, resources_per_worker=resources(config)
+            num_workers=config.worker_range, use_gpu=wanted.use_gpu, resources_per_worker=resources(config)
         ),
         run_config=RunConfig(
             name=config.run.name,
@@ -179,6 +187,9 @@ def _trainer(config: Config, storage: Storage) -> TorchTrainer:
             callbacks=[failures.Reporter(recipe)],
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
+        sizes=config.usable_sizes,
+        control=Control(submission),
+        recipe=recipe,
     )
 
 
@@ -239,12 +250,13 @@ def _redacted(overrides: Sequence[str]) -> list[str]:
 def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]:
     newest = Catalog(run.storage).newest()
     attempts = run.events("attempt")
+    planned = [event for event in run.events("left") if event["reason"] != "stop"]
     return {
         "status": status,
         "step": outcome.get("step", newest.step if newest else 0),
         "loss": outcome.get("loss"),
         "world_size": outcome.get("world_size", attempts[-1]["world_size"] if attempts else None),
-        "restarts": max(0, len(attempts) - len(run.events("submitted"))),
+        "restarts": max(0, len(attempts) - len(run.events("submitted")) - len(planned)),
         "checkpoint": newest.name if newest else None,
         "goodput": goodput(run),
     }

@@ -12,6 +12,7 @@ import ray
 from ray.train import TrainingFailedError, UserCallback
 
 from areal_ray.console import say
+from areal_ray.control import is_planned
 from areal_ray.ranks import RankError
 from areal_ray.rundir import RunDir
 from areal_ray.storage import storage_at
@@ -93,6 +94,8 @@ class Reporter(UserCallback):
         self._recipe = recipe
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if is_planned(worker_exceptions):
+            return
         cause = root_cause(worker_exceptions)
         say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
         run = RunDir(storage_at(**self._recipe))

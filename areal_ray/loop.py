@@ -21,6 +21,10 @@ class RunContext(Protocol):
         """`step`, counted from 1, is about to be computed."""
         ...
 
+    def leaving(self) -> bool:
+        """A step is finished; whether the job is asked to save and leave here."""
+        ...
+
     def check(self) -> None:
         """The end is reached; raise what went wrong in the background."""
         ...
@@ -79,7 +83,7 @@ class Job:
 
 
 def train(job: Job) -> None:
-    """Train from where the progress stands to the last step; the end is always a checkpoint.
+    """Train from where the progress stands to the last step, or until asked to leave; the end is always a checkpoint.
 
     A run that ends before its full length leaves no other trace than that checkpoint, so that going on later gives the
     same run as not having stopped.
@@ -103,11 +107,14 @@ def train(job: Job) -> None:
             progress.metrics = job.evaluator.run()
             tracker.evaluated(progress.step, progress.metrics)
         tracker.write(progress.step)
-        if job.save.due(*at) or progress.step == job.last_step:
+        leaving = job.run.leaving()
+        if job.save.due(*at) or leaving or progress.step == job.last_step:
             job.save.fired(*at)
             progress.metrics["loss"] = float(stats["loss"])  # waits for the device, as the save does anyway
-            dump = job.recover.dump(progress.step, progress.metrics, must=progress.step == job.last_step)
+            dump = job.recover.dump(progress.step, progress.metrics, must=leaving or progress.step == job.last_step)
             if dump is not None:
                 job.run.saving(dump, progress.metrics)
+        if leaving:
+            break
     job.recover.finish()
     job.run.check()

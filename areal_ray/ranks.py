@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -57,6 +58,14 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, group=self._group, group_src=0)
         return box[0]
+
+    def number(self, value: int) -> int:
+        """The number of rank 0, on every rank: cheap enough for every step."""
+        if self._alone:
+            return value
+        box = torch.tensor([value])
+        dist.broadcast(box, group=self._group, group_src=0)
+        return int(box)
 
     def agree(self, opinion: bool) -> bool:
         """The opinion of rank 0, on every rank."""

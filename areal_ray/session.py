@@ -3,30 +3,61 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from concurrent.futures import Future
 
 from ray.train import Checkpoint, get_context, report
 from ray.train import CheckpointUploadMode as Upload
 from ray.train.v2._internal.execution import context as ray_context
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from areal_ray.checkpoint import Manifest
+from areal_ray.control import Control, Reason
 from areal_ray.faults import Faults
+from areal_ray.ranks import Ranks
 from areal_ray.recover import Dump
+
+_LISTEN_S = 0.5  # between two looks at what the job is asked for
+_REASONS: tuple[Reason | None, ...] = (None, "stop", "resize", "preempted")
 
 
 class RaySession:
-    """Tells Ray what is committed.
+    """Tells Ray what is committed, and hears when the job is asked to leave.
 
     Args:
         faults: what is to go wrong on purpose.
+        ranks: all ranks.
+        control: where rank 0 listens.
     """
 
-    def __init__(self, faults: Faults) -> None:
-        self._faults = faults
+    def __init__(self, faults: Faults, ranks: Ranks, control: Control) -> None:
+        self._faults, self._ranks, self._control = faults, ranks, control
+        self._context = get_internal_train_context()
         self._storage = get_context().get_storage()
         self._error: Exception | None = None
+        self._asked: Reason | None = None
+        self.reason: Reason | None = None  # why the workers leave, the same on all ranks
+        if ranks.rank == 0:
+            threading.Thread(target=self._listen, name="control", daemon=True).start()
         # Ray announces every report of every rank, by a logger that RunConfig's log level does not reach.
         ray_context.logger.setLevel(logging.WARNING)
+
+    def leaving(self) -> bool:
+        """Whether to leave after this step. One word of rank 0 to all, so that they leave together."""
+        # The notice reaches every worker; Ray's own get_preemption_info() waits for all ranks on an actor each time.
+        preempted = self._context.preemption_context.preemption_info is not None
+        mine: Reason | None = "preempted" if preempted else self._asked
+        self.reason = _REASONS[self._ranks.number(_REASONS.index(mine))]
+        return self.reason is not None
+
+    def _listen(self) -> None:
+        while self._asked is None:
+            try:
+                self._asked = self._control.asked()
+            except (ConnectionError, RuntimeError) as error:  # the head node is away; when it is back, listen on
+                logging.getLogger(__name__).warning("cannot hear requests: %s", error)
+            time.sleep(_LISTEN_S)
 
     def before_step(self, step: int) -> None:
         self.check()

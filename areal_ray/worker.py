@@ -21,6 +21,7 @@ from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
 from areal_ray.config import Config, Run, dump, redact
 from areal_ray.console import say, say_end
+from areal_ray.control import Control, PlannedRestart
 from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_splits
 from areal_ray.engine import FSDPEngine
 from areal_ray.evaluation import Evaluator
@@ -35,24 +36,30 @@ from areal_ray.storage import storage_at
 from areal_ray.tracking import Tracker
 
 
-def main(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
+def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, Any]:
     """Train one rank; Ray calls it in every worker, again after every restart.
 
     Args:
         config: with absolute paths.
         recipe: of the run directory's storage.
+        submission: under which name requests to this job are made.
 
     Returns:
-        step, loss and world_size at the end, for the driver.
+        step, loss and world_size at the end, for the driver, and why it is the end: "stop" if asked to, else None.
+
+    Raises:
+        PlannedRestart: when the workers are to be started again, in another number or elsewhere.
     """
     try:
-        return _train(config, recipe)
+        return _train(config, recipe, Control(submission))
+    except PlannedRestart:
+        raise
     except Exception as error:
         error.add_note(traceback.format_exc())  # Ray hands exceptions on without their traceback
         raise
 
 
-def _train(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
+def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str, Any]:
     started = time.time()
     run = RunDir(storage_at(**recipe))
     catalog = Catalog(run.storage)
@@ -64,7 +71,8 @@ def _train(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
     nodes = ranks.gather(socket.gethostname())
     if ranks.rank == 0:
         run.event("attempt", attempt=attempt, **engine.describe(), nodes=nodes, started=round(started, 3))
-    job = wire(config, engine, ranks, run, catalog, attempt)
+    session = RaySession(Faults(config.faults, run, ranks), ranks, control)
+    job = wire(config, engine, ranks, run, catalog, attempt, session)
     restored = job.recover.load()
     if ranks.rank == 0:
         LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
@@ -72,12 +80,25 @@ def _train(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
         _announce(run, attempt, restored, job, engine)
     loop.train(job)
     if ranks.rank == 0:
+        if session.reason is not None:
+            run.event("left", reason=session.reason, step=job.progress.step)
         run.flush()
         say_end()
-    return {"step": job.progress.step, "loss": job.progress.metrics["loss"], "world_size": ranks.size}
+    if session.reason in ("resize", "preempted"):
+        raise PlannedRestart(f"{session.reason} at step {job.progress.step}")
+    loss = job.progress.metrics["loss"]
+    return {"step": job.progress.step, "loss": loss, "world_size": ranks.size, "reason": session.reason}
 
 
-def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog: Catalog, attempt: int) -> loop.Job:
+def wire(
+    config: Config,
+    engine: FSDPEngine,
+    ranks: Ranks,
+    run: RunDir,
+    catalog: Catalog,
+    attempt: int,
+    session: loop.RunContext,
+) -> loop.Job:
     """Make the objects of one rank, each knowing only what it is given here."""
     train, here = config.train, run if ranks.rank == 0 else None  # only rank 0 writes to the run's files
     speak = say if ranks.rank == 0 else _silent
@@ -127,7 +148,7 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
             SavePolicy(every.when_busy == "skip", every.max_failed_saves),
         ),
         save=save,
-        run=RaySession(Faults(config.faults, run, ranks)),
+        run=session,
         last_step=config.last_step,
         total_steps=train.steps,
     )

@@ -25,6 +25,7 @@ from areal_ray.checkpoint import AsyncWriter, Catalog
 from areal_ray.cluster import cluster
 from areal_ray.config import Config, Keep, load
 from areal_ray.console import Console
+from areal_ray.control import Control
 from areal_ray.engine import FSDPEngine
 from areal_ray.faults import Faults
 from areal_ray.journal import LedgerJournal
@@ -91,7 +92,7 @@ class Ours:
 
     def __init__(self, engine: FSDPEngine, ranks: Ranks, config: Config) -> None:
         run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
-        self._run, self._session = run, RaySession(Faults([], run, ranks))
+        self._run, self._session = run, RaySession(Faults([], run, ranks), ranks, Control("bench"))
         background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
         writer = AsyncWriter(ranks, background)
         engine.before_update = writer.fence

@@ -57,10 +57,13 @@ class Recover:
 class Run:
     """A RunContext that keeps what it is told, and dies before a step."""
 
-    def __init__(self, dies_at):
-        self.began, self.saves, self.dies_at = [], [], dies_at
+    def __init__(self, dies_at, leaves_at=None):
+        self.began, self.saves, self.dies_at, self.leaves_at = [], [], dies_at, leaves_at
 
     def check(self): ...
+
+    def leaving(self):
+        return self.began[-1] == self.leaves_at
 
     def before_step(self, step):
         if step == self.dies_at:
