@@ -40,6 +40,7 @@ class Run:
     s3: S3 = field(default_factory=S3)
     seed: int = 0  # weights, order of the data and all randomness follow from it
     recover: Literal["auto", "resume", "fresh"] = "auto"  # if there is something · insist · refuse a used directory
+    allow_changes: list[str] = field(default_factory=list)  # data, run.seed, model.config, model.path, model.factory
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Eval:
 @dataclass(frozen=True)
 class Logging:
     every_steps: int = 10
+    sample_ids: bool = False  # write the numbers of every global batch's sequences to samples.jsonl, to check order
 
 
 @dataclass(frozen=True)

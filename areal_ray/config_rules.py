@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from areal_ray.config import Config
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# What a run cannot go on with if it is not what the checkpoint says, unless the user says so.
+ALLOWABLE = ("data", "run.seed", "model.config", "model.path", "model.factory")
 _POSITIVE = (
     "train.steps",
     "train.global_batch_size",
@@ -57,6 +59,8 @@ def _check_run(config: Config) -> None:
         raise ConfigError("run.s3.endpoint", "must be http(s)://host or http(s)://host:port, without credentials")
     if not 0 <= config.run.seed < 2**32:
         raise ConfigError("run.seed", f"must be in [0, 2**32), not {config.run.seed}")
+    if other := set(config.run.allow_changes) - set(ALLOWABLE):
+        raise ConfigError("run.allow_changes", f"knows {', '.join(ALLOWABLE)}; not {', '.join(sorted(other))}")
     if config.cluster.max_failures < -1:
         raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
     ways = [bool(config.model.config), bool(config.model.path), bool(config.model.factory)]

@@ -142,22 +142,26 @@ def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) ->
     before, now = saved["model"], redact(asdict(config.model))
     old, new = before["config"], now["config"]
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    other = "; choose another run.name, or go back"
-    if changed:
-        values = [f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed[:4]]
-        raise ConfigError("model.config", f"this run's checkpoints are of another model: {', '.join(values)}{other}")
-    if config.model.path and not models.same_architecture(saved.get("hf_config") or {}, config.model):
-        raise ConfigError(
-            "model.path", f"this run's checkpoints are of another architecture than its config.json{other}"
-        )
-    if before["factory"] != now["factory"]:
-        raise ConfigError("model.factory", f"this run's checkpoints were made with {before['factory']}{other}")
-    if saved["seed"] != config.run.seed:
-        raise ConfigError("run.seed", f"this run's data are in the order of seed {saved['seed']}{other}")
-    if saved["data"] != fingerprint:
-        raise ConfigError(
-            "data", f"files, tokenizer or train.seq_len are not those that this run has trained on{other}"
-        )
+    values = ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed[:4])
+    path = config.model.path
+    other_architecture = bool(path) and not models.same_architecture(saved.get("hf_config") or {}, config.model)
+    found = {
+        "model.config": f"this run's checkpoints are of another model: {values}" if changed else "",
+        "model.path": "this run's checkpoints are of another architecture" if other_architecture else "",
+        "model.factory": f"this run's checkpoints were made with {before['factory']}"
+        if before["factory"] != now["factory"]
+        else "",
+        "run.seed": f"this run's data are in the order of seed {saved['seed']}"
+        if saved["seed"] != config.run.seed
+        else "",
+        "data": "files, tokenizer or train.seq_len are not those that this run has trained on"
+        if saved["data"] != fingerprint
+        else "",
+    }
+    for key, problem in found.items():
+        if problem and key not in config.run.allow_changes:
+            hint = f"; choose another run.name, or go back, or say run.allow_changes='[{key}]'"
+            raise ConfigError(key, problem + hint)
 
 
 def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:

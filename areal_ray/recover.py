@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint import Catalog, CheckpointDamaged, CheckpointWriter, Entry, Manifest, load
+from areal_ray.checkpoint.state import flatten
 from areal_ray.ranks import RankError, Ranks
 
 
@@ -81,7 +82,7 @@ class RecoverHandler:
         policy: SavePolicy,
     ) -> None:
         self._catalog, self._state, self._writer, self._journal = catalog, state, writer, journal
-        self._attempt, self._info, self._ranks, self._policy = attempt, info, ranks, policy
+        self._attempt, self.info, self._ranks, self._policy = attempt, info, ranks, policy
         self._last: Dump | None = None
         self._failed_in_a_row = 0
 
@@ -111,7 +112,7 @@ class RecoverHandler:
         waited = time.perf_counter() - began
         name = self._catalog.name(step, self._attempt)
         place = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
-        info = {**self._info, **place, "metrics": dict(metrics)}
+        info = {**self.info, **place, "metrics": dict(metrics)}
         manifest = self._writer.begin(self._catalog.directory(name), self._state, info)
         self._last = Dump(name, step, manifest)
         blocked = time.perf_counter() - began
@@ -119,6 +120,10 @@ class RecoverHandler:
             lambda _, dump=self._last: self._journal.saved(dump, blocked, waited, time.perf_counter() - began)  # type: ignore[misc]
         )
         return self._last
+
+    def values(self) -> dict[str, Any]:
+        """The plain values of the state as it is now, by object: what state.json would hold."""
+        return flatten({name: part.state_dict() for name, part in self._state.items()})[1]
 
     def settle(self) -> None:
         """Wait for the save that is under way, if any. A collective.

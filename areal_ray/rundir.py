@@ -9,7 +9,7 @@ from typing import Any
 from areal_ray.logs import open_log
 from areal_ray.storage import Storage
 
-CONFIG, METRICS, EVENTS, RESULT = "config.yaml", "metrics", "events", "result.json"
+CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
 
 
 class RunDir:
@@ -23,6 +23,7 @@ class RunDir:
         self.storage = storage
         self._events = open_log(storage, EVENTS, at_once=True)
         self._metrics = open_log(storage, METRICS, at_once=False)
+        self._samples = open_log(storage, SAMPLES, at_once=False)
 
     @property
     def ledger(self) -> str:
@@ -53,14 +54,27 @@ class RunDir:
         """Add the line of one step; an OSError as for `event`. On object storage it is written in the background."""
         self._metrics.append({"step": step, **values})
 
-    def rewind_metrics(self, step: int) -> None:
-        """Take back the lines after `step`, which a restored run computes once more: each step stands once."""
+    def log_samples(self, first: int, ids: list[int]) -> None:
+        """Add the line of one global batch: the cursor at which it begins, the numbers of its sequences."""
+        self._samples.append({"first": first, "ids": ids})
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The global batches, in order, if the run was asked to write them down (logging.sample_ids)."""
+        return self._samples.lines()
+
+    def rewind(self, step: int, samples: int) -> None:
+        """Take back the lines of steps after `step` and of batches from cursor `samples` on.
+
+        A restored run computes them once more, and each stands once.
+        """
         self._metrics.keep(lambda line: line["step"] <= step)
+        self._samples.keep(lambda line: line["first"] < samples)
 
     def flush(self) -> None:
         """Wait until everything is durable (OSError)."""
         self._events.flush()
         self._metrics.flush()
+        self._samples.flush()
 
     def write_config(self, text: str) -> None:
         self.storage.replace(CONFIG, text.encode())

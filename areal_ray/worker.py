@@ -7,6 +7,7 @@ import hashlib
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray import __version__, loop, models
 from areal_ray.cadence import Cadence
-from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
+from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, StoredState, SyncWriter
 from areal_ray.config import Config, Run, dump, redact
 from areal_ray.console import say, say_end
 from areal_ray.control import Control, PlannedRestart
@@ -29,6 +30,7 @@ from areal_ray.faults import Faults
 from areal_ray.journal import LedgerJournal
 from areal_ray.objectives import next_token_loss, predicted_tokens
 from areal_ray.ranks import Ranks
+from areal_ray.receipt import receipt
 from areal_ray.recover import RecoverHandler, SavePolicy
 from areal_ray.rundir import RunDir
 from areal_ray.session import RaySession
@@ -76,8 +78,9 @@ def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str
     restored = job.recover.load()
     if ranks.rank == 0:
         LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
-        run.rewind_metrics(job.progress.step if restored else -1)  # the beginning has a line too, that of step 0
-        _announce(run, attempt, restored, job, engine)
+        # The beginning has a line too, that of step 0.
+        run.rewind(job.progress.step if restored else -1, job.progress.samples)
+    _announce(run, attempt, restored, job, engine, ranks)
     loop.train(job)
     if ranks.rank == 0:
         if session.reason is not None:
@@ -105,8 +108,17 @@ def wire(
     tokenizer = build_tokenizer(config.data.tokenizer)
     sequences, held_out = load_splits(config.data, tokenizer, train.seq_len, train.global_batch_size)
 
-    def batches(of: PackedTokens) -> GlobalBatches:
-        return GlobalBatches(of, config.run.seed, train.global_batch_size, ranks.rank, ranks.size, engine.device)
+    def batches(of: PackedTokens, record: Callable[[int, list[int]], None] | None = None) -> GlobalBatches:
+        return GlobalBatches(
+            of,
+            config.run.seed,
+            train.global_batch_size,
+            ranks.rank,
+            ranks.size,
+            engine.device,
+            config.run.allow_changes,
+            record,
+        )
 
     every = config.checkpoint
     save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=ranks.agree)
@@ -117,7 +129,8 @@ def wire(
     tracker = Tracker(
         Cadence(config.logging.every_steps), here, speak, train.steps, train.global_batch_size * train.seq_len
     )
-    cursor, progress = batches(sequences), loop.Progress()
+    record = here.log_samples if here and config.logging.sample_ids else None
+    cursor, progress = batches(sequences, record), loop.Progress()
     _same_everywhere(ranks, sequences, held_out)
     state: dict[str, Stateful] = {
         "engine": engine.state,
@@ -171,17 +184,27 @@ def _writer(config: Config, engine: FSDPEngine, ranks: Ranks) -> CheckpointWrite
     return writer
 
 
-def _announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, engine: FSDPEngine) -> None:
-    parameters = sum(p.numel() for p in engine.model.parameters())
-    ranks = engine.describe()["world_size"]
-    what = f"{parameters / 1e6:.1f}M parameters on {ranks} {engine.device.type} worker{'s' * (ranks != 1)}"
-    if restored is None:
-        run.event("started", attempt=attempt, step=0)
-        say(f"attempt {attempt}: {what}, from the beginning")
-    else:
+def _announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, engine: FSDPEngine, ranks: Ranks) -> None:
+    """Say on rank 0 where the run goes on, with the receipt of a restore; RankError if that contradicts itself."""
+
+    def announce() -> None:
+        parameters = sum(p.numel() for p in engine.model.parameters())
+        what = (
+            f"{parameters / 1e6:.1f}M parameters on {ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
+        )
+        if restored is None:
+            run.event("started", attempt=attempt, step=0)
+            say(f"attempt {attempt}: {what}, from the beginning")
+            return
+        stored = StoredState(Catalog(run.storage).directory(restored))
+        compared = receipt(stored.values, stored.manifest.info, job.recover.values(), job.recover.info)
         step = job.progress.step
-        run.event("restored", attempt=attempt, step=step, checkpoint=restored)
+        run.event("restored", attempt=attempt, step=step, checkpoint=restored, **compared.event())
         say(f"attempt {attempt}: {what}, restored {restored}, going on with step {step + 1}")
+        for line in compared.text().splitlines():
+            say(line)
+
+    ranks.on_first(announce)
 
 
 def _provenance(config: Config) -> dict[str, Any]:
@@ -195,6 +218,7 @@ def _provenance(config: Config) -> dict[str, Any]:
     )
     versions = {"areal_ray": __version__, "torch": torch.__version__, "ray": ray.__version__}
     return {
+        "config": redact(dataclasses.asdict(config)),
         "seed": config.run.seed,
         "model": redact(dataclasses.asdict(config.model)),
         "hf_config": models.architecture(config.model),

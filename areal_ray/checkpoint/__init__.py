@@ -5,7 +5,7 @@ Knows `Stateful` and `Storage`, nothing of models, loops or Ray.
 
 from areal_ray.checkpoint.catalog import Catalog, Entry
 from areal_ray.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest
-from areal_ray.checkpoint.reader import load
+from areal_ray.checkpoint.reader import StoredState, load
 from areal_ray.checkpoint.state import DCPState
 from areal_ray.checkpoint.writer import AsyncWriter, CheckpointWriter, SyncWriter, save
 
@@ -17,6 +17,7 @@ __all__ = [
     "DCPState",
     "Entry",
     "Manifest",
+    "StoredState",
     "SyncWriter",
     "load",
     "read_manifest",

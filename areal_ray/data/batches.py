@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import absl.logging
@@ -29,6 +30,8 @@ class GlobalBatches:
         global_batch_size: sequences per batch over all ranks.
         rank, world_size: which part is this rank's: rows rank, rank + world_size, ... of the global batch.
         device: where batches are put.
+        may_differ: "data" or "run.seed", if a checkpoint's cursor may be taken over into other data or another order.
+        record: told of every global batch: the cursor at which it begins and the numbers of its sequences.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class GlobalBatches:
         rank: int,
         world_size: int,
         device: torch.device | str = "cpu",
+        may_differ: Collection[str] = (),
+        record: Callable[[int, list[int]], None] | None = None,
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(f"a global batch of {global_batch_size} cannot be shared evenly by {world_size} ranks")
@@ -46,7 +51,8 @@ class GlobalBatches:
         # Random access, O(1) memory: grain's shuffle is a permutation computed per index.
         self._order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
         self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._fingerprint, self._seed = sequences.fingerprint(), seed
+        self._fingerprint, self._seed, self._may_differ = sequences.fingerprint(), seed, may_differ
+        self._record = record
         self.next_sample = 0
 
     @property
@@ -60,6 +66,8 @@ class GlobalBatches:
 
     def __next__(self) -> Batch:
         """input_ids and attention_mask, each (global_batch_size / world_size, seq_len)."""
+        if self._record is not None:
+            self._record(self.next_sample, self.ids(self.next_sample))
         after = self.next_sample + self._batch_size
         mine = [int(self._order[n]) for n in range(self.next_sample + self._rank, after, self._world_size)]
         self.next_sample = after
@@ -72,7 +80,8 @@ class GlobalBatches:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        return {"next_sample": self.next_sample, "seed": self._seed, "fingerprint": self._fingerprint}
+        place = {"next_sample": self.next_sample, "epoch": self.epoch}
+        return {**place, "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the cursor.
@@ -80,12 +89,12 @@ class GlobalBatches:
         Raises:
             ValueError: if it is a cursor into other data, or into another order of them.
         """
-        if state["seed"] != self._seed:
+        if state["seed"] != self._seed and "run.seed" not in self._may_differ:
             raise ValueError(
                 f"run.seed is {self._seed}, but the checkpoint's data are in the order of seed {state['seed']}: some "
                 "samples would be repeated, others left out. Restore it, or start a new run under another run.name"
             )
-        if state["fingerprint"] != self._fingerprint:
+        if state["fingerprint"] != self._fingerprint and "data" not in self._may_differ:
             raise ValueError(
                 f"the data is not what the checkpoint was trained on (fingerprint {self._fingerprint}, then "
                 f"{state['fingerprint']}): files, tokenizer or train.seq_len have changed. Restore them, or start a "

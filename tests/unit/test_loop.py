@@ -39,7 +39,7 @@ def start(tmp_path):
         if states:
             for part, values in json.loads(states[max(states)]).items():
                 state[part].load_state_dict(values)
-        run.rewind_metrics(progress.step if states else -1)
+        run.rewind(progress.step if states else -1, progress.samples)
         job = Job(
             engine=engine,
             batches=cursor,

@@ -1,0 +1,97 @@
+"""What a restore brought back beside what was saved: shown at every restart, and an end if it contradicts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Where a run lives, how it ends and what goes wrong on purpose do not make it another one.
+_PASSING = ("run.name", "run.storage_path", "run.s3", "run.recover", "run.allow_changes", "train.stop_at", "faults")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Args:
+    before, now: step, samples, epoch, lr, optimizer_step, global_batch, world_size, mesh.
+    changed: keys of the config that are not what they were, as [before, now].
+    """
+
+    before: dict[str, Any]
+    now: dict[str, Any]
+    changed: dict[str, list[Any]]
+
+    def event(self) -> dict[str, Any]:
+        """For the ledger."""
+        return {"before": self.before, "now": self.now, "changed": self.changed}
+
+    def text(self) -> str:
+        """For the screen: every value once, both where they differ."""
+        shown = [f"{name.replace('_', ' ')} {self._both(name)}" for name in self.now]
+        lines = ["  " + ", ".join(shown)]
+        lines += [f"  changed: {key} {before} -> {now}" for key, (before, now) in self.changed.items()]
+        return "\n".join(lines)
+
+    def _both(self, name: str) -> str:
+        before, now = _brief(self.before.get(name)), _brief(self.now[name])
+        return now if before == now else f"{before} -> {now}"
+
+
+def receipt(
+    saved: Mapping[str, Any], saved_info: Mapping[str, Any], live: Mapping[str, Any], live_info: Mapping[str, Any]
+) -> Receipt:
+    """Compare a checkpoint with the objects that were brought to its state.
+
+    Args:
+        saved, live: plain values of the state, by object, as in state.json: progress, data, engine.
+        saved_info, live_info: world_size, mesh and the redacted config, as in the manifest.
+
+    Raises:
+        ValueError: if step, optimizer step and cursor contradict each other, or are not what was saved.
+    """
+    before, now = _position(saved, saved_info), _position(live, live_info)
+    for where, place in (("the checkpoint", before), ("the restored run", now)):
+        if place["optimizer_step"] != place["step"]:
+            raise ValueError(f"{where} is at step {place['step']}, but its optimizer at step {place['optimizer_step']}")
+    for where, values in (("the checkpoint", saved), ("the restored run", live)):
+        if values["data"]["next_sample"] != values["progress"]["samples"]:
+            raise ValueError(
+                f"{where} has trained on {values['progress']['samples']} samples, but its cursor is at "
+                f"{values['data']['next_sample']}"
+            )
+    for name in ("step", "samples"):
+        if before[name] != now[name]:
+            raise ValueError(f"the checkpoint is at {name} {before[name]}, the restored run at {now[name]}")
+    old, new = _flat(saved_info.get("config") or {}), _flat(live_info.get("config") or {})
+    keys = sorted(key for key in {*old, *new} if not key.startswith(_PASSING))
+    changed = {key: [old.get(key), new.get(key)] for key in keys if old and old.get(key) != new.get(key)}
+    return Receipt(before, now, changed)
+
+
+def _position(values: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
+    schedule = values["engine"]["schedule"]
+    return {
+        "step": values["progress"]["step"],
+        "samples": values["progress"]["samples"],
+        "epoch": values["data"].get("epoch"),
+        "lr": schedule.get("lr"),
+        "optimizer_step": schedule["step"],
+        "global_batch": (info.get("config") or {}).get("train", {}).get("global_batch_size"),
+        "world_size": info.get("world_size"),
+        "mesh": info.get("mesh"),
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict):
+        return " x ".join(f"{name} {size}" for name, size in value.items())
+    return str(value)
