@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from areal_ray.cli_ckpt import add_ckpt
@@ -19,6 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("train", help="run an experiment here, or on the cluster of RAY_ADDRESS"), _train
     )
     _add_experiment(commands.add_parser("submit", help="run an experiment as a job of a running cluster"), _submit)
+    verify = commands.add_parser(
+        "verify-resume", help="run an experiment undisturbed, with kills and at other numbers of workers, and compare"
+    )
+    _add_experiment(verify, _verify)
+    verify.add_argument("--kills", type=int, default=3, help="in each of the disturbed runs (default 3)")
+    verify.add_argument("--seed", type=int, default=0, help="of the steps and ranks that are killed (default 0)")
+    verify.add_argument("--bound", type=float, help="how far apart, |a-b| / |a|, other numbers of workers may end")
+    verify.add_argument("--folder", help="where the runs stay, a path that all nodes see; default a temporary one")
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
@@ -42,6 +52,35 @@ def _submit(arguments: argparse.Namespace) -> int:
         return submit(arguments.config, arguments.overrides)
 
     return _with_config(arguments, submit)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    def verify(_: Any) -> int:
+        from areal_ray.verify import BOUND, verify_resume
+
+        with tempfile.TemporaryDirectory(prefix="areal_ray-verify-") as temporary:
+            folder = Path(arguments.folder or temporary).resolve()
+            if folder.is_dir() and any(folder.iterdir()):
+                print(f"areal-ray verify-resume: {folder} is not empty", file=sys.stderr)
+                return 2
+            bound = BOUND if arguments.bound is None else arguments.bound
+            try:
+                checks = verify_resume(
+                    arguments.config, arguments.overrides, folder, arguments.seed, arguments.kills, bound
+                )
+            except RuntimeError as error:
+                print(f"areal-ray verify-resume: {error}", file=sys.stderr)
+                return 1
+        width = max(len(check.what) for check in checks)
+        print(f"\n{'run':<9} {'what':<{width}}  {'promised':<18} {'found':<32}")
+        for check in checks:
+            verdict = "ok" if check.kept else "NOT KEPT"
+            print(f"{check.run:<9} {check.what:<{width}}  {check.promised:<18} {check.found:<32} {verdict}")
+        kept = all(check.kept for check in checks)
+        print("\nall as promised" if kept else "\nnot as promised")
+        return 0 if kept else 1
+
+    return _with_config(arguments, verify)
 
 
 def _driver_train(config: Any, overrides: Sequence[str]) -> int:

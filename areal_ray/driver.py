@@ -49,11 +49,14 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
             "To go on: a later train.stop_at or more train.steps. To begin anew: another run.name."
         )
         return 0
-    run.storage.ensure()
-    run.write_config(_record(config, overrides))
+    try:
+        run.storage.ensure()
+        run.write_config(_record(config, overrides))
+    except OSError as error:
+        raise ConfigError("run.storage_path", str(error)) from None
     print(f"run directory: {run.storage.location}", flush=True)
     with Console() as console, cluster(config):
-        run.event("submitted", last_step=config.last_step)
+        run.note("submitted", print, last_step=config.last_step)
         snapshot.rebuild(run.storage)
         submission = secrets.token_hex(8)
         try:
@@ -64,8 +67,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
             cause = failures.cause_of(error)
             console.wait_for_end(timeout_s=1.0)
             failures.show(cause, run)
-            run.event("failed", cause=cause.kind, error=cause.message[:500])
-            run.write_result(_result(run, "failed", {}))
+            _close(run, "failed", {}, cause=cause.kind, error=cause.message[:500])
             return 1
         except (KeyboardInterrupt, SystemExit):  # Ray Train makes the latter of Ctrl-C once it has ended the workers
             return _interrupted(run)
@@ -76,16 +78,24 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
         if outcome["reason"] == "stop":
             return _interrupted(run)
         status = "finished" if outcome["step"] == config.train.steps else "stopped"
-        run.event(status, step=outcome["step"])
-        run.write_result(_result(run, status, outcome))
-        _summary(run)
+        _summary(run, _close(run, status, outcome, step=outcome["step"]))
     return 0
+
+
+def _close(run: RunDir, status: str, outcome: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Write the last event and result.json; the result."""
+    run.note(status, print, **fields)
+    result = _result(run, status, outcome)
+    try:
+        run.write_result(result)
+    except OSError as error:
+        print(f"could not write result.json: {error}", flush=True)
+    return result
 
 
 def _interrupted(run: RunDir) -> int:
     newest = Catalog(run.storage).newest()
-    run.event("interrupted")
-    run.write_result(_result(run, "interrupted", {}))
+    _close(run, "interrupted", {})
     print(f"interrupted; the same command goes on from {newest.name if newest else 'the beginning'}", flush=True)
     return 130
 
@@ -266,9 +276,7 @@ def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _summary(run: RunDir) -> None:
-    result = run.result()
-    assert result is not None
+def _summary(run: RunDir, result: dict[str, Any]) -> None:
     n = result["restarts"]
     print(f"{result['status']}: step {result['step']}, loss {result['loss']:.4f}, {n} restart{'s' * (n != 1)}")
     held_out = [line for line in run.metrics() if "held_out_loss" in line]

@@ -100,10 +100,8 @@ class Reporter(UserCallback):
         say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
         run = RunDir(storage_at(**self._recipe))
         ranks = sorted(worker_exceptions)
-        try:
-            run.event("failure", rank=cause.rank, cause=cause.kind, error=cause.message[:500], ranks=ranks)
-        except OSError as error:  # an exception here would end the run, whatever its limit of failures
-            say(f"could not write to the ledger: {error}")
+        # An exception here would end the run, whatever its limit of failures.
+        run.note("failure", say, rank=cause.rank, cause=cause.kind, error=cause.message[:500], ranks=ranks)
 
 
 def cause_of(error: TrainingFailedError) -> Cause:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from areal_ray.checkpoint import Catalog
+from areal_ray.checkpoint.manifest import MANIFEST
 from areal_ray.checkpoint.retention import abandoned, expendable, remove
 from areal_ray.config import Keep
 from areal_ray.recover import Dump
@@ -42,8 +43,16 @@ class LedgerJournal:
             self._let_go()
         else:
             self._say(f"saving {dump.name} failed: {error}")
-            self._remove(dump.name)  # half of it may be what fills the disk
+            # Half of it may be what fills the disk. But if a rank died after the commit, it is a checkpoint.
+            if not self._is_committed(dump.name):
+                self._remove(dump.name)
             self._event("save_failed", step=dump.step, checkpoint=dump.name, error=str(error)[:500], **times)
+
+    def _is_committed(self, name: str) -> bool:
+        try:
+            return self._catalog.directory(name).size(MANIFEST) is not None
+        except OSError:  # nobody knows; what it left is collected by a later attempt
+            return True
 
     def _let_go(self) -> None:
         assert self._run is not None
@@ -81,9 +90,5 @@ class LedgerJournal:
         self._event("passed_over", checkpoint=checkpoint, reason=reason)
 
     def _event(self, kind: str, **fields: object) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.event(kind, attempt=self._attempt, **fields)
-        except OSError as error:  # it stands on the screen, and goes into the ledger with the next one
-            self._say(f"could not write to the ledger: {error}")
+        if self._run is not None:
+            self._run.note(kind, self._say, attempt=self._attempt, **fields)

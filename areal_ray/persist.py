@@ -94,7 +94,7 @@ class Persister:
             raise OSError(f"the process that writes checkpoints is gone (exit status {self._child.wait()})")
         reply = json.loads(answer)
         if "error" in reply:
-            raise OSError(*filter(None, [reply["errno"], reply["error"]]))
+            raise OSError(*reply["error"])
         return dict(reply)
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ def _serve() -> None:
             chunks = ([image[start : start + length]] for start, length in request["chunks"])
             reply = write_summed(storage_at(**request["storage"]), request["name"], chunks)
         except OSError as error:
-            reply = {"error": f"{type(error).__name__}: {error}", "errno": error.errno or 0}
+            reply = {"error": [error.errno, error.strerror, error.filename] if error.errno else [str(error)]}
         print(json.dumps(reply), flush=True)
 
 

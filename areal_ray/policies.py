@@ -107,18 +107,20 @@ class WorkerCount(ElasticScalingPolicy):
         needed = self.scaling_config._resources_per_worker_not_none
         say(f"waiting: the cluster has room for {room} workers of {needed}, needed are {self._sizes[0]}")
         if self._reminded == float("-inf"):
-            try:
-                RunDir(storage_at(**self._recipe)).event("waiting", room=room, needed=self._sizes[0])
-            except OSError as error:  # an exception here would end the run
-                say(f"could not write to the ledger: {error}")
+            RunDir(storage_at(**self._recipe)).note("waiting", say, room=room, needed=self._sizes[0])
         self._reminded = now
 
 
 class Restarts(DefaultFailurePolicy):
-    """Ray's own rules, but leaving on request is no failure."""
+    """Ray's own rules, but leaving on request is no failure, and storage that fails the controller ends nothing."""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         if is_planned(getattr(training_failed_error, "worker_failures", {})):
+            return FailureDecision.RETRY
+        trouble = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(trouble, OSError):  # its list of checkpoints, on a full disk; the manifests are what counts
+            say(f"Ray's list of checkpoints could not be written, starting the workers again: {trouble}")
+            time.sleep(_LOOK_S)
             return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from areal_ray.logs import open_log
@@ -41,6 +42,13 @@ class RunDir:
             OSError: if it cannot be written; it then goes with the next one that this process writes.
         """
         self._events.append({"time": round(time.time(), 3), "event": kind, **fields})
+
+    def note(self, kind: str, complain: Callable[[str], None], **fields: Any) -> None:
+        """As `event`, for what matters less than the work at hand: if it cannot be written now, that is said."""
+        try:
+            self.event(kind, **fields)
+        except OSError as error:
+            complain(f"could not write to the ledger: {error}")
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The ledger, oldest first; only events of one kind if given."""

@@ -6,6 +6,7 @@ whole, replaced whole, or (logs) appended to. Floor 0: checkpoints, run director
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -173,9 +174,12 @@ class LocalStorage:
         # One write on a descriptor opened for appending: lines of several writers on one machine do not mix.
         fd = os.open(self._inside(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            before = os.fstat(fd).st_size
             written = os.write(fd, data)
-            if written != len(data):
-                raise OSError(f"{self._inside(name)}: wrote {written} of {len(data)} bytes")
+            if written != len(data):  # the rest would come after it, with what it repeats
+                if os.fstat(fd).st_size == before + written:
+                    os.ftruncate(fd, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._inside(name))
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -72,7 +72,7 @@ def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str
     attempt = ranks.on_first(lambda: run.next_attempt(catalog.last_attempt()))
     nodes = ranks.gather(socket.gethostname())
     if ranks.rank == 0:
-        run.event("attempt", attempt=attempt, **engine.describe(), nodes=nodes, started=round(started, 3))
+        run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, started=round(started, 3))
     session = RaySession(Faults(config.faults, run, ranks), ranks, control)
     job = wire(config, engine, ranks, run, catalog, attempt, session)
     restored = job.recover.load()
@@ -84,7 +84,7 @@ def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str
     loop.train(job)
     if ranks.rank == 0:
         if session.reason is not None:
-            run.event("left", reason=session.reason, step=job.progress.step)
+            run.note("left", say, reason=session.reason, step=job.progress.step)
         run.flush()
         say_end()
     if session.reason in ("resize", "preempted"):
@@ -193,13 +193,13 @@ def _announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, en
             f"{parameters / 1e6:.1f}M parameters on {ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
         )
         if restored is None:
-            run.event("started", attempt=attempt, step=0)
+            run.note("started", say, attempt=attempt, step=0)
             say(f"attempt {attempt}: {what}, from the beginning")
             return
         stored = StoredState(Catalog(run.storage).directory(restored))
         compared = receipt(stored.values, stored.manifest.info, job.recover.values(), job.recover.info)
         step = job.progress.step
-        run.event("restored", attempt=attempt, step=step, checkpoint=restored, **compared.event())
+        run.note("restored", say, attempt=attempt, step=step, checkpoint=restored, **compared.event())
         say(f"attempt {attempt}: {what}, restored {restored}, going on with step {step + 1}")
         for line in compared.text().splitlines():
             say(line)

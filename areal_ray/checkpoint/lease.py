@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from areal_ray.storage import Storage
 
-_PREFIX = ".reading-"
+_NAME = re.compile(r"\.reading-[0-9a-f]+")
 _SECONDS = 3600.0  # a reader that was killed keeps its checkpoint alive that long
 
 
@@ -21,7 +22,7 @@ def reading(directory: Storage) -> Iterator[None]:
     To be entered before the manifest is read: a deletion takes the manifest away first and looks for readers then, so
     one of the two sees the other. Where one may not write, one reads without.
     """
-    name = f"{_PREFIX}{secrets.token_hex(4)}"
+    name = f".reading-{secrets.token_hex(4)}"
     try:
         directory.replace(name, json.dumps({"until": time.time() + _SECONDS}).encode())
     except OSError:  # read-only, or gone: then the reading says so
@@ -37,7 +38,7 @@ def reading(directory: Storage) -> Iterator[None]:
 def is_read(directory: Storage) -> bool:
     """Whether somebody is reading in there."""
     for name in directory.names():
-        if name.startswith(_PREFIX):
+        if _NAME.fullmatch(name):  # not the half of one that a killed reader left
             with suppress(FileNotFoundError):  # just finished
                 if json.loads(directory.read(name))["until"] > time.time():
                     return True

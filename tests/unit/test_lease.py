@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -241,3 +242,9 @@ def test_everything_that_reads_says_so_before_it_reads_the_manifest(telling, che
     read(telling.sub(NAME))
     assert seen["manifest.json"]
     assert not is_read(checkpoint)
+
+
+def test_what_a_reader_that_was_killed_while_it_signed_in_left_is_no_reader(catalog, checkpoint):
+    (Path(checkpoint.location) / ".reading-0badcafe.4711.tmp").write_bytes(b"")
+    assert not is_read(checkpoint)
+    assert remove(catalog, NAME)

@@ -161,3 +161,13 @@ def test_a_path_is_made_absolute_and_the_home_directory_known(tmp_path, monkeypa
 def test_a_scheme_that_is_not_supported_is_refused():
     with pytest.raises(ValueError, match="gs:// is not supported"):
         storage_at("gs://bucket/runs")
+
+
+def test_a_line_that_did_not_fit_is_taken_back(tmp_path, monkeypatch):
+    storage, whole = LocalStorage(tmp_path), os.write
+    storage.append("log", b"one\n")
+    monkeypatch.setattr(os, "write", lambda fd, data: whole(fd, data[:-2]))
+    with pytest.raises(OSError, match="No space left"):
+        storage.append("log", b"two\nthree\n")
+    monkeypatch.undo()
+    assert storage.read("log") == b"one\n"
