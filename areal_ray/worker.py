@@ -85,6 +85,8 @@ def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str
     if ranks.rank == 0:
         if session.reason is not None:
             run.note("left", say, reason=session.reason, step=job.progress.step)
+            if session.reason == "preempted":
+                say(f"a node is being taken away: saved at step {job.progress.step}, going on without it")
         run.flush()
         say_end()
     if session.reason in ("resize", "preempted"):

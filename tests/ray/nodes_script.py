@@ -1,0 +1,54 @@
+"""Trains on a cluster of two nodes that changes under the run; a process of its own, as one process knows one cluster.
+
+python -m tests.ray.nodes_script CHANGE ARGUMENTS...: CHANGE is add, remove or drain (the second node), once the run has
+its first checkpoint; ARGUMENTS are those of `areal-ray train`. Ends with the exit status of the run.
+"""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from areal_ray import cli
+
+DRAIN_FOR_PREEMPTION = 2  # ray.proto: DRAIN_NODE_REASON_PREEMPTION
+DEADLINE_S = 60
+
+
+def option(arguments: list[str], key: str) -> str:
+    return next(text.partition("=")[2] for text in arguments if text.startswith(f"{key}="))
+
+
+def main(change: str, arguments: list[str]) -> int:
+    run = Path(option(arguments, "run.storage_path"), option(arguments, "run.name"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    status: list[int] = []
+    try:
+        ray.init(address=cluster.address, logging_level="ERROR")
+        second = cluster.add_node(num_cpus=1) if change != "add" else None
+        training = threading.Thread(target=lambda: status.append(cli.main(["train", *arguments])))
+        training.start()
+        while training.is_alive() and not list(run.glob("step-*/manifest.json")):
+            time.sleep(0.05)
+        # Nodes start and end in the main thread only: they set signal handlers.
+        if change == "add":
+            cluster.add_node(num_cpus=1)
+        elif change == "remove":
+            cluster.remove_node(second)
+        else:
+            deadline = int((time.time() + DEADLINE_S) * 1000)
+            client = ray._raylet.GcsClient(address=cluster.address)
+            accepted, reason = client.drain_node(second.node_id, DRAIN_FOR_PREEMPTION, "taken back", deadline)
+            assert accepted, reason
+        training.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    return status[0] if status else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
