@@ -25,6 +25,7 @@ from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_sp
 from areal_ray.engine import FSDPEngine
 from areal_ray.evaluation import Evaluator
 from areal_ray.faults import Faults
+from areal_ray.guard import Guard
 from areal_ray.journal import LedgerJournal
 from areal_ray.objectives import next_token_loss, predicted_tokens
 from areal_ray.ranks import Ranks
@@ -43,7 +44,7 @@ def main(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
         recipe: of the run directory's storage.
 
     Returns:
-        step, loss and world_size at the end, for the driver.
+        step, loss (None if the last step was left out) and world_size at the end, for the driver.
     """
     try:
         return _train(config, recipe)
@@ -74,7 +75,7 @@ def _train(config: Config, recipe: dict[str, Any]) -> dict[str, Any]:
     if ranks.rank == 0:
         run.flush()
         say_end()
-    return {"step": job.progress.step, "loss": job.progress.metrics["loss"], "world_size": ranks.size}
+    return {"step": job.progress.step, "loss": job.progress.metrics.get("loss"), "world_size": ranks.size}
 
 
 def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog: Catalog, attempt: int) -> loop.Job:
@@ -98,6 +99,15 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
     )
     cursor, progress = batches(sequences), loop.Progress()
     _same_everywhere(ranks, sequences, held_out)
+    faults = Faults(config.faults, run, ranks)
+    journal = LedgerJournal(here, attempt, speak, catalog, every.keep)
+    guard = Guard(
+        train.bad_step,
+        ranks.on_first(lambda: _left_out(run)),
+        # The cursor is behind the step's batch, the progress before it.
+        lambda refusal: journal.refused(refusal, progress.samples, cursor.next_sample - progress.samples),
+    )
+    engine.accept = lambda loss, grad_norm: guard.accept(progress.step + 1, loss, grad_norm)
     state: dict[str, Stateful] = {
         "engine": engine.state,
         "data": cursor,
@@ -105,29 +115,25 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
         "tracker": tracker,
         "evaluate": evaluate,
         "save": save,
+        "guard": guard,
     }
     info = {**engine.describe(), **_provenance(config), "data": sequences.fingerprint()}
+    policy = SavePolicy(every.when_busy == "skip", every.max_failed_saves)
+    recover = RecoverHandler(catalog, state, _writer(config, engine, ranks), journal, attempt, info, ranks, policy)
     return loop.Job(
         engine=engine,
         batches=cursor,
-        loss_fn=next_token_loss,
+        loss_fn=faults.spoiling(next_token_loss),
         loss_weight_fn=predicted_tokens,
+        guard=guard,
+        go_back=lambda: _go_back(recover, progress, run, journal, ranks),
         progress=progress,
         tracker=tracker,
         evaluator=evaluator,
         evaluate=evaluate,
-        recover=RecoverHandler(
-            catalog,
-            state,
-            _writer(config, engine, ranks),
-            LedgerJournal(here, attempt, speak, catalog, config.checkpoint.keep),
-            attempt,
-            info,
-            ranks,
-            SavePolicy(every.when_busy == "skip", every.max_failed_saves),
-        ),
+        recover=recover,
         save=save,
-        run=RaySession(Faults(config.faults, run, ranks)),
+        run=RaySession(faults),
         last_step=config.last_step,
         total_steps=train.steps,
     )
@@ -138,6 +144,22 @@ def _same_everywhere(ranks: Ranks, *data: PackedTokens) -> None:
     prints = ranks.gather([split.fingerprint() for split in data])
     if different := [rank for rank, mine in enumerate(prints) if mine != prints[0]]:
         raise ValueError(f"ranks {different} read other data than rank 0: the files, or their Python, are not the same")
+
+
+def _go_back(
+    recover: RecoverHandler, progress: loop.Progress, run: RunDir, journal: LedgerJournal, ranks: Ranks
+) -> bool:
+    """In the middle of an attempt what `_train` does at its beginning; False if there is no checkpoint."""
+    restored = recover.load()
+    if restored is not None:
+        ranks.on_first(lambda: run.rewind_metrics(progress.step))
+    journal.rolled_back(restored, progress.step)
+    return restored is not None
+
+
+def _left_out(run: RunDir) -> list[int]:
+    """Steps that earlier attempts did not take: this one, which may begin before them, does not either."""
+    return [event["step"] for event in run.events("bad_step") if event["action"] != "stop"]
 
 
 def _writer(config: Config, engine: FSDPEngine, ranks: Ranks) -> CheckpointWriter:
