@@ -97,12 +97,23 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class BadStep:
+    """A step whose loss or gradient norm is not finite, or whose loss is a spike: it never changes the weights."""
+
+    on_bad: Literal["stop", "skip", "rollback"] = "stop"  # fail · leave its batch out · that, from the last checkpoint
+    spike_factor: float | None = None  # a loss above so many times the median of the last good ones; null: no spikes
+    spike_window: int = 20  # how many of the last good losses; before there are so many nothing is a spike
+    max_bad_steps: int = 10  # left out in the life of the run; with the next one it stops
+
+
+@dataclass(frozen=True)
 class Train:
     steps: int = 100  # length of the run and of the learning-rate schedule
     stop_at: int | None = None  # end early, resumable; the schedule stays that of steps
     global_batch_size: int = 8  # sequences per optimizer step, whatever the number of workers
     micro_batch_size: int = 4  # sequences per forward pass of one rank
     seq_len: int = 256  # tokens
+    bad_step: BadStep = field(default_factory=BadStep)
 
 
 @dataclass(frozen=True)
@@ -141,9 +152,9 @@ class Logging:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something bad, on purpose: happens once per run, on `rank`, before `step` is computed."""
+    """Something bad, on purpose: happens once per run, on `rank`, before `step` is computed (nan: to its loss)."""
 
-    kind: Literal["sigkill", "exception", "exit"]
+    kind: Literal["sigkill", "exception", "exit", "nan"]
     rank: int
     step: int
 

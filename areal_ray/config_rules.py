@@ -18,6 +18,8 @@ _POSITIVE = (
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.seq_len",
+    "train.bad_step.spike_window",
+    "train.bad_step.max_bad_steps",
     "cluster.collective_timeout_s",
     "optim.lr",
     "optim.eps",
@@ -88,6 +90,9 @@ def _check_train(config: Config) -> None:
         raise ConfigError("train.stop_at", f"must be between 1 and train.steps={train.steps}, not {train.stop_at}")
     if train.seq_len < 2:
         raise ConfigError("train.seq_len", "must be at least 2: one token to predict the next from")
+    factor = train.bad_step.spike_factor
+    if factor is not None and not factor > 1:
+        raise ConfigError("train.bad_step.spike_factor", f"must be greater than 1, or null for no limit, not {factor}")
     if not 0 <= optim.warmup_steps < train.steps:
         raise ConfigError("optim.warmup_steps", f"must be in [0, train.steps={train.steps}), not {optim.warmup_steps}")
     if not 0 <= optim.min_lr_ratio <= 1:

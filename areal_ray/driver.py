@@ -278,7 +278,8 @@ def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]
 
 def _summary(run: RunDir, result: dict[str, Any]) -> None:
     n = result["restarts"]
-    print(f"{result['status']}: step {result['step']}, loss {result['loss']:.4f}, {n} restart{'s' * (n != 1)}")
+    loss = "" if result["loss"] is None else f"loss {result['loss']:.4f}, "  # None: the last step was left out
+    print(f"{result['status']}: step {result['step']}, {loss}{n} restart{'s' * (n != 1)}")
     held_out = [line for line in run.metrics() if "held_out_loss" in line]
     if len(held_out) > 1:
         first, last = held_out[0], held_out[-1]

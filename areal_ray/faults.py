@@ -6,7 +6,10 @@ import os
 import signal
 from collections.abc import Sequence
 
+import torch
+
 from areal_ray.config import Fault
+from areal_ray.objectives import Batch, LossFn
 from areal_ray.ranks import Ranks
 from areal_ray.rundir import RunDir
 
@@ -30,16 +33,31 @@ class Faults:
             ranks.on_first(lambda: {event["fault"] for event in run.events("fault")}) if faults else set()
         )
         self._ahead = {str(fault): fault for fault in faults if str(fault) not in happened}
+        self._spoil = False
 
     def before_step(self, step: int) -> None:
         """Called by every rank before it computes a step, counted from 1."""
+        self._spoil = False
         due = [(key, fault) for key, fault in self._ahead.items() if fault.step == step]
         for key, fault in due:
             del self._ahead[key]
             # Written down before it happens, by a rank that waits for nobody, and seen to be written by all.
             self._ranks.on_first(lambda key=key, fault=fault: self._run.event("fault", fault=key, step=fault.step))  # type: ignore[misc]
-            if fault.rank == self._ranks.rank:
+            if fault.rank != self._ranks.rank:
+                continue
+            if fault.kind == "nan":
+                self._spoil = True
+            else:
                 _happen(fault)
+
+    def spoiling(self, loss_fn: LossFn) -> LossFn:
+        """The loss, but for the step of a `nan` fault: there it and all gradients are NaN."""
+
+        def spoiled(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+            loss = loss_fn(logits, batch)
+            return loss * torch.nan if self._spoil else loss
+
+        return spoiled
 
 
 def _happen(fault: Fault) -> None:

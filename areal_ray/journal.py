@@ -1,13 +1,15 @@
-"""What follows from saves and restores: lines on the screen, events in the ledger, older checkpoints let go."""
+"""What is said of a run as it goes: lines on the screen, events in the ledger; and older checkpoints let go."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from areal_ray.checkpoint import Catalog
 from areal_ray.checkpoint.manifest import MANIFEST
 from areal_ray.checkpoint.retention import abandoned, expendable, remove
 from areal_ray.config import Keep
+from areal_ray.guard import Refusal
 from areal_ray.recover import Dump
 from areal_ray.rundir import RunDir
 
@@ -88,6 +90,25 @@ class LedgerJournal:
     def passed_over(self, checkpoint: str, reason: str) -> None:
         self._say(f"passing over {checkpoint}: {reason}")
         self._event("passed_over", checkpoint=checkpoint, reason=reason)
+
+    def refused(self, refusal: Refusal, first_sample: int, samples: int) -> None:
+        """A step must not change the weights; its batch is `samples` of them from cursor `first_sample`."""
+        numbers = {"loss": refusal.loss, "grad_norm": refusal.grad_norm}
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
+        what = {"skip": "left out", "rollback": "going back to the last checkpoint", "stop": "stopping"}
+        self._say(f"step {refusal.step} is bad: {said} ({refusal.reason}); {what[refusal.action]}")
+        # JSON has no word for these; `float` reads them back.
+        kept = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        place = {"first_sample": first_sample, "samples": samples}
+        self._event("bad_step", step=refusal.step, **kept, reason=refusal.reason, action=refusal.action, **place)
+
+    def rolled_back(self, checkpoint: str | None, step: int) -> None:
+        """The run stands at `step` again; or there was no checkpoint to go back to, and it stands where it was."""
+        if checkpoint is None:
+            self._say("there is no checkpoint to go back to: the step is left out and training goes on")
+            return
+        self._say(f"restored {checkpoint}, going on with step {step + 1}")
+        self._event("rolled_back", step=step, checkpoint=checkpoint)
 
     def _event(self, kind: str, **fields: object) -> None:
         if self._run is not None:

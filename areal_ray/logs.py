@@ -96,10 +96,12 @@ class FileLog:
         return _decoded(self._storage.read(self._name)) if self._storage.size(self._name) is not None else []
 
     def keep(self, wanted: Callable[[Line], bool]) -> None:
-        lines = self.lines()
-        kept = [line for line in lines if wanted(line)]
-        if len(kept) != len(lines):
-            self._storage.replace(self._name, b"".join(map(_encoded, kept)))
+        with self._lock:
+            self._unwritten = b"".join(_encoded(line) for line in _decoded(self._unwritten) if wanted(line))
+            lines = self.lines()
+            kept = [line for line in lines if wanted(line)]
+            if len(kept) != len(lines):
+                self._storage.replace(self._name, b"".join(map(_encoded, kept)))
 
     def _is_torn(self) -> bool:
         if not self._storage.size(self._name):
@@ -149,6 +151,13 @@ class ObjectLog:
         return sorted(lines, key=lambda line: line.get("time", 0.0))  # several processes may write at a time
 
     def keep(self, wanted: Callable[[Line], bool]) -> None:
+        self._write()
+        with self._upload:
+            self._keep(wanted)
+            with self._lock:  # what this process has written so far is changed; what comes goes into a new object
+                self._name, self._text = "", b""
+
+    def _keep(self, wanted: Callable[[Line], bool]) -> None:
         for name in self._storage.names():
             lines = _decoded(self._storage.read(name))
             kept = [line for line in lines if wanted(line)]

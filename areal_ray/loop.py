@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ from areal_ray.cadence import Cadence
 from areal_ray.data import GlobalBatches
 from areal_ray.engine import TrainEngine
 from areal_ray.evaluation import Evaluator
+from areal_ray.guard import Guard
 from areal_ray.objectives import LossFn, LossWeightFn
 from areal_ray.recover import Dump, RecoverHandler
 from areal_ray.tracking import Tracker
@@ -38,7 +40,8 @@ class RunContext(Protocol):
 class Progress:
     """How far the run is: finished steps, the samples that they took, and how good the model is.
 
-    `metrics` has the loss of the last step that was saved, and results if it was evaluated at that very step.
+    `metrics` has the loss of the last step that was saved (unless it was left out), and results if it was evaluated at
+    that very step.
     """
 
     step: int = 0
@@ -59,6 +62,7 @@ class Job:
     Args:
         engine, batches: what is trained, and on what.
         loss_fn, loss_weight_fn: the objective, as the engine takes it.
+        guard, go_back: which steps count; restores the last checkpoint, and says False if there is none.
         progress, tracker: where the run stands, and what is seen of it.
         evaluator, evaluate: how held-out loss is computed (None: never), and when.
         recover, save: how the run is dumped, and when.
@@ -71,6 +75,8 @@ class Job:
     batches: GlobalBatches
     loss_fn: LossFn
     loss_weight_fn: LossWeightFn
+    guard: Guard
+    go_back: Callable[[], bool]
     progress: Progress
     tracker: Tracker
     evaluator: Evaluator | None
@@ -97,6 +103,8 @@ def train(job: Job) -> None:
         job.run.before_step(progress.step + 1)
         tracker.begin_step()
         stats = job.engine.train_batch(next(job.batches), job.loss_fn, job.loss_weight_fn)
+        if job.guard.after_step(progress.step + 1, stats) and job.go_back():
+            continue
         progress.step += 1
         progress.samples = job.batches.next_sample
         at = progress.step, job.batches.epoch
@@ -110,7 +118,8 @@ def train(job: Job) -> None:
         leaving = job.run.leaving()
         if job.save.due(*at) or leaving or progress.step == job.last_step:
             job.save.fired(*at)
-            progress.metrics["loss"] = float(stats["loss"])  # waits for the device, as the save does anyway
+            if not stats["skipped"]:
+                progress.metrics["loss"] = float(stats["loss"])  # waits for the device, as the save does anyway
             dump = job.recover.dump(progress.step, progress.metrics, must=leaving or progress.step == job.last_step)
             if dump is not None:
                 job.run.saving(dump, progress.metrics)

@@ -159,15 +159,18 @@ class RecoverHandler:
     def load(self) -> str | None:
         """Restore the newest good checkpoint. A collective.
 
+        A save that is under way is waited for: it may become the newest, and it reads what is about to be overwritten.
         Damage is found on any rank and agreed by all; then the next older one is tried, with a warning.
 
         Returns:
-            The name of what was restored; None if the run has no checkpoint.
+            The name of what was restored; None if the run has no checkpoint, and then nothing has changed.
 
         Raises:
+            RankError: if too many saves in a row have failed.
             RuntimeError: if there are checkpoints but none is good: starting over would hide the loss.
             ValueError: if the newest good one is of another model or other data.
         """
+        self.settle()
         entries: list[Entry] = self._ranks.on_first(lambda: list(self._catalog.entries()))
         committed = 0
         for entry in entries:

@@ -28,6 +28,7 @@ class Tracker:
         self._cadence, self._run, self._say = cadence, run, say
         self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
         self._window = Window()
+        self._skipped = 0  # steps of this window that were left out
         self._line: dict[str, Any] = {}
         self._began = self._seconds = 0.0
         self._steps_timed = 0
@@ -37,8 +38,11 @@ class Tracker:
         self._began = time.perf_counter()
 
     def end_step(self, step: int, epoch: int, stats: dict[str, Any]) -> None:
-        """Take the results of a finished step: loss and grad_norm (scalars, may be on the device), lr."""
-        self._window.add({"loss": stats["loss"], "grad_norm": stats["grad_norm"]})
+        """Take the results of a finished step: loss and grad_norm (scalars, may be on the device), lr, and skipped:
+        whether it was left out; then its numbers are in no mean."""
+        self._skipped += stats["skipped"]
+        if not stats["skipped"]:
+            self._window.add({"loss": stats["loss"], "grad_norm": stats["grad_norm"]})
         due = self._cadence.due(step, epoch) or step == self._total_steps
         means = self._window.flush() if due else {}  # waits for the device, so it belongs to the steps' time
         self._seconds += time.perf_counter() - self._began
@@ -48,14 +52,16 @@ class Tracker:
         self._cadence.fired(step, epoch)
         seconds = self._seconds / self._steps_timed
         rate = self._tokens_per_step / seconds
-        self._seconds, self._steps_timed = 0.0, 0
+        skipped = {"skipped": self._skipped} if self._skipped else {}
+        self._seconds, self._steps_timed, self._skipped = 0.0, 0, 0
         self._say_at(
             step,
-            f"loss {means['loss']:.4f}  grad norm {means['grad_norm']:.2f}  lr {stats['lr']:.2e}  "
-            f"{rate:,.0f} tokens/s  {seconds:.3f} s/step",
+            (f"loss {means['loss']:.4f}  grad norm {means['grad_norm']:.2f}  " if means else "")
+            + f"lr {stats['lr']:.2e}  {rate:,.0f} tokens/s  {seconds:.3f} s/step"
+            + "".join(f"  {n} skipped" for n in skipped.values()),
         )
         timing = {"tokens_per_s": round(rate, 1), "step_time_s": round(seconds, 4)}
-        self._line |= {**means, "lr": stats["lr"], "epoch": epoch, **timing}
+        self._line |= {**means, "lr": stats["lr"], "epoch": epoch, **timing, **skipped}
 
     def evaluated(self, step: int, results: dict[str, float]) -> None:
         """Take the results of an evaluation after `step`."""
@@ -75,8 +81,9 @@ class Tracker:
         self._say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {text}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"clock": self._cadence.state_dict(), "window": self._window.state_dict()}
+        return {"clock": self._cadence.state_dict(), "window": self._window.state_dict(), "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._cadence.load_state_dict(state["clock"])
         self._window.load_state_dict(state["window"])
+        self._skipped = state.get("skipped", 0)  # absent from older checkpoints

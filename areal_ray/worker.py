@@ -27,6 +27,7 @@ from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_sp
 from areal_ray.engine import FSDPEngine
 from areal_ray.evaluation import Evaluator
 from areal_ray.faults import Faults
+from areal_ray.guard import Guard
 from areal_ray.journal import LedgerJournal
 from areal_ray.objectives import next_token_loss, predicted_tokens
 from areal_ray.ranks import Ranks
@@ -47,7 +48,8 @@ def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, A
         submission: under which name requests to this job are made.
 
     Returns:
-        step, loss and world_size at the end, for the driver, and why it is the end: "stop" if asked to, else None.
+        step, loss (None if the last step was left out) and world_size at the end, for the driver; reason, "stop" if it
+        was asked to.
 
     Raises:
         PlannedRestart: when the workers are to be started again, in another number or elsewhere.
@@ -73,8 +75,9 @@ def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str
     nodes = ranks.gather(socket.gethostname())
     if ranks.rank == 0:
         run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, started=round(started, 3))
-    session = RaySession(Faults(config.faults, run, ranks), ranks, control)
-    job = wire(config, engine, ranks, run, catalog, attempt, session)
+    faults = Faults(config.faults, run, ranks)
+    session = RaySession(faults, ranks, control)
+    job = wire(config, engine, ranks, run, catalog, attempt, faults, session)
     restored = job.recover.load()
     if ranks.rank == 0:
         LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
@@ -91,7 +94,7 @@ def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str
         say_end()
     if session.reason in ("resize", "preempted"):
         raise PlannedRestart(f"{session.reason} at step {job.progress.step}")
-    loss = job.progress.metrics["loss"]
+    loss = job.progress.metrics.get("loss")
     return {"step": job.progress.step, "loss": loss, "world_size": ranks.size, "reason": session.reason}
 
 
@@ -102,6 +105,7 @@ def wire(
     run: RunDir,
     catalog: Catalog,
     attempt: int,
+    faults: Faults,
     session: loop.RunContext,
 ) -> loop.Job:
     """Make the objects of one rank, each knowing only what it is given here."""
@@ -134,6 +138,14 @@ def wire(
     record = here.log_samples if here and config.logging.sample_ids else None
     cursor, progress = batches(sequences, record), loop.Progress()
     _same_everywhere(ranks, sequences, held_out)
+    journal = LedgerJournal(here, attempt, speak, catalog, every.keep)
+    guard = Guard(
+        train.bad_step,
+        ranks.on_first(lambda: _left_out(run)),
+        # The cursor is behind the step's batch, the progress before it.
+        lambda refusal: journal.refused(refusal, progress.samples, cursor.next_sample - progress.samples),
+    )
+    engine.accept = lambda loss, grad_norm: guard.accept(progress.step + 1, loss, grad_norm)
     state: dict[str, Stateful] = {
         "engine": engine.state,
         "data": cursor,
@@ -141,27 +153,23 @@ def wire(
         "tracker": tracker,
         "evaluate": evaluate,
         "save": save,
+        "guard": guard,
     }
     info = {**engine.describe(), **_provenance(config), "data": sequences.fingerprint()}
+    policy = SavePolicy(every.when_busy == "skip", every.max_failed_saves)
+    recover = RecoverHandler(catalog, state, _writer(config, engine, ranks), journal, attempt, info, ranks, policy)
     return loop.Job(
         engine=engine,
         batches=cursor,
-        loss_fn=next_token_loss,
+        loss_fn=faults.spoiling(next_token_loss),
         loss_weight_fn=predicted_tokens,
+        guard=guard,
+        go_back=lambda: _go_back(recover, progress, run, journal, ranks),
         progress=progress,
         tracker=tracker,
         evaluator=evaluator,
         evaluate=evaluate,
-        recover=RecoverHandler(
-            catalog,
-            state,
-            _writer(config, engine, ranks),
-            LedgerJournal(here, attempt, speak, catalog, config.checkpoint.keep),
-            attempt,
-            info,
-            ranks,
-            SavePolicy(every.when_busy == "skip", every.max_failed_saves),
-        ),
+        recover=recover,
         save=save,
         run=session,
         last_step=config.last_step,
@@ -174,6 +182,22 @@ def _same_everywhere(ranks: Ranks, *data: PackedTokens) -> None:
     prints = ranks.gather([split.fingerprint() for split in data])
     if different := [rank for rank, mine in enumerate(prints) if mine != prints[0]]:
         raise ValueError(f"ranks {different} read other data than rank 0: the files, or their Python, are not the same")
+
+
+def _go_back(
+    recover: RecoverHandler, progress: loop.Progress, run: RunDir, journal: LedgerJournal, ranks: Ranks
+) -> bool:
+    """In the middle of an attempt what `_train` does at its beginning; False if there is no checkpoint."""
+    restored = recover.load()
+    if restored is not None:
+        ranks.on_first(lambda: run.rewind(progress.step, progress.samples))
+    journal.rolled_back(restored, progress.step)
+    return restored is not None
+
+
+def _left_out(run: RunDir) -> list[int]:
+    """Steps that earlier attempts did not take: this one, which may begin before them, does not either."""
+    return [event["step"] for event in run.events("bad_step") if event["action"] != "stop"]
 
 
 def _writer(config: Config, engine: FSDPEngine, ranks: Ranks) -> CheckpointWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -21,10 +22,12 @@ class S3Proxy:
         self.busy = 0  # so many requests are answered with 503
         self.code = ""  # if set, every request is answered with this error
         self.lost = 0  # so many answers do not come back, after the server has done what was asked
+        self.before: dict[str, Callable[[], object]] = {}  # what to do, once, before the first request for such a path
         self.methods: list[str] = []
         self._target = endpoint.removeprefix("http://")
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._server.serve_forever)
 
     @property
@@ -42,6 +45,11 @@ class S3Proxy:
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = _body(handler)
         self.methods.append(handler.command)
+        for part in [part for part in self.before if part in handler.path]:
+            with self._lock:  # which others of such a path wait for, the client's next tries among them
+                if part in self.before:
+                    self.before[part]()
+                    del self.before[part]
         if self.busy:
             self.busy -= 1
             _send(handler, 503, _ERROR % b"SlowDown")
@@ -50,6 +58,11 @@ class S3Proxy:
             _send(handler, 400, _ERROR % self.code.encode())
             return
         server = HTTPConnection(self._target)
+        try:
+            server.connect()
+        except ConnectionError:  # then the client gets no answer either
+            handler.close_connection = True
+            return
         server.putrequest(handler.command, handler.path, skip_host=True, skip_accept_encoding=True)
         for name, value in handler.headers.items():
             if name.lower() not in ("connection", "expect"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,6 +25,11 @@ class SaveLoadMeta:
     path: str
     weight_format: Literal["dcp", "hf"] = "dcp"
     with_optim: bool = True
+
+
+def finite(loss: float, grad_norm: float) -> bool:
+    """Whether a step with these numbers leaves weights and optimizer state finite."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 class TrainEngine(Protocol):
@@ -53,7 +59,8 @@ class TrainEngine(Protocol):
             loss_weight_fn: micro-batch -> its weight in the mean over all micro-batches and ranks.
 
         Returns:
-            loss and grad_norm (scalars of the global batch, before clipping), lr (the rate that was used).
+            loss and grad_norm (scalars of the global batch, before clipping), lr (the rate that was used), skipped
+            (the numbers were refused: the schedule goes on, weights and optimizer state are what they were).
         """
         ...
 

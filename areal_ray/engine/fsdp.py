@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from areal_ray import models
 from areal_ray.checkpoint import DCPState, hf, load, save
 from areal_ray.config import Config
-from areal_ray.engine.base import SaveLoadMeta
+from areal_ray.engine.base import SaveLoadMeta, finite
 from areal_ray.engine.parallelize import parallelize
 from areal_ray.mesh import build_mesh, init_distributed
 from areal_ray.objectives import Batch, LossFn, LossWeightFn
@@ -45,6 +45,8 @@ class FSDPEngine:
         self.before_update: Callable[[], None] = lambda: (
             None
         )  # called before the weights change, to wait for copies of them
+        # (loss, gradient norm), equal on all ranks -> whether the weights may change
+        self.accept: Callable[[float, float], bool] = finite
 
     def initialize(self, weights: bool = True) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
@@ -96,11 +98,13 @@ class FSDPEngine:
         lr = self._schedule.lr()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.before_update()
-        self.optimizer.step()
+        accepted = self.accept(*torch.stack([loss_sum, grad_norm]).tolist())  # waits for the device, once a step
+        if accepted:
+            self.before_update()
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._schedule.step += 1
-        return {"loss": loss_sum, "grad_norm": grad_norm, "lr": lr}
+        return {"loss": loss_sum, "grad_norm": grad_norm, "lr": lr, "skipped": not accepted}
 
     @torch.no_grad()
     def eval_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import UnsupportedOperation
 from multiprocessing.connection import Client, Listener
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -208,8 +207,11 @@ def test_a_deleted_directory_is_gone_and_its_neighbour_is_not(storage: Storage) 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "", ".", "..", "a/../../x", "a//b", "a/./b", "a/"])
 def test_a_name_that_leads_out_is_refused(storage: Storage, name: str) -> None:
     works: list[Callable[[str], Any]] = [storage.read, storage.open, storage.size, storage.sub, storage.remove]
-    works += [lambda name: work(name, b"") for work in (storage.replace, storage.publish)]
-    works += [lambda name: write(storage, name, b"")]
+    works += [
+        lambda name: storage.replace(name, b""),
+        lambda name: storage.publish(name, b""),
+        lambda name: write(storage, name, b""),
+    ]
     for work in works:
         with pytest.raises(ValueError, match="is not a name inside"):
             work(name)
@@ -303,9 +305,9 @@ def test_wrong_keys_are_refused_with_what_the_server_said_and_no_key(
 def test_a_key_that_the_server_repeats_is_masked(storage: Storage) -> None:
     assert isinstance(storage, storage_s3.S3Storage)
     text = f"AWS Error ACCESS_DENIED during PutObject operation: {ACCESS_KEY} may not,\n{SECRET_KEY} or not"
-    with pytest.raises(PermissionError, match=r"ACCESS_DENIED \(PutObject\): \*\*\* may not, \*\*\* or not$"):
-        with storage._plain_errors():
-            raise OSError(text)
+    shown = r"ACCESS_DENIED \(PutObject\): \*\*\* may not, \*\*\* or not$"
+    with pytest.raises(PermissionError, match=shown), storage._plain_errors():
+        raise OSError(text)
 
 
 def test_what_is_refused_is_not_tried_again(proxy: S3Proxy, proxied: Storage) -> None:
@@ -441,7 +443,7 @@ def test_metrics_written_in_the_background_are_there_after_flush(storage: Storag
 def test_after_restarts_each_step_stands_once(storage: Storage) -> None:
     for first, end in ((0, 6), (3, 9), (5, 8), (0, 4)):
         run = RunDir(storage)
-        run.rewind_metrics(first - 1)
+        run.rewind(first - 1, 0)
         for step in range(first, end):
             run.log_metrics(step, {"by": end})
         run.flush()

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 
 import torch
 
+from areal_ray.engine.base import finite
 from areal_ray.recover import Dump
 
 
@@ -13,14 +14,23 @@ class Crash(Exception):
 
 
 class Engine:
-    """A model of one number, which depends on every batch so far and their order."""
+    """A model of one number, which depends on every batch so far and their order.
 
-    def __init__(self):
-        self.weight, self.evaluated = 0.5, 0
+    `spoiled` are calls of train_batch, counted from 1, whose loss is not a number.
+    """
+
+    def __init__(self, spoiled=()):
+        self.weight, self.evaluated, self.spoiled, self.calls = 0.5, 0, spoiled, 0
+        self.accept = finite
 
     def train_batch(self, batch, loss_fn, loss_weight_fn):
-        self.weight = (self.weight * 31 + float(batch["input_ids"].sum())) % 97
-        return {"loss": torch.tensor(self.weight), "grad_norm": torch.tensor(2 * self.weight), "lr": 0.1}
+        self.calls += 1
+        weight = (self.weight * 31 + float(batch["input_ids"].sum())) % 97
+        loss = torch.tensor(torch.nan if self.calls in self.spoiled else weight)
+        accepted = self.accept(float(loss), 2 * float(loss))
+        if accepted:
+            self.weight = weight
+        return {"loss": loss, "grad_norm": 2 * loss, "lr": 0.1, "skipped": not accepted}
 
     def eval_batch(self, batch, loss_fn, loss_weight_fn):
         self.evaluated += 1
@@ -40,6 +50,13 @@ class Recover:
     def __init__(self, state, run, kept):
         self.state, self.run, self.kept = state, run, kept
         self.steps, self.musts, self.lines, self.finished = [], [], [], 0
+
+    def load(self):
+        if not self.kept:
+            return None
+        for name, values in json.loads(self.kept[max(self.kept)]).items():
+            self.state[name].load_state_dict(values)
+        return f"step-{max(self.kept)}"
 
     def dump(self, step, metrics, must=False):
         self.kept[step] = json.dumps({name: part.state_dict() for name, part in self.state.items()}, sort_keys=True)

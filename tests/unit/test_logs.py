@@ -127,6 +127,27 @@ def test_what_is_not_wanted_is_taken_back(storage, kind):
     assert numbers(log) == [0, 2]
 
 
+@pytest.mark.parametrize("kind", [FileLog, lambda storage, name: ObjectLog(storage, False)])
+def test_what_was_taken_back_does_not_come_again_with_the_next_line(objects, storage, kind):
+    log = kind(storage if kind is FileLog else objects, "log.jsonl")
+    for n in range(4):
+        log.append({"n": n})
+    log.keep(lambda line: line["n"] < 2)
+    log.append({"n": 5})
+    log.flush()
+    assert numbers(log) == [0, 1, 5]
+
+
+def test_a_line_that_waits_to_be_written_is_taken_back_too(storage, log):
+    log.append({"n": 1})
+    storage.failures = 1
+    with pytest.raises(OSError, match="No space left"):
+        log.append({"n": 2})
+    log.keep(lambda line: line["n"] != 2)
+    log.append({"n": 3})
+    assert numbers(log) == [1, 3]
+
+
 def test_a_storage_that_can_append_has_a_file_and_another_has_objects(tmp_path):
     assert open_log(LocalStorage(tmp_path), "log", at_once=True).location == os.path.realpath(tmp_path / "log.jsonl")
     assert open_log(Objects(tmp_path), "log", at_once=True).location == os.path.realpath(tmp_path / "log")

@@ -1,13 +1,13 @@
 """The loop: what is due when, and that a run which stopped or died goes on as if it had not."""
 
-import json
-
 import numpy as np
 import pytest
 
 from areal_ray.cadence import Cadence
+from areal_ray.config import BadStep
 from areal_ray.data import GlobalBatches, PackedTokens
 from areal_ray.evaluation import Evaluator
+from areal_ray.guard import BadStepError, Guard
 from areal_ray.loop import Job, Progress, train
 from areal_ray.rundir import RunDir
 from areal_ray.storage import LocalStorage
@@ -27,28 +27,38 @@ def start(tmp_path):
     """Start (or go on with) a run as the worker does; its Job, after training."""
     kept = {}
 
-    def start(last_step=TOTAL, dies_at=None, evaluate=5, name="run"):
+    def start(last_step=TOTAL, dies_at=None, evaluate=5, name="run", spoiled=(), on_bad="skip", known=()):
         storage = LocalStorage(tmp_path / name)
         storage.ensure()
-        run, engine, states = RunDir(storage), Engine(), kept.setdefault(name, {})
+        run, engine, states = RunDir(storage), Engine(spoiled), kept.setdefault(name, {})
         cursor, progress = GlobalBatches(SEQUENCES, 0, 4, 0, 1), Progress()
         evaluator = Evaluator(engine, lambda: GlobalBatches(SEQUENCES, 1, 4, 0, 1), 2, None, None)
         tracker = Tracker(Cadence(4), run, lambda text: None, TOTAL, 8)
         every = {"evaluate": Cadence(evaluate), "save": Cadence(7)}
-        state = {"engine": engine, "data": cursor, "progress": progress, "tracker": tracker, **every}
-        if states:
-            for part, values in json.loads(states[max(states)]).items():
-                state[part].load_state_dict(values)
-        run.rewind(progress.step if states else -1, progress.samples)
+        guard = Guard(BadStep(on_bad=on_bad), known, lambda refusal: None)
+        engine.accept = lambda loss, grad_norm: guard.accept(progress.step + 1, loss, grad_norm)
+        state = {"engine": engine, "data": cursor, "progress": progress, "tracker": tracker, "guard": guard, **every}
+        recover = Recover(state, run, states)
+
+        def go_back():
+            restored = recover.load()
+            if restored is not None:
+                run.rewind(progress.step, progress.samples)
+            return restored is not None
+
+        if not go_back():
+            run.rewind(-1, 0)
         job = Job(
             engine=engine,
             batches=cursor,
             loss_fn=None,
             loss_weight_fn=None,
+            guard=guard,
+            go_back=go_back,
             progress=progress,
             tracker=tracker,
             evaluator=evaluator if evaluate else None,
-            recover=Recover(state, run, states),
+            recover=recover,
             run=Run(dies_at),
             last_step=last_step,
             total_steps=TOTAL,
@@ -161,6 +171,71 @@ def test_a_finished_run_trains_no_further(start):
     start()
     job = start()
     assert (job.run.began, job.recover.steps) == ([], [])
+
+
+def test_a_step_that_is_left_out_changes_nothing_but_how_far_the_run_is(start):
+    job = start(spoiled=[10])
+    engine, batches = Engine(), GlobalBatches(SEQUENCES, 0, 4, 0, 1)
+    losses = {}
+    for step in range(1, TOTAL + 1):
+        batch = next(batches)
+        if step != 10:
+            losses[step] = float(engine.train_batch(batch, None, None)["loss"])
+    assert job.engine.weight == engine.weight
+    assert job.progress.samples == 4 * TOTAL
+    line = next(line for line in lines(job) if line["step"] == 12)
+    assert line["loss"] == pytest.approx((losses[9] + losses[11] + losses[12]) / 3)
+    assert [(line["step"], line["skipped"]) for line in lines(job) if "skipped" in line] == [(12, 1)]
+
+
+def test_a_window_without_a_step_that_counts_has_a_line_without_a_loss(start):
+    job = start(spoiled=range(5, 9))
+    line = next(line for line in lines(job) if line["step"] == 8)
+    assert line == {"step": 8, "lr": 0.1, "epoch": 0, "skipped": 4}
+
+
+def test_what_is_not_a_number_is_in_no_checkpoint_even_of_the_very_step(start):
+    job = start(spoiled=[7, 20, 22])
+    assert [metrics.get("loss") for _, metrics in job.run.saves][::3] == [None, None]
+    for state in start.kept["run"].values():
+        assert "NaN" not in state
+        assert "Infinity" not in state
+
+
+def test_going_back_is_the_run_that_left_the_step_out_and_computes_the_others_again(start):
+    skipped = start(name="skipped", spoiled=[10])
+    job = start(spoiled=[10], on_bad="rollback")
+    assert job.run.began == [*range(1, 11), *range(8, TOTAL + 1)]
+    assert start.kept["run"] == start.kept["skipped"]
+    assert lines(job) == lines(skipped)
+
+
+def test_going_back_twice_leaves_both_steps_out(start):
+    start(name="skipped", spoiled=[10, 12])
+    job = start(spoiled=[10, 10 + 5], on_bad="rollback")  # the 15th call is step 12, after going back to 7
+    assert job.run.began == [*range(1, 11), *range(8, 13), *range(8, TOTAL + 1)]
+    assert start.kept["run"] == start.kept["skipped"]
+
+
+def test_with_nothing_to_go_back_to_the_step_is_left_out(start):
+    start(name="skipped", spoiled=[3])
+    job = start(spoiled=[3], on_bad="rollback")
+    assert job.run.began == list(range(1, TOTAL + 1))
+    assert start.kept["run"] == start.kept["skipped"]
+
+
+@pytest.mark.parametrize("death", range(11, TOTAL + 1))
+def test_dying_after_a_bad_step_leaves_it_out_again(start, death):
+    whole = start(name="whole", spoiled=[10])
+    start(dies_at=death, spoiled=[10])
+    assert lines(start(known=[10])) == lines(whole)  # the numbers are good this time
+    assert start.kept["run"] == start.kept["whole"]
+
+
+def test_a_bad_step_that_stops_the_run_leaves_what_was_saved(start):
+    with pytest.raises(BadStepError, match="step 10"):
+        start(spoiled=[10], on_bad="stop")
+    assert list(start.kept["run"]) == [7]
 
 
 def test_an_evaluation_is_the_weighted_mean_of_the_same_batches_each_time():

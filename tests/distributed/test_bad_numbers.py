@@ -1,0 +1,281 @@
+"""A loss that is not a number on one of two ranks: refused by both, left out, gone back from, by the real loop."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from areal_ray.cadence import Cadence
+from areal_ray.checkpoint import AsyncWriter, Catalog
+from areal_ray.config import BadStep, Fault, Keep
+from areal_ray.engine import FSDPEngine
+from areal_ray.objectives import next_token_loss, predicted_tokens
+from areal_ray.ranks import Ranks
+from areal_ray.storage import LocalStorage
+from tests.distributed.ranks import run_ranks
+from tests.distributed.small import (
+    GLOBAL_BATCH,
+    SEQ_LEN,
+    VOCABULARY,
+    differing,
+    local_batch,
+    snapshot,
+    start_engine,
+    train,
+)
+
+pytestmark = pytest.mark.distributed
+
+VARIANTS = {
+    "plain": [],
+    "hsdp": ["engine.mesh.replicate=2", "engine.mesh.shard=1"],
+    "keep_gathered": ["engine.reshard_after_forward=false"],
+    "unclipped": ["optim.clip_grad_norm=null"],
+}
+STEPS, BAD, EVERY = 6, 4, 3
+NAN_ON_RANK_1 = Fault("nan", 1, BAD)
+
+
+def train_spoiled(engine: FSDPEngine, seed: int) -> dict[str, Any]:
+    """A step with a NaN on the second rank alone."""
+
+    def loss_fn(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return next_token_loss(logits, batch) * (torch.nan if dist.get_rank() == 1 else 1.0)
+
+    return engine.train_batch(local_batch(seed), loss_fn, predicted_tokens)
+
+
+def refuse(rank: int, overrides: list[str]) -> dict[str, Any]:
+    """Three steps, the second spoiled, beside two steps of an engine that never saw that batch."""
+    seen: dict[str, Any] = {}
+    engine, other = start_engine(*overrides), start_engine(*overrides)
+    train(engine, seed=0)
+    before = snapshot(engine)
+    stats = train_spoiled(engine, seed=1)
+    seen["numbers"] = [float(stats["loss"]), float(stats["grad_norm"])]
+    seen["skipped"] = stats["skipped"]
+    seen["changed"] = differing(snapshot(engine), before)
+    seen["gradients"] = [name for name, p in engine.model.named_parameters() if p.grad is not None]
+    last = train(engine, seed=2)
+    train(other, seed=0)
+    other._schedule.step += 1
+    seen["rates"] = last["lr"], train(other, seed=2)["lr"]
+    seen["differs"] = differing(snapshot(engine), snapshot(other))
+    asked: list[tuple[float, float]] = []
+    engine.accept = lambda loss, grad_norm: bool(asked.append((loss, grad_norm)))  # type: ignore[func-returns-value]
+    before = snapshot(engine)
+    stats = train(engine, seed=3)
+    seen["by hook"] = stats["skipped"], asked == [(stats["loss"], stats["grad_norm"])]
+    seen["changed by hook"] = differing(snapshot(engine), before)
+    return seen
+
+
+def refuse_variants(rank: int) -> dict[str, dict[str, Any]]:
+    return {name: refuse(rank, overrides) for name, overrides in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def refused() -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(refuse_variants, 2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_nan_on_one_rank_is_refused_by_all(refused: list[dict[str, Any]], variant: str) -> None:
+    for seen in refused:
+        assert np.isnan(seen[variant]["numbers"]).all()
+        assert seen[variant]["skipped"] is True
+        assert seen[variant]["changed"] == []
+        assert seen[variant]["gradients"] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_after_it_the_run_is_one_that_never_saw_that_batch(refused: list[dict[str, Any]], variant: str) -> None:
+    for seen in refused:
+        assert seen[variant]["rates"][0] == seen[variant]["rates"][1]
+        assert seen[variant]["differs"] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_hook_is_asked_with_the_numbers_and_decides(refused: list[dict[str, Any]], variant: str) -> None:
+    for seen in refused:
+        assert seen[variant]["by hook"] == (True, True)
+        assert seen[variant]["changed by hook"] == []
+
+
+class SlowStorage(LocalStorage):
+    """A checkpoint is committed a while after its save began."""
+
+    def sub(self, name: str) -> LocalStorage:
+        return SlowStorage(self._inside(name))
+
+    def publish(self, name: str, data: bytes) -> None:
+        time.sleep(1.0)
+        super().publish(name, data)
+
+
+class Run:
+    """One attempt of the real loop: everything that a worker wires, without Ray."""
+
+    def __init__(self, root: str, config: BadStep, attempt: int = 1, fault: Fault | None = None) -> None:
+        # Here, so that this module can be collected where there is a torch but no grain.
+        from areal_ray import loop
+        from areal_ray.data import GlobalBatches, PackedTokens
+        from areal_ray.faults import Faults
+        from areal_ray.guard import Guard
+        from areal_ray.journal import LedgerJournal
+        from areal_ray.recover import RecoverHandler, SavePolicy
+        from areal_ray.rundir import RunDir
+        from areal_ray.tracking import Tracker
+
+        self.engine, self.ranks = start_engine(f"train.steps={STEPS}"), Ranks()
+        self.run = RunDir(SlowStorage(root))
+        here = self.run if self.ranks.rank == 0 else None
+        self.faults = Faults([fault] if fault else [], self.run, self.ranks)
+        tokens = np.random.default_rng(0).integers(0, VOCABULARY, 20 * SEQ_LEN)
+        batches = GlobalBatches(PackedTokens(tokens, SEQ_LEN), 0, GLOBAL_BATCH, self.ranks.rank, self.ranks.size)
+        self.progress = loop.Progress()
+        self.began: list[int] = []
+        catalog = Catalog(self.run.storage)
+        journal = LedgerJournal(here, attempt, lambda text: None, catalog, Keep())
+        known = [event["step"] for event in self.run.events("bad_step") if event["action"] != "stop"]
+        self.guard = Guard(config, known, lambda refusal: journal.refused(refusal, self.progress.samples, GLOBAL_BATCH))
+        self.engine.accept = lambda loss, norm: self.guard.accept(self.progress.step + 1, loss, norm)
+        tracker = Tracker(Cadence(2), here, lambda text: None, STEPS, GLOBAL_BATCH * SEQ_LEN)
+        save = Cadence(EVERY)
+        state = {"engine": self.engine.state, "data": batches, "progress": self.progress, "guard": self.guard}
+        writer = AsyncWriter(self.ranks, Ranks(dist.new_group(backend="gloo")))
+        self.engine.before_update = writer.fence
+        self.recover = RecoverHandler(catalog, state, writer, journal, attempt, {}, self.ranks, SavePolicy())
+        self.restored: list[tuple[str | None, dict[str, torch.Tensor]]] = []
+        self.weights: dict[int, list[dict[str, torch.Tensor]]] = {}  # before each step, each time
+        self.job = loop.Job(
+            engine=self.engine,
+            batches=batches,
+            loss_fn=self.faults.spoiling(next_token_loss),
+            loss_weight_fn=predicted_tokens,
+            guard=self.guard,
+            go_back=self.go_back,
+            progress=self.progress,
+            tracker=tracker,
+            evaluator=None,
+            evaluate=Cadence(),
+            recover=self.recover,
+            save=save,
+            run=self,
+            last_step=STEPS,
+            total_steps=STEPS,
+        )
+
+    def go_back(self) -> bool:
+        restored = self.recover.load()
+        self.restored.append((restored, snapshot(self.engine)))
+        return restored is not None
+
+    def before_step(self, step: int) -> None:
+        self.faults.before_step(step)
+        self.began.append(step)
+        self.weights.setdefault(step, []).append(snapshot(self.engine))
+
+    def check(self) -> None: ...
+
+    def saving(self, dump: Any, metrics: dict[str, float]) -> None: ...
+
+    def train(self) -> Run:
+        from areal_ray import loop
+
+        loop.train(self.job)
+        return self
+
+    def standing(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+        return snapshot(self.engine), self.guard.state_dict(), self.progress.state_dict()
+
+
+def go_through(rank: int, parent: str) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    whole = Run(f"{parent}/whole", BadStep()).train()
+    skipped = Run(f"{parent}/skipped", BadStep("skip"), fault=NAN_ON_RANK_1).train()
+    back = Run(f"{parent}/back", BadStep("rollback"), fault=NAN_ON_RANK_1).train()
+    seen["began"] = whole.began, skipped.began, back.began
+    seen["restored"] = [name for name, _ in back.restored]
+    seen["restored differs"] = differing(back.restored[0][1], whole.weights[EVERY + 1][0])
+    seen["until then"] = [
+        differing(weights, whole.weights[step][0])
+        for run in (skipped, back)
+        for step in range(1, BAD + 1)
+        for weights in run.weights[step]
+    ]
+    seen["bad step changed"] = differing(skipped.weights[BAD + 1][0], skipped.weights[BAD][0])
+    seen["later"] = differing(skipped.standing()[0], whole.standing()[0])
+    seen["back differs from skipped"] = differing(back.standing()[0], skipped.standing()[0])
+    seen["states"] = [run.standing()[1:] for run in (skipped, back)]
+    # A new attempt whose fault has happened, of a run whose last checkpoint is older than the bad step.
+    if rank == 0:
+        Path(f"{parent}/skipped/step-{STEPS:08d}.a1").rename(f"{parent}/set_aside")
+    dist.barrier()
+    again = Run(f"{parent}/skipped", BadStep(), attempt=2, fault=NAN_ON_RANK_1)
+    seen["again from"] = again.recover.load()
+    again.train()
+    seen["again differs"] = differing(again.standing()[0], skipped.standing()[0])
+    seen["states"].append(again.standing()[1:])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parent = tmp_path_factory.mktemp("runs")
+    for name in ("whole", "skipped", "back"):
+        (parent / name).mkdir()
+    return parent
+
+
+@pytest.fixture(scope="module")
+def gone(parent: Path) -> list[dict[str, Any]]:
+    return run_ranks(go_through, 2, str(parent))
+
+
+def test_a_skipped_step_leaves_the_weights_and_the_run_goes_on(gone: list[dict[str, Any]]) -> None:
+    for seen in gone:
+        assert seen["began"][0] == seen["began"][1] == list(range(1, STEPS + 1))
+        assert seen["bad step changed"] == []
+        assert seen["later"]
+
+
+def test_going_back_waits_for_the_save_that_is_under_way_and_restores_it(gone: list[dict[str, Any]]) -> None:
+    for seen in gone:
+        assert seen["restored"] == [f"step-{EVERY:08d}.a1"]
+        assert seen["restored differs"] == []
+        assert seen["began"][2] == [*range(1, BAD + 1), *range(EVERY + 1, STEPS + 1)]
+
+
+def test_up_to_the_bad_step_all_runs_are_the_undisturbed_one(gone: list[dict[str, Any]]) -> None:
+    for seen in gone:
+        assert seen["until then"] == [[]] * (2 * BAD + 1)
+
+
+def test_going_back_ends_where_leaving_out_does(gone: list[dict[str, Any]]) -> None:
+    for seen in gone:
+        assert seen["back differs from skipped"] == []
+
+
+def test_a_new_attempt_leaves_the_step_out_again_though_its_numbers_are_good_now(gone: list[dict[str, Any]]) -> None:
+    for seen in gone:
+        assert seen["again from"] == f"step-{EVERY:08d}.a1"
+        assert seen["again differs"] == []
+        assert seen["states"][0] == seen["states"][1] == seen["states"][2]
+        assert seen["states"][0][0]["left_out"] == [BAD]
+        assert len(seen["states"][0][0]["losses"]) == STEPS - 1
+
+
+def test_the_ledger_has_each_bad_step_once_with_its_samples(gone: list[dict[str, Any]], parent: Path) -> None:
+    for name, action in (("skipped", "skip"), ("back", "rollback")):
+        events = [json.loads(line) for line in (parent / name / "events.jsonl").read_text().splitlines()]
+        (event,) = [event for event in events if event["event"] == "bad_step"]
+        assert (event["step"], event["action"], event["loss"], event["grad_norm"]) == (BAD, action, "nan", "nan")
+        assert (event["first_sample"], event["samples"]) == ((BAD - 1) * GLOBAL_BATCH, GLOBAL_BATCH)
