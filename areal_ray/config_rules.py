@@ -22,6 +22,7 @@ _POSITIVE = (
     "optim.eps",
     "optim.clip_grad_norm",
     "engine.mesh.replicate",
+    "engine.mesh.tensor",
     "checkpoint.every_steps",
     "checkpoint.every_seconds",
     "checkpoint.every_epochs",
@@ -96,20 +97,28 @@ def _check_train(config: Config) -> None:
 
 def _check_sizes(config: Config) -> None:
     workers, mesh = config.cluster.num_workers, config.engine.mesh
-    if workers % mesh.replicate:
-        raise ConfigError("engine.mesh.replicate", f"{mesh.replicate} does not divide cluster.num_workers={workers}")
-    if mesh.shard != -1 and mesh.replicate * mesh.shard != workers:
+    for name, size in (("replicate", mesh.replicate), ("tensor", mesh.tensor)):
+        if workers % size:
+            raise ConfigError(f"engine.mesh.{name}", f"{size} does not divide cluster.num_workers={workers}")
+    if workers % (mesh.replicate * mesh.tensor):
+        product = f"replicate x tensor = {mesh.replicate} x {mesh.tensor}"
+        raise ConfigError("engine.mesh.tensor", f"{product} does not divide cluster.num_workers={workers}")
+    if mesh.shard != -1 and mesh.replicate * mesh.shard * mesh.tensor != workers:
+        product = " x ".join(str(size) for size in (mesh.replicate, mesh.shard, mesh.tensor))
         raise ConfigError(
             "engine.mesh.shard",
-            f"replicate x shard = {mesh.replicate} x {mesh.shard} must be cluster.num_workers={workers}; -1: the rest",
+            f"replicate x shard x tensor = {product} must be cluster.num_workers={workers}; -1: the rest",
         )
-    batch = config.train.global_batch_size
-    if batch % workers:
-        below = max(workers, batch - batch % workers)
+    batch, parts = config.train.global_batch_size, workers // mesh.tensor
+    if batch % parts:
+        below = max(parts, batch - batch % parts)
+        sharers = f"cluster.num_workers={workers}"
+        if mesh.tensor > 1:
+            sharers = f"{parts} groups of workers ({sharers} / engine.mesh.tensor={mesh.tensor})"
         raise ConfigError(
             "train.global_batch_size",
-            f"{batch} cannot be shared evenly by cluster.num_workers={workers}; "
-            f"the nearest that can: {below} or {batch - batch % workers + workers}",
+            f"{batch} cannot be shared evenly by {sharers}; "
+            f"the nearest that can: {below} or {batch - batch % parts + parts}",
         )
     if unknown := [name for name, amount in config.cluster.resources_per_worker.items() if amount < 0]:
         raise ConfigError("cluster.resources_per_worker", f"{unknown[0]} must not be negative")

@@ -85,7 +85,9 @@ def wire(config: Config, engine: FSDPEngine, ranks: Ranks, run: RunDir, catalog:
     sequences, held_out = load_splits(config.data, tokenizer, train.seq_len, train.global_batch_size)
 
     def batches(of: PackedTokens) -> GlobalBatches:
-        return GlobalBatches(of, config.run.seed, train.global_batch_size, ranks.rank, ranks.size, engine.device)
+        return GlobalBatches(
+            of, config.run.seed, train.global_batch_size, engine.dp_rank, engine.dp_size, engine.device
+        )
 
     every = config.checkpoint
     save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=ranks.agree)
