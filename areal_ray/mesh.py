@@ -13,8 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from areal_ray.config import Mesh
 
-_DATA = "replicate_shard"
-
 
 def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     """Join the process group that the launcher (torchrun, Ray Train) describes; alone, make a group of one.
@@ -74,9 +72,8 @@ def build_mesh(config: Mesh, device: torch.device, timeout_s: float) -> DeviceMe
     groups = mesh.get_all_groups()
     if "tensor" in sizes:
         # DTensor finds this one and sums over both at once, where it would sum over one and then over the other.
-        groups.append(mesh["shard", "tensor"]._flatten("shard_tensor").get_group())
-    if {"replicate", "tensor"} <= set(sizes):
-        groups.append(mesh["replicate", "shard"]._flatten(_DATA).get_group())
+        groups.append(mesh["shard", "tensor"]._flatten().get_group())
+        groups.append(data_parallel(mesh)._flatten().get_group())
     for group in groups:  # made with the backend's own limit, half an hour for gloo
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
     return mesh
@@ -90,10 +87,8 @@ def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
 
 def data_parallel_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     """The ranks of `data_parallel` in one group, in the order of their rows; None: all ranks."""
-    names = mesh.mesh_dim_names or ()
-    if "tensor" not in names:
-        return None
-    return mesh[_DATA if "replicate" in names else "shard"].get_group()
+    across = data_parallel(mesh)
+    return None if across is mesh else across._flatten().get_group()  # that of build_mesh, no new one
 
 
 def _free_port() -> int:
