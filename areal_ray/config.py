@@ -84,7 +84,8 @@ class Optim:
 @dataclass(frozen=True)
 class Mesh:
     replicate: int = 1  # copies of the sharded model (HSDP)
-    shard: int = -1  # ranks that share one copy; -1: all that replicate leaves
+    shard: int = -1  # ranks that share one copy (FSDP); -1: all that the others leave
+    tensor: int = 1  # ranks that compute one layer together (tensor parallelism), by the model's own plan
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ _POSITIVE = (
     "optim.eps",
     "optim.clip_grad_norm",
     "engine.mesh.replicate",
+    "engine.mesh.tensor",
     "checkpoint.every_steps",
     "checkpoint.every_seconds",
     "checkpoint.every_epochs",
@@ -106,9 +107,10 @@ def _check_train(config: Config) -> None:
 def fits(config: Config, workers: int) -> bool:
     """Whether the mesh can be laid over so many workers, and the global batch be shared evenly by them."""
     mesh = config.engine.mesh
-    if workers % mesh.replicate or (mesh.shard != -1 and workers != mesh.replicate * mesh.shard):
+    whole = mesh.replicate * mesh.tensor
+    if workers % whole or (mesh.shard != -1 and workers != whole * mesh.shard):
         return False
-    return config.train.global_batch_size % workers == 0
+    return config.train.global_batch_size % (workers // mesh.tensor) == 0
 
 
 def _check_workers(config: Config) -> None:
@@ -125,27 +127,35 @@ def _check_sizes(config: Config) -> None:
     workers, mesh = config.cluster.num_workers, config.engine.mesh
     if isinstance(workers, list):
         if not config.usable_sizes:
-            shard = "" if mesh.shard == -1 else f" x {mesh.shard}"
+            sizes = [size for size in (mesh.replicate, mesh.shard, mesh.tensor) if size != -1]
             raise ConfigError(
                 "cluster.num_workers",
-                f"no number in {workers} is a multiple of the mesh ({mesh.replicate}{shard}) and divides "
-                f"train.global_batch_size={config.train.global_batch_size}",
+                f"no number in {workers} is a multiple of the mesh ({' x '.join(map(str, sizes))}) and shares "
+                f"train.global_batch_size={config.train.global_batch_size} evenly",
             )
         return
-    if workers % mesh.replicate:
-        raise ConfigError("engine.mesh.replicate", f"{mesh.replicate} does not divide cluster.num_workers={workers}")
-    if mesh.shard != -1 and mesh.replicate * mesh.shard != workers:
+    for name, size in (("replicate", mesh.replicate), ("tensor", mesh.tensor)):
+        if workers % size:
+            raise ConfigError(f"engine.mesh.{name}", f"{size} does not divide cluster.num_workers={workers}")
+    if workers % (mesh.replicate * mesh.tensor):
+        product = f"replicate x tensor = {mesh.replicate} x {mesh.tensor}"
+        raise ConfigError("engine.mesh.tensor", f"{product} does not divide cluster.num_workers={workers}")
+    if mesh.shard != -1 and mesh.replicate * mesh.shard * mesh.tensor != workers:
+        product = " x ".join(str(size) for size in (mesh.replicate, mesh.shard, mesh.tensor))
         raise ConfigError(
             "engine.mesh.shard",
-            f"replicate x shard = {mesh.replicate} x {mesh.shard} must be cluster.num_workers={workers}; -1: the rest",
+            f"replicate x shard x tensor = {product} must be cluster.num_workers={workers}; -1: the rest",
         )
-    batch = config.train.global_batch_size
-    if batch % workers:
-        below = max(workers, batch - batch % workers)
+    batch, parts = config.train.global_batch_size, workers // mesh.tensor
+    if batch % parts:
+        below = max(parts, batch - batch % parts)
+        sharers = f"cluster.num_workers={workers}"
+        if mesh.tensor > 1:
+            sharers = f"{parts} groups of workers ({sharers} / engine.mesh.tensor={mesh.tensor})"
         raise ConfigError(
             "train.global_batch_size",
-            f"{batch} cannot be shared evenly by cluster.num_workers={workers}; "
-            f"the nearest that can: {below} or {batch - batch % workers + workers}",
+            f"{batch} cannot be shared evenly by {sharers}; "
+            f"the nearest that can: {below} or {batch - batch % parts + parts}",
         )
 
 

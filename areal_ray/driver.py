@@ -117,6 +117,8 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     config = replace(config, run=replace(config.run, storage_path=storage.location))
     tokenizer = data.build_tokenizer(config.data.tokenizer)
     models.check_model(config.model, tokenizer.vocab_size)
+    if config.engine.mesh.tensor > 1:
+        models.tensor_plan(models.build_model(config.model), config.engine.mesh.tensor)
     if config.model.path:
         _check_weights(config)
     sequences, _ = data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from datetime import timedelta
@@ -44,19 +45,50 @@ def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     return device
 
 
-def build_mesh(config: Mesh, device: torch.device) -> DeviceMesh:
-    """The mesh of all ranks: ("shard",), or ("replicate", "shard") for HSDP.
+def build_mesh(config: Mesh, device: torch.device, timeout_s: float) -> DeviceMesh:
+    """The mesh of all ranks, ("replicate", "shard", "tensor"); of these only "shard" is there with size 1.
+
+    The ranks of a tensor group are neighbours: they exchange the most, and belong on one machine.
+
+    Args:
+        config: sizes.
+        device: of this rank.
+        timeout_s: longest wait of a rank for the others of one dimension.
 
     Raises:
-        ValueError: if the world size is not replicate x shard.
+        ValueError: if the world size is not replicate x shard x tensor.
     """
-    world = dist.get_world_size()
-    shard = world // config.replicate if config.shard == -1 else config.shard
-    if config.replicate * shard != world:
-        raise ValueError(f"engine.mesh: replicate x shard = {config.replicate} x {shard}, but there are {world} ranks")
-    if config.replicate == 1:
-        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (config.replicate, shard), mesh_dim_names=("replicate", "shard"))
+    world, others = dist.get_world_size(), config.replicate * config.tensor
+    sizes = {
+        "replicate": config.replicate,
+        "shard": max(1, world // others) if config.shard == -1 else config.shard,
+        "tensor": config.tensor,
+    }
+    if math.prod(sizes.values()) != world:
+        product = " x ".join(map(str, sizes.values()))
+        raise ValueError(f"engine.mesh: {' x '.join(sizes)} = {product}, but there are {world} ranks")
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    groups = mesh.get_all_groups()
+    if "tensor" in sizes:
+        # DTensor finds this one and sums over both at once, where it would sum over one and then over the other.
+        groups.append(mesh["shard", "tensor"]._flatten().get_group())
+        groups.append(data_parallel(mesh)._flatten().get_group())
+    for group in groups:  # made with the backend's own limit, half an hour for gloo
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    return mesh
+
+
+def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
+    """The part of the mesh whose ranks have different rows of a batch: this rank's, without "tensor"."""
+    names = mesh.mesh_dim_names or ()
+    return mesh[tuple(name for name in names if name != "tensor")] if "tensor" in names else mesh
+
+
+def data_parallel_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The ranks of `data_parallel` in one group, in the order of their rows; None: all ranks."""
+    across = data_parallel(mesh)
+    return None if across is mesh else across._flatten().get_group()  # that of build_mesh, no new one
 
 
 def _free_port() -> int:

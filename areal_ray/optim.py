@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from areal_ray.config import Optim
 
@@ -42,6 +45,35 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
     for state in optimizer.state.values():
         state["step"].zero_()
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> torch.Tensor:
+    """Scale gradients so that their norm is at most `limit`. A collective.
+
+    As `torch.nn.utils.clip_grad_norm_`, but for parameters on different meshes too: under tensor parallelism some are
+    split over the ranks of a tensor group and others are whole on each of them, to be counted once.
+
+    Args:
+        parameters: of all of the model, DTensors or plain.
+        limit: None only computes the norm.
+
+    Returns:
+        The 2-norm of all gradients before clipping, a scalar, the same on every rank.
+    """
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+    norms = []
+    for group in by_mesh.values():
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if limit is not None:
+        for group in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(group, limit, total)
+    return total
 
 
 class LrSchedule:

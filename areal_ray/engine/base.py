@@ -42,6 +42,16 @@ class TrainEngine(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def dp_rank(self) -> int:
+        """Which part of the global batch is this rank's; the ranks of a tensor group have the same."""
+        ...
+
+    @property
+    def dp_size(self) -> int:
+        """Into how many parts a global batch is cut: the world size divided by that of a tensor group."""
+        ...
+
+    @property
     def state(self) -> Stateful:
         """Everything of the engine that a resumed run needs."""
         ...
@@ -55,7 +65,7 @@ class TrainEngine(Protocol):
 
         Args:
             batch: (B, S) tensors; cut into micro-batches here.
-            loss_fn: (logits, micro-batch) -> scalar mean.
+            loss_fn: (logits, micro-batch) -> scalar mean; must not change the logits in place.
             loss_weight_fn: micro-batch -> its weight in the mean over all micro-batches and ranks.
 
         Returns:

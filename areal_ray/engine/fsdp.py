@@ -14,16 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from areal_ray import models
 from areal_ray.checkpoint import DCPState, hf, load, save
 from areal_ray.config import Config
 from areal_ray.engine.base import SaveLoadMeta, finite
 from areal_ray.engine.parallelize import parallelize
-from areal_ray.mesh import build_mesh, init_distributed
+from areal_ray.mesh import build_mesh, data_parallel_group, init_distributed
 from areal_ray.objectives import Batch, LossFn, LossWeightFn
-from areal_ray.optim import LrSchedule, build_optimizer
+from areal_ray.optim import LrSchedule, build_optimizer, clip_grad_norm
 from areal_ray.ranks import Ranks
 from areal_ray.storage import LocalStorage
 
@@ -60,7 +59,8 @@ class FSDPEngine:
         """
         config = self._config
         self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
-        self.mesh = build_mesh(config.engine.mesh, self.device)
+        self.mesh = build_mesh(config.engine.mesh, self.device, config.cluster.collective_timeout_s)
+        self._dp_group = data_parallel_group(self.mesh)
         self.model = models.build_model(config.model)
         parallelize(self.model, models.shard_units(self.model, config.model.shard_units), self.mesh, config.engine)
         models.materialise(self.model, self.device)
@@ -74,31 +74,41 @@ class FSDPEngine:
         self.optimizer = build_optimizer(self.model, config.optim)
 
     @property
+    def dp_rank(self) -> int:
+        return dist.get_rank(self._dp_group)
+
+    @property
+    def dp_size(self) -> int:
+        return dist.get_world_size(self._dp_group)
+
+    @property
     def state(self) -> DCPState:
         return DCPState(self.model, self.optimizer, self._schedule)
 
     def train_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
         self.model.train()
-        reseed(self._config.run.seed, self._schedule.step, self._ranks.rank)
+        reseed(self._config.run.seed, self._schedule.step, self.dp_rank)
         micro_batches = self._split(batch)
         weights = [loss_weight_fn(micro).to(self.device, torch.float32) for micro in micro_batches]
         total = torch.stack(weights).sum()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self._dp_group)
         total = torch.where(total > 0, total, 1.0)  # a batch without a token to predict changes nothing
         loss_sum = torch.zeros((), device=self.device)
         for micro, weight in zip(micro_batches, weights, strict=True):
             # Gradients are summed locally and leave the rank once, with the last micro-batch.
             self.model.set_requires_gradient_sync(micro is micro_batches[-1])  # type: ignore[operator]
             loss = loss_fn(self._logits(micro), micro) * (weight / total)
-            # FSDP averages over the ranks; the mean here is over the weights of all of them.
-            (loss * self._ranks.size).backward()
+            # FSDP averages over the parts of the batch; the mean here is over the weights of all of them.
+            (loss * self.dp_size).backward()
             loss_sum += loss.detach()
-        dist.all_reduce(loss_sum)
-        grad_norm = self._clip()
+        dist.all_reduce(loss_sum, group=self._dp_group)
+        grad_norm = clip_grad_norm(self.model.parameters(), self._config.optim.clip_grad_norm)
         lr = self._schedule.lr()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         accepted = self.accept(*torch.stack([loss_sum, grad_norm]).tolist())  # waits for the device, once a step
+        if self._ranks.size > self.dp_size:  # ranks of one tensor group may differ in the last bit of what they sum
+            accepted = bool(self._ranks.number(accepted))
         if accepted:
             self.before_update()
             self.optimizer.step()
@@ -113,7 +123,7 @@ class FSDPEngine:
         for micro in self._split(batch):
             weight = loss_weight_fn(micro).to(self.device)
             sums += torch.stack([loss_fn(self._logits(micro), micro).double() * weight, weight.double()])
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self._dp_group)
         self._reshard()
         return {"loss": sums[0] / sums[1], "weight": sums[1]}
 
@@ -189,15 +199,14 @@ class FSDPEngine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _clip(self) -> torch.Tensor:
-        limit = self._config.optim.clip_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), torch.inf if limit is None else limit)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+def reseed(seed: int, step: int, dp_rank: int) -> None:
+    """Make all randomness of a step a function of (seed, step, data-parallel rank), so that none needs to be saved.
 
-def reseed(seed: int, step: int, rank: int) -> None:
-    """Make all randomness of a step a function of (seed, step, rank), so that none needs to be saved."""
-    value = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1
+    The ranks of a tensor group draw the same: what they hold whole, they must drop out alike. (So heads at the same
+    place in two ranks' parts have the same attention dropout.)
+    """
+    value = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{dp_rank}".encode()).digest()[:8], "big") >> 1
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)

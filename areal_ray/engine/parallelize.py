@@ -10,19 +10,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from areal_ray.config import ConfigError, Engine
+from areal_ray.engine.tensor import split_tensors
+from areal_ray.mesh import data_parallel
+from areal_ray.models import tensor_plan
 
 
 def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, config: Engine) -> None:
-    """Checkpoint activations, compile and shard, in this order, each unit by itself and then the rest as one.
+    """Split tensors, checkpoint activations, compile and shard, in this order.
+
+    Each unit is sharded by itself, and then the rest as one.
 
     Args:
         model: on the meta device.
         units: modules that are gathered one at a time.
-        mesh: one dimension: FSDP; two: replicate, then shard (HSDP).
+        mesh: see `build_mesh`.
 
     Raises:
         ConfigError: if the model cannot do what the config asks for.
     """
+    if config.mesh.tensor > 1:
+        split_tensors(model, tensor_plan(model, config.mesh.tensor), mesh["tensor"])
     if config.activation_checkpointing:
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ConfigError("engine.activation_checkpointing", "this model has no gradient_checkpointing_enable()")
@@ -34,6 +41,7 @@ def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, 
     policy = MixedPrecisionPolicy()
     if config.precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    across = data_parallel(mesh)
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+        fully_shard(unit, mesh=across, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=across, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)

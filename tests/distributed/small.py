@@ -59,19 +59,20 @@ def global_batch(seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": mask.long()}
 
 
-def local_batch(seed: int) -> dict[str, torch.Tensor]:
-    """This rank's rows of it."""
-    return {name: t[dist.get_rank() :: dist.get_world_size()] for name, t in global_batch(seed).items()}
+def local_batch(seed: int, engine: FSDPEngine | None = None) -> dict[str, torch.Tensor]:
+    """This rank's rows of it; the engine knows which where there are tensor groups."""
+    rank, size = (engine.dp_rank, engine.dp_size) if engine else (dist.get_rank(), dist.get_world_size())
+    return {name: t[rank::size] for name, t in global_batch(seed).items()}
 
 
 def train(engine: FSDPEngine, seed: int) -> dict[str, float]:
     """One step on the global batch of that seed."""
-    stats = engine.train_batch(local_batch(seed), next_token_loss, predicted_tokens)
+    stats = engine.train_batch(local_batch(seed, engine), next_token_loss, predicted_tokens)
     return {name: float(value) for name, value in stats.items()}
 
 
 def evaluate(engine: FSDPEngine, seed: int) -> dict[str, float]:
-    stats = engine.eval_batch(local_batch(seed), next_token_loss, predicted_tokens)
+    stats = engine.eval_batch(local_batch(seed, engine), next_token_loss, predicted_tokens)
     return {name: float(value) for name, value in stats.items()}
 
 

@@ -33,10 +33,11 @@ VARIANTS = {
     "hsdp": ["engine.mesh.replicate=2", "engine.mesh.shard=1"],
     "keep_gathered": ["engine.reshard_after_forward=false"],
     "recompute": ["engine.activation_checkpointing=true"],
+    "tensor": ["engine.mesh.tensor=2"],
     "unclipped": ["optim.clip_grad_norm=null", "optim.schedule=constant"],
     "bfloat16": ["engine.precision=bfloat16"],
 }
-EXACT = ["plain", "hsdp", "keep_gathered", "recompute"]  # all of them the same float32 computation
+EXACT = ["plain", "hsdp", "keep_gathered", "recompute", "tensor"]  # all of them the same float32 computation
 RATES = [1e-3, 2e-3, 2e-3, 1.1e-3]  # two steps of warm-up, then a cosine over two from 2e-3 down to 2e-4
 STEPS = 3
 
@@ -61,7 +62,7 @@ def _observe(overrides: list[str]) -> dict[str, Any]:
     hook.remove()
     seen["after 1"] = snapshot(engine)
     seen["eval"] = evaluate(engine, seed=100)
-    seen["logits"] = engine.forward(local_batch(100)).cpu()
+    seen["logits"] = engine.forward(local_batch(100, engine)).cpu()
     seen["after eval"] = snapshot(engine)
     seen["grads after eval"] = [name for name, p in engine.model.named_parameters() if p.grad is not None]
     seen["steps"] += [train(engine, seed=step) for step in range(1, STEPS)]
@@ -218,9 +219,11 @@ def test_forward_returns_the_logits_of_this_ranks_rows(two: list[dict[str, Any]]
 def test_the_mesh_shards_or_replicates_as_configured(two: list[dict[str, Any]]) -> None:
     assert two[0]["plain"]["mesh"] == {"shard": 2}
     assert two[0]["hsdp"]["mesh"] == {"replicate": 2, "shard": 1}
+    assert two[0]["tensor"]["mesh"] == {"shard": 1, "tensor": 2}
     for rank in two:
         assert rank["plain"]["share"] == pytest.approx(0.5, abs=0.01)
         assert rank["hsdp"]["share"] == 1
+        assert rank["tensor"]["share"] == pytest.approx(0.5, abs=0.01)  # all but the norms
 
 
 def test_activation_checkpointing_computes_layers_twice(two: list[dict[str, Any]]) -> None:

@@ -41,7 +41,9 @@ WRONG_OVERRIDES = [
     ("optim.weight_decay=-0.1", "optim.weight_decay", "0 or more"),
     ("optim.lr=nan", "optim.lr", "greater than 0"),
     ("engine.mesh.replicate=3", "engine.mesh.replicate", "does not divide cluster.num_workers=2"),
-    ("engine.mesh.shard=3", "engine.mesh.shard", "1 x 3 must be cluster.num_workers=2"),
+    ("engine.mesh.shard=3", "engine.mesh.shard", "1 x 3 x 1 must be cluster.num_workers=2"),
+    ("engine.mesh.tensor=3", "engine.mesh.tensor", "does not divide cluster.num_workers=2"),
+    ("engine.mesh.tensor=0", "engine.mesh.tensor", "greater than 0"),
     ("engine.precision=fp8", "engine.precision", "'float32', 'bfloat16'"),
     ("cluster.max_failures=-2", "cluster.max_failures", "-1 (no limit)"),
     ("cluster.resources_per_worker={CPU: -1}", "cluster.resources_per_worker", "CPU must not be negative"),
@@ -72,6 +74,13 @@ WRONG_FILES = [
     ("run: {name: !!python/object/apply:os.getcwd []}", "", "python/object/apply:os.getcwd"),
     ("run: {storage_path: '${oc.env:AREAL_RAY_NOT_SET}'}", "run.storage_path", "'AREAL_RAY_NOT_SET' not found"),
     ("cluster: {num_workers: 3}", "train.global_batch_size", "the nearest that can: 6 or 9"),
+    ("cluster: {num_workers: 6}\nengine: {mesh: {tensor: 2}}", "train.global_batch_size", "3 groups of workers"),
+    ("engine: {mesh: {replicate: 2, tensor: 2}}", "engine.mesh.tensor", "2 x 2 does not divide cluster.num_workers=2"),
+    (
+        "cluster: {num_workers: 4}\nengine: {mesh: {shard: 4, tensor: 2}}",
+        "engine.mesh.shard",
+        "1 x 4 x 2 must be cluster.num_workers=4",
+    ),
     ("faults: [{kind: exit, step: 3}]", "faults[0].rank", "must be given"),
     ("data: {source: text}", "data.paths", "needs files"),
     ("defaults: [{modle: tiny}]", "defaults", "did you mean 'model'?"),
@@ -109,6 +118,13 @@ def test_a_wrong_experiment_is_explained(tmp_path, text, key, part):
     assert error.source == str(path)
     assert error.key == key
     assert part in error.message
+
+
+def test_the_ranks_of_a_tensor_group_share_rows_and_so_do_not_divide_the_batch():
+    sizes = ["cluster.num_workers=8", "engine.mesh.tensor=4", "train.global_batch_size=6"]
+    assert load(TINY, sizes).engine.mesh.tensor == 4
+    error = failure(TINY, *sizes[:1], "train.global_batch_size=6")
+    assert error.key == "train.global_batch_size"
 
 
 def test_an_experiment_that_does_not_exist_is_named_with_its_neighbour(tmp_path):

@@ -53,6 +53,7 @@ def test_what_cannot_be_is_found_before_anything_starts(config):
     assert key_of(config("model.config.vocab_size=100")) == "model.config.vocab_size"
     assert key_of(config("train.seq_len=1024")) == "data.paths"
     assert key_of(config("data.tokenizer=/nothing")) == "data.tokenizer"
+    assert key_of(config("engine.mesh.tensor=4", "cluster.num_workers=4")) == "engine.mesh.tensor"
 
 
 def test_fresh_refuses_a_used_directory(config, tmp_path):

@@ -8,7 +8,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_ray.config import ConfigError, Model, load
-from areal_ray.models import build_model, check_model, init_buffers, init_weights, materialise, shard_units
+from areal_ray.models import (
+    build_model,
+    check_model,
+    init_buffers,
+    init_weights,
+    materialise,
+    shard_units,
+    tensor_plan,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -94,6 +102,50 @@ def test_a_unit_class_that_the_model_lacks_is_a_config_error():
     with pytest.raises(ConfigError, match=r"model\.shard_units: the model has no module of class Blok") as caught:
         shard_units(build_model(factory("two_layers")), ["Linear", "Blok"])
     assert caught.value.key == "model.shard_units"
+
+
+def planned(plan):
+    model = two_layers()
+    model.tp_plan = plan
+    return model
+
+
+def test_tensors_are_split_by_the_models_own_plan():
+    plan = tensor_plan(build_model(TINY), 2)
+    assert {style for name, style in plan.items() if name.endswith(("q_proj", "up_proj"))} == {"colwise"}
+    assert {style for name, style in plan.items() if name.endswith(("o_proj", "down_proj"))} == {"rowwise"}
+    assert len([name for name in plan if ".layers." in name]) == 4 * 9
+
+
+def test_tied_embeddings_are_split_alike():
+    plan = tensor_plan(build_model(TINY), 2)
+    assert (plan["model.embed_tokens"], plan["lm_head"]) == ("embedding_rowwise", "colwise_gather_output")
+    # Here the plan names the head only.
+    neox = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    tied = build_model(Model(config={**neox, "intermediate_size": 64, "vocab_size": 264, "tie_word_embeddings": True}))
+    assert tensor_plan(tied, 2)["gpt_neox.embed_in"] == "embedding_rowwise"
+
+
+GPT2 = Model(config={"model_type": "gpt2", "n_layer": 1})
+MIXTRAL = Model(config={"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4})
+UNSPLITTABLE = [
+    (lambda: build_model(GPT2), 2, "GPT2LMHeadModel has no tensor-parallel plan"),
+    (lambda: build_model(factory("two_layers")), 2, "TwoLayers has no tensor-parallel plan"),
+    (lambda: build_model(MIXTRAL), 2, "the plan of MixtralForCausalLM has the style 'moe_tp_experts', which is none"),
+    (lambda: build_model(TINY), 4, "4 does not divide num_key_value_heads=2"),
+    (lambda: build_model(TINY), 3, "3 does not divide 256, the size of dimension 0 of model.layers.0"),
+    (lambda: planned({"frist": "colwise"}), 2, "names none of its modules: frist"),
+    (lambda: planned({"first": "embedding_rowwise"}), 2, "first is a Linear, and 'embedding_rowwise' splits"),
+    (lambda: planned({"first.weight": "colwise"}), 2, "splits the bare parameter first.weight"),
+]
+
+
+@pytest.mark.parametrize(("model", "size", "why"), UNSPLITTABLE, ids=[row[2] for row in UNSPLITTABLE])
+def test_a_model_that_tensor_parallelism_cannot_split_is_a_config_error(model, size, why):
+    with pytest.raises(ConfigError, match=r"engine\.mesh\.tensor") as caught:
+        tensor_plan(model(), size)
+    assert why in caught.value.message
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_first_weights_follow_from_the_seed():
