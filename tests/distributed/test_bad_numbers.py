@@ -183,6 +183,9 @@ class Run:
         self.began.append(step)
         self.weights.setdefault(step, []).append(snapshot(self.engine))
 
+    def leaving(self) -> bool:
+        return False
+
     def check(self) -> None: ...
 
     def saving(self, dump: Any, metrics: dict[str, float]) -> None: ...
