@@ -42,7 +42,8 @@ def inspection(checkpoint: Storage) -> dict[str, Any]:
     Raises:
         CheckpointDamaged: if what is looked at is not what was written.
     """
-    state = StoredState(checkpoint)
+    with reading(checkpoint):
+        state = StoredState(checkpoint)
     tensors = {name: [str(state.dtype(name)).removeprefix("torch."), list(state.shape(name))] for name in state.names}
     return {
         "info": state.manifest.info,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -46,9 +47,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    from areal_ray.config import ConfigError, redact_override
+
     def submit(_: Any) -> int:
         from areal_ray.submit import submit
 
+        if shown := [text for text in arguments.overrides if redact_override(text) != text]:
+            key = shown[0].partition("=")[0]
+            hint = "the command of a job is shown on the dashboard; give it through the environment of the cluster"
+            raise ConfigError(key, hint, "command line")
         return submit(arguments.config, arguments.overrides)
 
     return _with_config(arguments, submit)
@@ -58,27 +65,30 @@ def _verify(arguments: argparse.Namespace) -> int:
     def verify(_: Any) -> int:
         from areal_ray.verify import BOUND, verify_resume
 
-        with tempfile.TemporaryDirectory(prefix="areal_ray-verify-") as temporary:
-            folder = Path(arguments.folder or temporary).resolve()
-            if folder.is_dir() and any(folder.iterdir()):
-                print(f"areal-ray verify-resume: {folder} is not empty", file=sys.stderr)
-                return 2
-            bound = BOUND if arguments.bound is None else arguments.bound
-            try:
-                checks = verify_resume(
-                    arguments.config, arguments.overrides, folder, arguments.seed, arguments.kills, bound
-                )
-            except RuntimeError as error:
-                print(f"areal-ray verify-resume: {error}", file=sys.stderr)
-                return 1
+        folder = Path(arguments.folder or tempfile.mkdtemp(prefix="areal_ray-verify-")).resolve()
+        if folder.is_dir() and any(folder.iterdir()):
+            print(f"areal-ray verify-resume: {folder} is not empty", file=sys.stderr)
+            return 2
+        bound = BOUND if arguments.bound is None else arguments.bound
+        try:
+            checks = verify_resume(
+                arguments.config, arguments.overrides, folder, arguments.seed, arguments.kills, bound
+            )
+        except RuntimeError as error:
+            print(f"\nareal-ray verify-resume: {error}", file=sys.stderr)
+            return 1
         width = max(len(check.what) for check in checks)
         print(f"\n{'run':<9} {'what':<{width}}  {'promised':<18} {'found':<32}")
         for check in checks:
             verdict = "ok" if check.kept else "NOT KEPT"
             print(f"{check.run:<9} {check.what:<{width}}  {check.promised:<18} {check.found:<32} {verdict}")
-        kept = all(check.kept for check in checks)
-        print("\nall as promised" if kept else "\nnot as promised")
-        return 0 if kept else 1
+        if all(check.kept for check in checks):
+            print("\nall as promised")
+            if not arguments.folder:
+                shutil.rmtree(folder)
+            return 0
+        print(f"\nnot as promised; the runs are in {folder}")
+        return 1
 
     return _with_config(arguments, verify)
 

@@ -6,17 +6,19 @@ Values come from, later ones winning: the defaults below, the groups that the ex
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 
 from areal_ray.config_layers import ConfigError, compose, read_layers, source_of
 from areal_ray.config_rules import check, fits
 
-__all__ = ["Config", "ConfigError", "dump", "load", "redact"]
+__all__ = ["Config", "ConfigError", "dump", "load", "redact", "redact_override"]
 
 _SECRET = re.compile(r"(^|_)(secret|password|passwd|token|credential|api_key|access_key|secret_key)s?$", re.I)
 _NO_SECRET = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)_token$", re.I)
@@ -227,3 +229,17 @@ def redact(value: Any, key: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [redact(v) for v in value]
     return value
+
+
+def redact_override(override: str) -> str:
+    """A key=value string, with `***` for what names a secret."""
+    key, _, text = override.partition("=")
+    tree = yaml.safe_load(text)
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    safe = redact(tree)
+    if safe == tree:
+        return override
+    for part in key.split("."):
+        safe = safe[part] if isinstance(safe, dict) else safe
+    return f"{key}={json.dumps(safe)}"

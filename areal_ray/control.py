@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Literal
 
+import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 Reason = Literal["stop", "resize", "preempted"]
@@ -45,9 +47,10 @@ class Control:
         _internal_kv_del(self._key("resize"), namespace=_NAMESPACE)
 
     def close(self) -> None:
-        """Forget everything."""
-        for reason in ("stop", "resize"):
-            _internal_kv_del(self._key(reason), namespace=_NAMESPACE)
+        """Forget everything, if the head node is still there to be told."""
+        with suppress(ray.exceptions.RayError, ConnectionError):
+            for reason in ("stop", "resize"):
+                _internal_kv_del(self._key(reason), namespace=_NAMESPACE)
 
     def _key(self, reason: str) -> bytes:
         return f"{self._job}/{reason}".encode()

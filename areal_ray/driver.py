@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import subprocess
@@ -11,14 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig
 
 from areal_ray import data, failures, models, snapshot, worker
 from areal_ray.checkpoint import Catalog, hf
 from areal_ray.cluster import cluster, resources
-from areal_ray.config import Config, ConfigError, dump, redact
+from areal_ray.config import Config, ConfigError, dump, redact, redact_override
 from areal_ray.console import Console
 from areal_ray.control import Control
 from areal_ray.goodput import goodput
@@ -56,9 +54,9 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
         raise ConfigError("run.storage_path", str(error)) from None
     print(f"run directory: {run.storage.location}", flush=True)
     with Console() as console, cluster(config):
-        run.note("submitted", print, last_step=config.last_step)
-        snapshot.rebuild(run.storage)
         submission = secrets.token_hex(8)
+        run.note("submitted", print, last_step=config.last_step, submission=submission)
+        snapshot.rebuild(run.storage)
         try:
             outcome = _trainer(config, run.storage, submission).fit().return_value
         except TrainingFailedError as error:
@@ -241,26 +239,9 @@ def _record(config: Config, overrides: Sequence[str]) -> str:
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     head = [
         f"# git revision: {git.stdout.strip() or 'unknown'}",
-        *(f"# override: {text}" for text in _redacted(overrides)),
+        *(f"# override: {text}" for text in map(redact_override, overrides)),
     ]
     return "\n".join(head) + "\n" + dump(config)
-
-
-def _redacted(overrides: Sequence[str]) -> list[str]:
-    shown = []
-    for override in overrides:
-        key, _, text = override.partition("=")
-        tree = yaml.safe_load(text)
-        for part in reversed(key.split(".")):
-            tree = {part: tree}
-        safe = redact(tree)
-        if safe == tree:
-            shown.append(override)
-            continue
-        for part in key.split("."):
-            safe = safe[part] if isinstance(safe, dict) else safe
-        shown.append(f"{key}={json.dumps(safe)}")
-    return shown
 
 
 def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class LedgerJournal:
 
     def _let_go(self) -> None:
         assert self._run is not None
+        if self._keep.last is None:
+            return
         try:
             distrusted = {event["checkpoint"] for event in self._run.events("passed_over")}
             trusted = [entry for entry in self._catalog.entries() if entry.name not in distrusted]

@@ -56,7 +56,7 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged steps, in order."""
-        return self._metrics.lines()
+        return sorted(self._metrics.lines(), key=lambda line: line["step"])  # clocks of different nodes may differ
 
     def log_metrics(self, step: int, values: dict[str, Any]) -> None:
         """Add the line of one step; an OSError as for `event`. On object storage it is written in the background."""
@@ -68,7 +68,7 @@ class RunDir:
 
     def samples(self) -> list[dict[str, Any]]:
         """The global batches, in order, if the run was asked to write them down (logging.sample_ids)."""
-        return self._samples.lines()
+        return sorted(self._samples.lines(), key=lambda line: line["first"])
 
     def rewind(self, step: int, samples: int) -> None:
         """Take back the lines of steps after `step` and of batches from cursor `samples` on.

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import Future
 
+import ray
 from ray.train import Checkpoint, get_context, report
 from ray.train import CheckpointUploadMode as Upload
 from ray.train.v2._internal.execution import context as ray_context
@@ -55,7 +56,10 @@ class RaySession:
         while self._asked is None:
             try:
                 self._asked = self._control.asked()
-            except (ConnectionError, RuntimeError) as error:  # the head node is away; when it is back, listen on
+            except (
+                ray.exceptions.RayError,
+                ConnectionError,
+            ) as error:  # the head node is away; when it is back, listen on
                 logging.getLogger(__name__).warning("cannot hear requests: %s", error)
             time.sleep(_LISTEN_S)
 

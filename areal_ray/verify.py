@@ -64,7 +64,7 @@ def verify_resume(
     """
     config = load(path, overrides)
     workers = config.usable_sizes[-1]
-    if config.last_step <= kills + 2:
+    if config.last_step < max(4, kills + 3):
         raise ConfigError("train.steps", f"{config.last_step} steps are too few for {kills} kills")
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)

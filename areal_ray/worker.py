@@ -92,10 +92,11 @@ def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str
                 say(f"a node is being taken away: saved at step {job.progress.step}, going on without it")
         run.flush()
         say_end()
-    if session.reason in ("resize", "preempted"):
-        raise PlannedRestart(f"{session.reason} at step {job.progress.step}")
+    reason = session.reason if job.progress.step < config.last_step else None  # what is finished is not interrupted
+    if reason in ("resize", "preempted"):
+        raise PlannedRestart(f"{reason} at step {job.progress.step}")
     loss = job.progress.metrics.get("loss")
-    return {"step": job.progress.step, "loss": loss, "world_size": ranks.size, "reason": session.reason}
+    return {"step": job.progress.step, "loss": loss, "world_size": ranks.size, "reason": reason}
 
 
 def wire(
@@ -135,7 +136,7 @@ def wire(
     tracker = Tracker(
         Cadence(config.logging.every_steps), here, speak, train.steps, train.global_batch_size * train.seq_len
     )
-    record = here.log_samples if here and config.logging.sample_ids else None
+    record = _recorder(here) if here and config.logging.sample_ids else None
     cursor, progress = batches(sequences, record), loop.Progress()
     _same_everywhere(ranks, sequences, held_out)
     journal = LedgerJournal(here, attempt, speak, catalog, every.keep)
@@ -164,7 +165,7 @@ def wire(
         loss_fn=faults.spoiling(next_token_loss),
         loss_weight_fn=predicted_tokens,
         guard=guard,
-        go_back=lambda: _go_back(recover, progress, run, journal, ranks),
+        go_back=lambda: _go_back(recover, progress, run, catalog, journal, ranks),
         progress=progress,
         tracker=tracker,
         evaluator=evaluator,
@@ -185,14 +186,33 @@ def _same_everywhere(ranks: Ranks, *data: PackedTokens) -> None:
 
 
 def _go_back(
-    recover: RecoverHandler, progress: loop.Progress, run: RunDir, journal: LedgerJournal, ranks: Ranks
+    recover: RecoverHandler,
+    progress: loop.Progress,
+    run: RunDir,
+    catalog: Catalog,
+    journal: LedgerJournal,
+    ranks: Ranks,
 ) -> bool:
     """In the middle of an attempt what `_train` does at its beginning; False if there is no checkpoint."""
+    newest = ranks.on_first(lambda: next((name for *_, name in catalog.names()), None))
     restored = recover.load()
+    if restored is not None and restored != newest:
+        # Damage between here and there: what is saved from now on would not be newer than that, by its name.
+        raise PlannedRestart(f"went back past {newest} to {restored}")
     if restored is not None:
         ranks.on_first(lambda: run.rewind(progress.step, progress.samples))
     journal.rolled_back(restored, progress.step)
     return restored is not None
+
+
+def _recorder(run: RunDir) -> Callable[[int, list[int]], None]:
+    def record(first: int, ids: list[int]) -> None:
+        try:
+            run.log_samples(first, ids)
+        except OSError as error:  # it goes with the next one
+            say(f"could not write the sample ids from {first} on: {error}")
+
+    return record
 
 
 def _left_out(run: RunDir) -> list[int]:

@@ -22,7 +22,7 @@ class S3Proxy:
         self.busy = 0  # so many requests are answered with 503
         self.code = ""  # if set, every request is answered with this error
         self.lost = 0  # so many answers do not come back, after the server has done what was asked
-        self.before: dict[str, Callable[[], object]] = {}  # what to do, once, before the first request for such a path
+        self.before: dict[str, Callable[[], object]] = {}  # what to do before the first request, "GET /path", with this
         self.methods: list[str] = []
         self._target = endpoint.removeprefix("http://")
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -45,7 +45,7 @@ class S3Proxy:
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = _body(handler)
         self.methods.append(handler.command)
-        for part in [part for part in self.before if part in handler.path]:
+        for part in [part for part in self.before if part in f"{handler.command} {handler.path}"]:
             with self._lock:  # which others of such a path wait for, the client's next tries among them
                 if part in self.before:
                     self.before[part]()

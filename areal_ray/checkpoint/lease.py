@@ -39,7 +39,7 @@ def is_read(directory: Storage) -> bool:
     """Whether somebody is reading in there."""
     for name in directory.names():
         if _NAME.fullmatch(name):  # not the half of one that a killed reader left
-            with suppress(FileNotFoundError):  # just finished
+            with suppress(FileNotFoundError, ValueError, KeyError):  # just finished, or torn
                 if json.loads(directory.read(name))["until"] > time.time():
                     return True
     return False

@@ -1,9 +1,11 @@
 """Trains on a cluster of two nodes that changes under the run; a process of its own, as one process knows one cluster.
 
 python -m tests.ray.nodes_script CHANGE ARGUMENTS...: CHANGE is add, remove or drain (the second node), once the run has
-its first checkpoint; ARGUMENTS are those of `areal-ray train`. Ends with the exit status of the run.
+its first checkpoint; ARGUMENTS are those of `areal-ray train`. When the run has gone on in another number of workers
+and saved, it is asked to stop. Ends with its exit status.
 """
 
+import json
 import sys
 import threading
 import time
@@ -13,6 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from areal_ray import cli
+from areal_ray.control import Control
 
 DRAIN_FOR_PREEMPTION = 2  # ray.proto: DRAIN_NODE_REASON_PREEMPTION
 DEADLINE_S = 60
@@ -20,6 +23,12 @@ DEADLINE_S = 60
 
 def option(arguments: list[str], key: str) -> str:
     return next(text.partition("=")[2] for text in arguments if text.startswith(f"{key}="))
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    ledger = run / "events.jsonl"
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def main(change: str, arguments: list[str]) -> int:
@@ -31,7 +40,7 @@ def main(change: str, arguments: list[str]) -> int:
         second = cluster.add_node(num_cpus=1) if change != "add" else None
         training = threading.Thread(target=lambda: status.append(cli.main(["train", *arguments])))
         training.start()
-        while training.is_alive() and not list(run.glob("step-*/manifest.json")):
+        while training.is_alive() and not events(run, "saved"):
             time.sleep(0.05)
         # Nodes start and end in the main thread only: they set signal handlers.
         if change == "add":
@@ -43,6 +52,9 @@ def main(change: str, arguments: list[str]) -> int:
             client = ray._raylet.GcsClient(address=cluster.address)
             accepted, reason = client.drain_node(second.node_id, DRAIN_FOR_PREEMPTION, "taken back", deadline)
             assert accepted, reason
+        while training.is_alive() and events(run, "saved")[-1]["attempt"] < 2:
+            time.sleep(0.05)
+        Control(events(run, "submitted")[0]["submission"]).ask("stop")
         training.join()
     finally:
         ray.shutdown()

@@ -86,7 +86,7 @@ def test_a_kill_after_a_bad_step_changes_nothing(skipped, run):
 
 
 def test_by_default_a_bad_step_stops_the_run_with_a_panel(run, capfd):
-    assert run.train(SYNC, "cluster.max_failures=0", f"faults=[{NAN}]") == 1
+    assert run.train(SYNC, f"faults=[{NAN}]") == 1
     panel = capfd.readouterr().err
     assert "BadStepError: step 7: loss nan, gradient norm nan (not finite)" in panel
     assert "train.bad_step.on_bad=skip" in panel
@@ -98,7 +98,7 @@ def test_by_default_a_bad_step_stops_the_run_with_a_panel(run, capfd):
 def test_too_many_bad_steps_stop_the_run(run, capfd):
     nans = ", ".join(f"{{kind: nan, rank: 0, step: {step}}}" for step in (2, 6))
     limit = "train.bad_step.max_bad_steps=1"
-    assert run.train("train.bad_step.on_bad=rollback", limit, "cluster.max_failures=0", f"faults=[{nans}]") == 1
+    assert run.train("train.bad_step.on_bad=rollback", limit, f"faults=[{nans}]") == 1
     captured = capfd.readouterr()
     assert "there is no checkpoint to go back to: the step is left out" in captured.out
     assert "BadStepError: step 6: loss nan" in captured.err
