@@ -21,8 +21,8 @@ from areal_ray.rundir import RunDir
 from areal_ray.storage import Storage, storage_at
 
 # Relative distance of all weights, |a-b| / |a|, between runs that differ in the order of their sums only. Rounding is
-# amplified by every step: 60 steps of the tiny experiment at 2 -> 1 -> 2 workers gave 1.7e-7.
-BOUND = 1e-4
+# amplified by every step: on the tiny experiment at 2 -> 1 -> 2 workers 60 steps gave 1.7e-7, 200 steps 2.7e-5.
+BOUND = 3e-4
 _TIMES = ("tokens_per_s", "step_time_s")
 
 
