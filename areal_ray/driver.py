@@ -83,8 +83,9 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
 def _close(run: RunDir, status: str, outcome: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """Write the last event and result.json; the result."""
     run.note(status, print, **fields)
-    result = _result(run, status, outcome)
+    result: dict[str, Any] = {"status": status, "step": 0, "loss": None, "restarts": 0, "checkpoint": None, **outcome}
     try:
+        result = _result(run, status, outcome)
         run.write_result(result)
     except OSError as error:
         print(f"could not write result.json: {error}", flush=True)

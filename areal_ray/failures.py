@@ -114,7 +114,10 @@ def cause_of(error: TrainingFailedError) -> Cause:
 
 def show(cause: Cause, run: RunDir) -> None:
     """One panel on stderr with what is needed to go on."""
-    attempts = run.events("attempt")
+    try:
+        attempts = run.events("attempt")
+    except OSError:  # the storage may be why it failed
+        attempts = []
     nodes = attempts[-1].get("nodes", []) if attempts else []
     rows = [("cause", f"{cause.kind}: {cause.message[:1000]}")]
     if cause.where:

@@ -174,13 +174,17 @@ class LocalStorage:
         # One write on a descriptor opened for appending: lines of several writers on one machine do not mix.
         fd = os.open(self._inside(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            before = os.fstat(fd).st_size
-            written = os.write(fd, data)
-            if written != len(data):  # the rest would come after it, with what it repeats
+            before, written = os.fstat(fd).st_size, 0
+            try:
+                written = os.write(fd, data)
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._inside(name))
+                os.fsync(fd)
+            except OSError:
+                # Taken back: whoever tries again writes all of it, and a part would stand twice.
                 if os.fstat(fd).st_size == before + written:
                     os.ftruncate(fd, before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._inside(name))
-            os.fsync(fd)
+                raise
         finally:
             os.close(fd)
 

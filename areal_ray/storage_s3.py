@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import UnsupportedOperation
 from typing import Any, BinaryIO
 
 _ATTEMPTS = 6  # per request; waits in between add up to about ten seconds
 _IN_FLIGHT = 64 << 20  # bytes of one upload that may be under way: pyarrow buffers without limit
-_CODE = re.compile(r"AWS Error (\w+) during (\w+) operation: (.*)", re.S)
-_DENIED = {"accessdenied", "signaturedoesnotmatch", "invalidaccesskeyid", "invalidsignature", "expiredtoken"}
+_CODE = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?) during (\w+) operation: (.*)", re.S)
+_DENIED = re.compile(
+    r"access_?denied|signature_?does_?not_?match|invalid_?(access_?key|signature|token)|expired_?token", re.I
+)
 _ENVIRONMENT = {
     "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
     "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
@@ -42,13 +44,14 @@ class S3Storage:
 
     def __init__(self, uri: str, options: Mapping[str, str | None] | None = None) -> None:
         scheme, _, path = uri.partition("://")
-        if scheme != "s3" or "@" in path or "?" in path:
+        if scheme != "s3" or "@" in path or "?" in path or path.startswith("/"):
             raise ValueError(
                 f"{_shown(uri)}: must be s3://bucket/prefix; credentials and endpoint are given apart from it"
             )
         self._path = _checked(path.strip("/"), uri)
         self._options = with_environment(options or {})
         self._files = filesystem(self._options)
+        self._clients: list[Any] = []  # one at most, shared with what is below
 
     @property
     def location(self) -> str:
@@ -60,7 +63,8 @@ class S3Storage:
 
     def sub(self, name: str) -> S3Storage:
         below = S3Storage.__new__(S3Storage)
-        below._path, below._options, below._files = self._inside(name), self._options, self._files
+        below._path, below._options = self._inside(name), self._options
+        below._files, below._clients = self._files, self._clients
         return below
 
     def names(self) -> list[str]:
@@ -85,8 +89,17 @@ class S3Storage:
         path = self._inside(name)
         if self.size(name) is not None:
             raise FileExistsError(f"s3://{path} exists")
-        with self._plain_errors(), self._files.open_output_stream(path) as stream:
-            yield _Upload(stream)
+        with self._plain_errors():
+            stream = self._files.open_output_stream(path)
+            try:
+                yield _Upload(stream)
+            except BaseException:
+                # pyarrow cannot give up an upload: what there is becomes an object when the stream goes.
+                with suppress(OSError):
+                    stream.close()
+                    self._files.delete_file(path)
+                raise
+            stream.close()
 
     def replace(self, name: str, data: bytes) -> None:
         with self._plain_errors(), self._files.open_output_stream(self._inside(name)) as stream:
@@ -94,30 +107,22 @@ class S3Storage:
 
     def publish(self, name: str, data: bytes) -> None:
         # The one request that pyarrow does not have: If-None-Match makes the first of two writers the only one.
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        bucket, _, key = self._inside(name).partition("/")
         try:
-            self._client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            if code not in ("PreconditionFailed", "ConditionalRequestConflict"):
-                raise _kind(code)(self._safe(f"s3://{bucket}/{key}: {error}")) from None
+            self._request("put_object", name, Body=data, IfNoneMatch="*")
+        except FileExistsError:
             if self.read(name) != data:  # else it is our own, and the answer to a first try was lost
-                raise FileExistsError(f"s3://{bucket}/{key} exists") from None
-        except BotoCoreError as error:
-            raise OSError(self._safe(f"s3://{bucket}/{key}: {error}")) from None
+                raise FileExistsError(f"{self.location}/{name} exists") from None
 
     def append(self, name: str, data: bytes) -> None:
         raise UnsupportedOperation(f"{self.location}/{name}: objects cannot be appended to")
 
     def open(self, name: str) -> BinaryIO:
         with self._plain_errors():
-            return self._files.open_input_file(self._inside(name))
+            return _Download(self._files.open_input_file(self._inside(name)), self, name)  # type: ignore[return-value]
 
     def read(self, name: str) -> bytes:
-        with self._plain_errors(), self._files.open_input_stream(self._inside(name)) as stream:
-            return bytes(stream.read())
+        # In one request: pyarrow asks for the size first, and what is replaced in between would be torn.
+        return bytes(self._request("get_object", name)["Body"].read())
 
     def remove(self, name: str) -> None:
         with self._plain_errors():
@@ -137,21 +142,20 @@ class S3Storage:
     def _inside(self, name: str) -> str:
         return f"{self._path}/{_checked(name, name)}"
 
-    def _client(self) -> Any:
-        import botocore.session
-        from botocore.config import Config
+    def _request(self, operation: str, name: str, **arguments: Any) -> Any:
+        """A request through botocore, its errors as those of a file system."""
+        from botocore.exceptions import BotoCoreError, ClientError
 
-        options = self._options
-        style = {"addressing_style": "path"} if options.get("endpoint") else None
-        return botocore.session.get_session().create_client(
-            "s3",
-            endpoint_url=options.get("endpoint"),
-            region_name=options.get("region"),
-            aws_access_key_id=options.get("access_key"),
-            aws_secret_access_key=options.get("secret_key"),
-            aws_session_token=options.get("session_token"),
-            config=Config(retries={"mode": "standard", "total_max_attempts": _ATTEMPTS}, s3=style),
-        )
+        bucket, _, key = self._inside(name).partition("/")
+        if not self._clients:
+            self._clients.append(_client(self._options))
+        try:
+            return getattr(self._clients[0], operation)(Bucket=bucket, Key=key, **arguments)
+        except ClientError as error:
+            code, text = error.response.get("Error", {}).get("Code", ""), self._safe(f"s3://{bucket}/{key}: {error}")
+            raise _KINDS.get(code, _kind(code))(text) from None
+        except BotoCoreError as error:
+            raise OSError(self._safe(f"s3://{bucket}/{key}: {error}")) from None
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:
@@ -166,13 +170,41 @@ class S3Storage:
                 raise
             code, operation, detail = found.groups()
             text = f"{self.location}: {code} ({operation}): {' '.join(detail.split())[:300]}"
-            raise _kind(code)(self._safe(text)) from None
+            raise _kind(f"{code} {detail}")(self._safe(text)) from None
 
     def _safe(self, text: str) -> str:
         for name in ("access_key", "secret_key", "session_token"):
             if value := self._options.get(name):
                 text = text.replace(value, "***")
         return text
+
+
+class _Download:
+    """A file for reading, whose errors are plain."""
+
+    def __init__(self, file: Any, storage: S3Storage, name: str) -> None:
+        self._file, self._storage, self._name = file, storage, name
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def read(self, size: int | None = None) -> bytes:
+        try:
+            with self._storage._plain_errors():
+                return bytes(self._file.read(size))
+        except OSError:
+            if self._storage.size(self._name) is None:  # deleted since it was opened
+                raise FileNotFoundError(f"{self._storage.location}/{self._name}") from None
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> _Download:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Upload:
@@ -219,9 +251,34 @@ def filesystem(options: Mapping[str, str]) -> Any:
     )
 
 
-def _kind(code: str) -> type[OSError]:
+def _client(options: Mapping[str, str]) -> Any:
+    import botocore.session
+    from botocore.config import Config
+
+    return botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=options.get("endpoint"),
+        region_name=options.get("region"),
+        aws_access_key_id=options.get("access_key"),
+        aws_secret_access_key=options.get("secret_key"),
+        aws_session_token=options.get("session_token"),
+        config=Config(
+            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+            s3={"addressing_style": "path"} if options.get("endpoint") else None,
+        ),
+    )
+
+
+_KINDS: dict[str, type[OSError]] = {
+    "PreconditionFailed": FileExistsError,
+    "ConditionalRequestConflict": FileExistsError,
+    "NoSuchKey": FileNotFoundError,
+}
+
+
+def _kind(text: str) -> type[OSError]:
     """pyarrow spells the server's codes in capitals, botocore as the server does."""
-    return PermissionError if code.replace("_", "").lower() in _DENIED else OSError
+    return PermissionError if _DENIED.search(text) else OSError
 
 
 def _checked(path: str, shown: str) -> str:
@@ -231,4 +288,4 @@ def _checked(path: str, shown: str) -> str:
 
 
 def _shown(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", uri.partition("?")[0])
+    return re.sub(r"//.*@", "//***@", uri).partition("?")[0]  # a secret may have a slash in it

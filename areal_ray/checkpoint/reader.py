@@ -111,7 +111,10 @@ def _read_chunks(
                 end += chunks[count][1]
                 count += 1
             file.seek(start)
-            data = memoryview(file.read(end - start))
+            try:
+                data = memoryview(file.read(end - start))
+            except FileNotFoundError:  # on object storage an open file can be deleted
+                raise CheckpointDamaged(f"{name}: missing") from None
             if len(data) != end - start:
                 raise CheckpointDamaged(f"{name}: ends after {start + len(data)} bytes, should have {end}")
             for offset, length, digest in chunks[:count]:

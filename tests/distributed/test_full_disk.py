@@ -110,5 +110,6 @@ def test_with_room_the_next_save_works(seen: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("writer", WRITERS)
 def test_both_verify_in_the_end(parent: Path, filled: list[dict[str, Any]], writer: str) -> None:
     good, later = (LocalStorage(parent / writer / name) for name in (GOOD, LATER))
-    assert ckpt.check(good) == ckpt.check(later) > 0
+    assert ckpt.check(good) > 0
+    assert ckpt.check(later) > 0
     assert ckpt.digest(good) == filled[0][writer]["digest"] != ckpt.digest(later)

@@ -22,6 +22,7 @@ from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointDamaged, SyncWr
 from areal_ray.checkpoint.lease import reading
 from areal_ray.checkpoint.reader import StoredState
 from areal_ray.checkpoint.retention import remove
+from areal_ray.logs import ObjectLog
 from areal_ray.ranks import RankError, Ranks
 from areal_ray.recover import Dump, RecoverHandler, SavePolicy
 from areal_ray.rundir import RunDir
@@ -782,3 +783,62 @@ def test_repair_makes_rays_list_anew(storage: Storage, uri: str, tool: Any) -> N
     assert tool("repair", uri) == (0, "2 checkpoints: step-00000001.a1, step-00000003.a1\n")
     listed = json.loads(storage.read("checkpoint_manager_snapshot.json"))["checkpoint_results"]
     assert [result["checkpoint_dir_name"] for result in listed] == ["step-00000001.a1", "step-00000003.a1"]
+
+
+def test_a_reader_sees_all_of_the_old_bytes_or_all_of_the_new_ones(
+    storage: Storage, proxy: S3Proxy, proxied: Storage
+) -> None:
+    storage.replace("a", b"old")
+    path = storage.location.removeprefix("s3://") + "/a"
+    proxy.before = {f"GET /{path}": lambda: storage.replace("a", b"new, and longer")}
+    assert proxied.read("a") in (b"old", b"new, and longer")
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "InvalidToken"])
+def test_a_token_that_has_expired_is_a_permission_error_and_says_where(
+    proxy: S3Proxy, proxied: Storage, code: str
+) -> None:
+    proxy.code = code
+    for work in (proxied.names, lambda: proxied.replace("a", b""), lambda: proxied.publish("a", b"")):
+        with pytest.raises(PermissionError, match=code) as caught:
+            work()
+        assert proxied.location in str(caught.value)
+
+
+def test_a_secret_with_a_slash_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="given apart") as caught:
+        storage_at("s3://me:hid/den@runs/run", {})
+    assert "hid/den" not in str(caught.value)
+
+
+def test_a_bucket_has_a_name() -> None:
+    with pytest.raises(ValueError, match="must be s3://bucket/prefix"):
+        storage_at("s3:///run", {})
+
+
+def test_what_was_cut_off_while_it_was_written_is_not_there(storage: Storage) -> None:
+    def write_half() -> None:
+        with storage.create("a") as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
+    assert storage.names() == []
+
+
+def test_steps_taken_back_do_not_return_with_the_next_line(storage: Storage) -> None:
+    log = ObjectLog(storage.sub("metrics"), at_once=True)
+    for step in (0, 10, 20, 30):
+        log.append({"step": step})
+    log.keep(lambda line: line["step"] <= 20)
+    log.append({"step": 30})
+    assert [line["step"] for line in log.lines()] == [0, 10, 20, 30]
+
+
+def test_a_file_deleted_while_it_is_open_is_not_found(storage: Storage) -> None:
+    write(storage, "a", b"0123456789")
+    with storage.open("a") as file:
+        storage.remove("a")
+        with pytest.raises(FileNotFoundError):
+            file.read()

@@ -210,3 +210,13 @@ def test_what_was_written_in_the_background_is_there_after_flush(objects):
         log.append({"n": n})
     log.flush()
     assert numbers(log) == list(range(200))
+
+
+def test_a_line_whose_sync_failed_stands_once(tmp_path, monkeypatch):
+    log = FileLog(LocalStorage(tmp_path), "log.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(OSError, match="Input/output"):
+            log.append({"n": 1})
+    log.append({"n": 2})
+    assert [line["n"] for line in log.lines()] == [1, 2]
