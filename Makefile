@@ -9,13 +9,14 @@ STAMP := $(VENV)/.installed
 # Kept open to be told where torch comes from: PIP_INSTALL="pip install --index-url ..." for a CPU-only or CUDA build.
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu bench check clean
+.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu bench bench-gpu chaos check clean
 
 help:
 	@echo "make train              train the tiny model on this machine (EXP=name, SET=\"key=value ...\")"
 	@echo "make submit             the same as a job of the cluster at RAY_API_SERVER_ADDRESS"
 	@echo "make test               all tests; also test-unit, test-distributed, test-ray, test-gpu"
-	@echo "make bench              measure against the peers, side by side (ARMS=saves ROUNDS=5)"
+	@echo "make bench              measure against the peers, side by side (ARMS=saves ROUNDS=5); bench-gpu: the engine on one GPU"
+	@echo "make chaos              real faults for MINUTES=15 in the order of SEED=0, and a check that nothing was lost"
 	@echo "make check              format, lint, types, import contracts"
 	@echo "make install            .venv with everything pinned; the others call it when needed"
 
@@ -52,9 +53,17 @@ test-ray: install
 test-gpu:
 	@$(PYTHON) -m pytest tests/distributed -m gpu
 
-# make bench ARMS=saves ROUNDS=5
+# make bench ARMS="saves restart" ROUNDS=5 ONLY="tutorial areal_ray"
 bench: install
-	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5)
+	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5) $(if $(ONLY),--only $(ONLY))
+
+# On one GPU, with whatever Python has torch: no Ray, no installation.
+bench-gpu:
+	@$(PYTHON) -m tests.bench.gpu $(SET) --rounds $(or $(ROUNDS),5)
+
+# make chaos MINUTES=15 SEED=1 SET="key=value"
+chaos: install
+	@$(BIN)/areal-ray chaos --config $(CONFIG) --minutes $(or $(MINUTES),15) --seed $(or $(SEED),0) $(SET)
 
 check: install
 	@$(BIN)/ruff format --check --quiet .

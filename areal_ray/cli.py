@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli_ckpt import add_ckpt
+
+if TYPE_CHECKING:
+    from areal_ray.verify import Check
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify.add_argument("--seed", type=int, default=0, help="of the steps and ranks that are killed (default 0)")
     verify.add_argument("--bound", type=float, help="how far apart, |a-b| / |a|, other numbers of workers may end")
     verify.add_argument("--folder", help="where the runs stay, a path that all nodes see; default a temporary one")
+    chaos = commands.add_parser("chaos", help="disturb an experiment with real faults, and check that nothing is lost")
+    _add_experiment(chaos, _chaos)
+    chaos.add_argument("--minutes", type=float, default=15, help="of disturbed training (default 15)")
+    chaos.add_argument("--seed", type=int, default=0, help="of order, targets and moments of the faults (default 0)")
+    chaos.add_argument(
+        "--storage-process", type=int, metavar="PID", help="of a storage server on this machine, to stop"
+    )
+    chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
@@ -52,7 +64,10 @@ def _submit(arguments: argparse.Namespace) -> int:
     def submit(_: Any) -> int:
         from areal_ray.submit import submit
 
-        if shown := [text for text in arguments.overrides if redact_override(text) != text]:
+        def has_secret(text: str) -> bool:
+            return redact_override(text) != text or re.search(r"://[^/\s]*@", text) is not None
+
+        if shown := [text for text in arguments.overrides if has_secret(text)]:
             key = shown[0].partition("=")[0]
             hint = "the command of a job is shown on the dashboard; give it through the environment of the cluster"
             raise ConfigError(key, hint, "command line")
@@ -62,35 +77,50 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    def verify(_: Any) -> int:
+    def verify(folder: Path) -> list[Check]:
         from areal_ray.verify import BOUND, verify_resume
 
-        folder = Path(arguments.folder or tempfile.mkdtemp(prefix="areal_ray-verify-")).resolve()
-        if folder.is_dir() and any(folder.iterdir()):
-            print(f"areal-ray verify-resume: {folder} is not empty", file=sys.stderr)
-            return 2
         bound = BOUND if arguments.bound is None else arguments.bound
-        try:
-            checks = verify_resume(
-                arguments.config, arguments.overrides, folder, arguments.seed, arguments.kills, bound
-            )
-        except RuntimeError as error:
-            print(f"\nareal-ray verify-resume: {error}", file=sys.stderr)
-            return 1
-        width = max(len(check.what) for check in checks)
-        print(f"\n{'run':<9} {'what':<{width}}  {'promised':<18} {'found':<32}")
-        for check in checks:
-            verdict = "ok" if check.kept else "NOT KEPT"
-            print(f"{check.run:<9} {check.what:<{width}}  {check.promised:<18} {check.found:<32} {verdict}")
-        if all(check.kept for check in checks):
-            print("\nall as promised")
-            if not arguments.folder:
-                shutil.rmtree(folder)
-            return 0
-        print(f"\nnot as promised; the runs are in {folder}")
-        return 1
+        return verify_resume(arguments.config, arguments.overrides, folder, arguments.seed, arguments.kills, bound)
 
-    return _with_config(arguments, verify)
+    return _with_config(arguments, lambda _: _prove(arguments, "verify-resume", verify))
+
+
+def _chaos(arguments: argparse.Namespace) -> int:
+    def disturb(folder: Path) -> list[Check]:
+        from areal_ray.chaos import chaos
+
+        places = arguments.config, arguments.overrides, folder
+        injected, checks = chaos(*places, arguments.minutes, arguments.seed, arguments.storage_process)
+        print(f"\n{len(injected)} faults of {len({fault.kind for fault in injected})} kinds")
+        return checks
+
+    return _with_config(arguments, lambda _: _prove(arguments, "chaos", disturb))
+
+
+def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list[Check]]) -> int:
+    """Run something that checks promises in a folder, and show what it found."""
+    folder = Path(arguments.folder or tempfile.mkdtemp(prefix=f"areal_ray-{name}-")).resolve()
+    if folder.is_dir() and any(folder.iterdir()):
+        print(f"areal-ray {name}: {folder} is not empty", file=sys.stderr)
+        return 2
+    try:
+        checks = work(folder)
+    except RuntimeError as error:
+        print(f"\nareal-ray {name}: {error}", file=sys.stderr)
+        return 1
+    width = max(len(check.what) for check in checks)
+    print(f"\n{'run':<9} {'what':<{width}}  {'promised':<18} {'found':<32}")
+    for check in checks:
+        verdict = "ok" if check.kept else "NOT KEPT"
+        print(f"{check.run:<9} {check.what:<{width}}  {check.promised:<18} {check.found:<32} {verdict}")
+    if all(check.kept for check in checks):
+        print("\nall as promised")
+        if not arguments.folder:
+            shutil.rmtree(folder)
+        return 0
+    print(f"\nnot as promised; the runs are in {folder}")
+    return 1
 
 
 def _driver_train(config: Any, overrides: Sequence[str]) -> int:

@@ -36,7 +36,7 @@ def cluster(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env()}
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config)}
     if not os.environ.get("RAY_ADDRESS"):
         # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
         workers = config.worker_range[1]
@@ -58,10 +58,14 @@ def resources(config: Config) -> dict[str, float]:
     return {"CPU": 1, **({"GPU": 1} if config.cluster.use_gpu else {}), **config.cluster.resources_per_worker}
 
 
-def _runtime_env() -> dict[str, Any]:
-    quiet = {
+def _runtime_env(config: Config) -> dict[str, Any]:
+    from areal_ray import standby
+
+    settings = {
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows every line of a worker twice
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # report() waits for all ranks, by default for ever
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {"env_vars": {name: os.environ.get(name, value) for name, value in quiet.items()}}
+    chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
+    return {"env_vars": {**chosen, **standby.job_environment(config)}}

@@ -46,11 +46,22 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """When a worker counts as stuck and is ended, so that the run goes on from its last checkpoint."""
+
+    factor: float = 10.0  # so many times the usual time of a step, or of an evaluation's batch, without progress
+    floor_s: float = 10.0  # but at least so long
+    patience_s: float = 1800.0  # for all else: start, restore, the first steps, saves (storage may be slow)
+
+
+@dataclass(frozen=True)
 class Cluster:
     num_workers: Any = 2  # or [min, max]: as many as there is room for, more when machines come back
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = field(default_factory=dict)  # default: one CPU, or one CPU and one GPU
-    max_failures: int = 3  # restarts before the run is given up; -1: without limit
+    max_failures: int = -1  # before the run is given up; -1: no limit, but the same error twice at one step
+    watchdog: Watch | None = field(default_factory=Watch)  # null: none
+    standbys: Any = "auto"  # warm spare processes per node, for quick restarts: auto (one a worker), off, or a number
     collective_timeout_s: float = 600.0  # longest wait of a rank for the others before it counts as failed
 
 
@@ -117,6 +128,7 @@ class Train:
     micro_batch_size: int = 4  # sequences per forward pass of one rank
     seq_len: int = 256  # tokens
     bad_step: BadStep = field(default_factory=BadStep)
+    skip_poison_steps: bool = False  # leave out a step at which the workers fail again and again, with its batch
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ class Logging:
 class Fault:
     """Something bad, on purpose: happens once per run, on `rank`, before `step` is computed (nan: to its loss)."""
 
-    kind: Literal["sigkill", "exception", "exit", "nan"]
+    kind: Literal["sigkill", "sigstop", "sigsegv", "hang", "exception", "exit", "nan"]
     rank: int
     step: int
 
@@ -187,6 +199,12 @@ class Config:
         """The numbers of workers in that range that the mesh and the global batch can be shared by, ascending."""
         low, high = self.worker_range
         return [size for size in range(low, high + 1) if fits(self, size)]
+
+    def standbys(self, local_workers: int) -> int:
+        """How many warm spare processes there are on a node that has so many workers."""
+        wanted = self.cluster.standbys
+        # YAML reads the word off as False.
+        return local_workers if wanted == "auto" else 0 if wanted in ("off", False) else wanted
 
     @property
     def last_step(self) -> int:

@@ -17,6 +17,9 @@ T = TypeVar("T")
 GROUPS = ("model", "data", "cluster")  # folders of conf/ that a `defaults:` list may pick from
 
 
+_SECRETS = {"access_key", "secret_key", "session_token"}  # keys of the schema whose values are shown nowhere
+
+
 class ConfigError(ValueError):
     """A user's mistake in the configuration: one line that says where and what.
 
@@ -183,6 +186,8 @@ def _explained(error: Exception, culprit: str, source: str, merged: DictConfig) 
     if isinstance(error, TypeError):
         return ConfigError(culprit, "is a list, which is given as a whole: key='[first, second]'", source)
     key = key or culprit
+    if {*key.split("."), *culprit.split(".")} & _SECRETS:  # OmegaConf's messages show values
+        return ConfigError(culprit or key, "must be one text (it is not shown here)", source)
     if not (
         key.startswith(culprit) or culprit.startswith(f"{key}.")
     ):  # inside of lists OmegaConf's keys are relative to the element

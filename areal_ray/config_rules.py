@@ -21,6 +21,9 @@ _POSITIVE = (
     "train.bad_step.spike_window",
     "train.bad_step.max_bad_steps",
     "cluster.collective_timeout_s",
+    "cluster.watchdog.factor",
+    "cluster.watchdog.floor_s",
+    "cluster.watchdog.patience_s",
     "optim.lr",
     "optim.eps",
     "optim.clip_grad_norm",
@@ -64,6 +67,9 @@ def _check_run(config: Config) -> None:
         raise ConfigError("run.seed", f"must be in [0, 2**32), not {config.run.seed}")
     if other := set(config.run.allow_changes) - set(ALLOWABLE):
         raise ConfigError("run.allow_changes", f"knows {', '.join(ALLOWABLE)}; not {', '.join(sorted(other))}")
+    standbys = config.cluster.standbys
+    if standbys not in ("auto", "off", False) and not (type(standbys) is int and standbys >= 0):
+        raise ConfigError("cluster.standbys", f"must be auto, off or a number of processes per node, not {standbys!r}")
     if config.cluster.max_failures < -1:
         raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
     ways = [bool(config.model.config), bool(config.model.path), bool(config.model.factory)]
@@ -190,5 +196,7 @@ def _check_faults(config: Config) -> None:
 def _get(config: Config, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
+        if value is None:  # a part that is switched off
+            return None
         value = getattr(value, name)
     return value

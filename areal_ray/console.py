@@ -6,6 +6,7 @@ Ray brings what its processes print to the driver. Lines that `say` printed are 
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from typing import Any
@@ -14,7 +15,14 @@ import ray._private.worker as ray_worker
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 _MARK = "[areal_ray] "
+_LOG = "[areal_ray.log] "
 _END = "\x04"
+# What a process writes when it crashes: pages of native and Python stacks, for the log and not for the screen.
+_DUMP = re.compile(
+    r"logging\.cc:\d+: |\(\+0x[0-9a-f]+\) \[0x|^\*\*\* |^Fatal Python error|^(Current )?[Tt]hread 0x"
+    r'|^ *File "[^"]+", line \d+ in |^Extension modules: |^(PC: )?\s*@ +(0x|\.\.\.)|^ *<no Python frame>'
+    r"|^Stack \(most recent call first"
+)
 _HANDLER = "areal_ray_console"
 
 
@@ -22,6 +30,13 @@ def say(text: str) -> None:
     """Print a line for the user from a worker."""
     # Not `print`, which Ray Train replaces in its workers.
     sys.stdout.write(_MARK + text + "\n")
+    sys.stdout.flush()
+
+
+def log(text: str) -> None:
+    """Write lines into the worker's log that are too much for the screen."""
+    for line in text.splitlines():
+        sys.stdout.write(_LOG + line + "\n")
     sys.stdout.flush()
 
 
@@ -35,6 +50,7 @@ class Console:
 
     def __enter__(self) -> Console:
         self._ended = threading.Event()
+        self._dumped: set[str] = set()  # processes that have crashed
         # Ray's own printing, of worker output and of the raylet's accounts of dead workers.
         ray_worker._worker_logs_enabled = False
         global_worker_stdstream_dispatcher.add_handler(_HANDLER, self._show)
@@ -50,12 +66,19 @@ class Console:
 
     def _show(self, data: dict[str, Any]) -> None:
         foreign = "RayTrainWorker" not in str(data.get("actor_name"))
+        where = "" if data.get("ip") == data.get("localhost") else f"@{data.get('ip')}"
+        process = f"{data.get('pid')}{where}"
         for line in data.get("lines", []):
             if line.startswith(_MARK):
                 self._show_marked(line[len(_MARK) :])
-            elif line.strip() and not foreign:
-                where = "" if data.get("ip") == data.get("localhost") else f"@{data.get('ip')}"
-                print(f"  [{data.get('pid')}{where}] {line}", flush=True)
+            elif foreign or not line.strip() or line.startswith(_LOG):
+                continue
+            elif _DUMP.search(line):
+                if process not in self._dumped:
+                    self._dumped.add(process)
+                    print(f"  [{process}] crashed while it ran or ended; its stacks are in its log", flush=True)
+            else:
+                print(f"  [{process}] {line}", flush=True)
 
     def _show_marked(self, text: str) -> None:
         if text == _END:

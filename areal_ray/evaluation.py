@@ -17,6 +17,7 @@ class Evaluator:
         open_batches: a fresh iterator at the beginning of the held-out data.
         count: global batches per evaluation.
         loss_fn, loss_weight_fn: as for training.
+        alive: called before every batch.
     """
 
     def __init__(
@@ -26,8 +27,9 @@ class Evaluator:
         count: int,
         loss_fn: LossFn,
         loss_weight_fn: LossWeightFn,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
-        self._engine, self._open, self._count = engine, open_batches, count
+        self._engine, self._open, self._count, self._alive = engine, open_batches, count, alive
         self._loss_fn, self._loss_weight_fn = loss_fn, loss_weight_fn
 
     def run(self) -> dict[str, float]:
@@ -35,6 +37,7 @@ class Evaluator:
         loss = weight = 0.0
         batches = self._open()
         for _ in range(self._count):
+            self._alive()
             result = self._engine.eval_batch(next(batches), self._loss_fn, self._loss_weight_fn)
             loss += float(result["loss"]) * float(result["weight"])
             weight += float(result["weight"])

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray import cloudpickle
+from ray.exceptions import RayActorError
 from ray.train import TrainingFailedError, UserCallback
 
 from areal_ray.console import say
 from areal_ray.control import is_planned
+from areal_ray.frames import innermost
 from areal_ray.ranks import RankError
 from areal_ray.rundir import RunDir
 from areal_ray.storage import storage_at
 
 # What the ranks that did nothing wrong report when another one is gone.
 _COLLATERAL = re.compile(
-    r"Connection (reset|closed|refused)|Broken pipe|ncclRemoteError|ncclSystemError|Timed out waiting|timed out after"
+    r"Connection (reset|closed|refused|timed out)|No route to host|(Network|Host) is unreachable"
+    r"|Broken pipe|ncclRemoteError|ncclSystemError|Timed out waiting|timed out after"
     r"|Socket Timeout|failed to connect|Application timeout caused pair closure|BarrierResetError"
 )
-_LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3\.\d+/|<frozen ")
+# Exceptions that machines, networks and storage cause, by the names of their classes.
+_MACHINES = {"OSError", "TimeoutError", "DistError", "AcceleratorError", "RayError"}
+# But of these the code is to blame: wrong indices in a kernel, mostly.
+_ASSERTS = re.compile("device-side assert|illegal memory access|illegal instruction")
+_DIED = ("RayActorError", "ActorDiedError", "ActorUnavailableError")
+_USERS = {"FileNotFoundError", "PermissionError", "IsADirectoryError", "NotADirectoryError", "OutOfMemoryError"}
 
 
 @dataclass(frozen=True)
@@ -33,12 +44,14 @@ class Cause:
         rank: of the worker; None if it was not a worker.
         kind, message: of the exception.
         where: "file:line in function" of the innermost frame of the user's code (else of any), "" if unknown.
+        infrastructure: whether a machine, the network or storage is to blame, and not the code.
     """
 
     rank: int | None
     kind: str
     message: str
     where: str = ""
+    infrastructure: bool = False
 
 
 def root_cause(errors: dict[int, Exception]) -> Cause:
@@ -47,7 +60,7 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
     def order(item: tuple[int, Exception]) -> tuple[bool, bool, bool, int]:
         rank, error = item
         # An exception of one's own code explains most, then a dead process, then what the survivors saw of either.
-        collateral = bool(_COLLATERAL.search(f"{type(error).__name__} {error}"))
+        collateral = _is_collateral(error)
         return collateral, isinstance(error, RankError), not hasattr(error, "__notes__"), rank
 
     rank, error = min(errors.items(), key=order)
@@ -57,26 +70,100 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
 def _describe(rank: int | None, error: BaseException) -> Cause:
     kind = type(error).__name__
     if isinstance(error, RankError):  # every rank has it; it says whose it is
-        rank, text, _ = error.failures[0]
+        rank, text, names = error.failures[0]
         kind, _, message = text.partition(": ")
-        return Cause(rank, kind, message, _where(error))
-    if kind in ("RayActorError", "ActorDiedError", "WorkerHealthCheckFailedError"):
-        return Cause(rank, "the worker process died", _why_died(str(error)))
-    return Cause(rank, kind, " ".join(str(error).split()), _where(error))
+        return Cause(rank, kind, message, _where(error), _is_infrastructure(set(names)) or _is_collateral(error))
+    seen = getattr(error, "health_check_failure", error)  # what Ray Train wraps when it asks a worker how it is
+    if isinstance(seen, RayActorError) or kind in _DIED:
+        who = "the worker process died" if rank is not None else "Ray Train's controller died"
+        return Cause(rank, who, _why_died(str(error)), infrastructure=True)
+    bases = {each.__name__ for each in type(error).__mro__}
+    message = " ".join(str(error).split())
+    machine = _is_infrastructure(bases) and not _ASSERTS.search(message)
+    return Cause(rank, kind, message, _where(error), machine or _is_collateral(error))
+
+
+def _is_collateral(error: BaseException) -> bool:
+    return bool(_COLLATERAL.search(f"{type(error).__name__} {error}"))
+
+
+def _is_infrastructure(names: set[str]) -> bool:
+    """By the names of an exception's class and its bases."""
+    return bool(names & _MACHINES) and not names & _USERS
+
+
+def mark(error: Exception, step: int | None) -> None:
+    """Note on an exception of a worker what the controller is to know of it.
+
+    Args:
+        step: that was being computed; None if none was (start, evaluation, a save).
+    """
+    # Ray hands exceptions on without their traceback, but with their attributes.
+    error.add_note(traceback.format_exc())
+    error.areal_ray = {"step": step, "time": time.time()}  # type: ignore[attr-defined]
+
+
+def check_travels(error: Exception) -> None:
+    """Raise a RuntimeError in the place of an exception that would not reach the controller in one piece.
+
+    A class whose constructor takes other arguments than its `args` cannot be unpickled; the controller would see a
+    process that died without a word.
+    """
+    try:
+        pickle.loads(cloudpickle.dumps(error))  # noqa: S301  (its own)
+    except Exception:  # noqa: BLE001  (whatever its class does)
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.__notes__ = getattr(error, "__notes__", [])
+        plain.areal_ray = error.areal_ray  # type: ignore[attr-defined]
+        raise plain from None
+
+
+def step_of(errors: dict[int, Exception]) -> int | None:
+    """The step at which workers failed, if any of them could still say."""
+    marks = [error.areal_ray for error in errors.values() if hasattr(error, "areal_ray")]
+    return max((each["step"] for each in marks if each["step"] is not None), default=None)
+
+
+def _detection_s(errors: dict[int, Exception]) -> float | None:
+    """How long ago the failure was, by what the first of the surviving workers saw of it."""
+    times = [error.areal_ray["time"] for error in errors.values() if hasattr(error, "areal_ray")]
+    return round(max(0.0, time.time() - min(times)), 3) if times else None
+
+
+def _hung(run: RunDir) -> Cause | None:
+    """The worker for which the others were ended by their watchdogs, if it was that; see watchdog.py."""
+    events = run.events()
+    attempts = [event for event in events if event["event"] == "attempt"]
+    if not attempts:
+        return None
+    failed = max((event["time"] for event in events if event["event"] == "failure"), default=0.0)
+    stuck = [event for event in events if event["event"] == "stuck" and event["time"] > failed]
+    latest = {event["rank"]: event for event in stuck if event["attempt"] == attempts[-1]["attempt"]}
+    if not latest:
+        return None
+    for rank, event in sorted(latest.items()):
+        if not event["waiting"]:
+            text = f"no progress for {event['seconds']:.0f} s in phase {event['phase']}"
+            return Cause(rank, "stuck", text, event["where"], infrastructure=True)
+    silent = sorted(set(range(attempts[-1]["world_size"])) - set(latest))
+    if len(silent) == 1:
+        return Cause(silent[0], "stopped", "no sign of life while the others waited for it", infrastructure=True)
+    # With more of them it is not known which had no time to say anything, because they were ended with the first.
+    return Cause(min(latest), "stuck", "waited for others", latest[min(latest)]["where"], infrastructure=True)
 
 
 def _where(error: BaseException) -> str:
     # The note is the traceback, see worker.py.
     text = "".join(getattr(error, "__notes__", [])) or "".join(traceback.format_exception(error))
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
-    own = [frame for frame in frames if not _LIBRARY.search(frame[0])] or frames
-    return f"{own[-1][0]}:{own[-1][1]} in {own[-1][2]}" if own else ""
+    return innermost(re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text))
 
 
 def _why_died(text: str) -> str:
     """The part of Ray's long message that is about this process."""
     if "out of memory" in text.lower() or "OOM killed" in text:
         return "killed for lack of memory"
+    if "creation task" in text:  # an exception in its constructor; the last line says which
+        return text.strip().splitlines()[-1].strip()
     found = re.search(
         r"(exit code -?\d+|exit_code=-?\d+|signal \w+|Worker exit type: \w+|exited unexpectedly[^.]*)", text
     )
@@ -96,12 +183,16 @@ class Reporter(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if is_planned(worker_exceptions):
             return
-        cause = root_cause(worker_exceptions)
-        say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
         run = RunDir(storage_at(**self._recipe))
-        ranks = sorted(worker_exceptions)
-        # An exception here would end the run, whatever its limit of failures.
-        run.note("failure", say, rank=cause.rank, cause=cause.kind, error=cause.message[:500], ranks=ranks)
+        cause = root_cause(worker_exceptions)
+        try:
+            cause = _hung(run) or cause
+        except OSError as error:  # an exception here would end the run
+            say(f"could not read the ledger: {error}")
+        say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
+        what = {"rank": cause.rank, "cause": cause.kind, "error": cause.message[:500], "where": cause.where}
+        seen = {"ranks": sorted(worker_exceptions), "step": step_of(worker_exceptions)}
+        run.note("failure", say, **what, **seen, detection_s=_detection_s(worker_exceptions))
 
 
 def cause_of(error: TrainingFailedError) -> Cause:

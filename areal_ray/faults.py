@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -61,8 +62,12 @@ class Faults:
 
 
 def _happen(fault: Fault) -> None:
-    if fault.kind == "sigkill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif fault.kind == "exit":
+    signals = {"sigkill": signal.SIGKILL, "sigstop": signal.SIGSTOP, "sigsegv": signal.SIGSEGV}
+    if fault.kind in signals:
+        os.kill(os.getpid(), signals[fault.kind])
+        return  # a stopped process may be told to go on
+    if fault.kind == "hang":
+        threading.Event().wait()
+    if fault.kind == "exit":
         os._exit(17)
     raise FaultInjected(f"the configured fault: an exception on rank {fault.rank} before step {fault.step}")

@@ -54,6 +54,10 @@ class Guard:
         self._left_out = set(known)
         self._losses: deque[float] = deque(maxlen=config.spike_window)  # of the last steps that counted
 
+    def leaves_out(self, step: int) -> bool:
+        """Whether `step` was refused before, or its batch is known to end the run; it need not be computed."""
+        return step in self._left_out
+
     def accept(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether `step` may change the weights. Changes nothing itself."""
         return step not in self._left_out and not self._problem(loss, grad_norm)

@@ -23,6 +23,10 @@ class RunContext(Protocol):
         """`step`, counted from 1, is about to be computed."""
         ...
 
+    def enter(self, phase: str) -> None:
+        """Something begins that is no step and takes its time: evaluate, save, restore, finish. For whoever watches."""
+        ...
+
     def leaving(self) -> bool:
         """A step is finished; whether the job is asked to save and leave here."""
         ...
@@ -102,9 +106,15 @@ def train(job: Job) -> None:
     while progress.step < job.last_step:
         job.run.before_step(progress.step + 1)
         tracker.begin_step()
-        stats = job.engine.train_batch(next(job.batches), job.loss_fn, job.loss_weight_fn)
-        if job.guard.after_step(progress.step + 1, stats) and job.go_back():
-            continue
+        if job.guard.leaves_out(progress.step + 1):
+            job.batches.skip()
+            stats = job.engine.skip_batch()
+        else:
+            stats = job.engine.train_batch(next(job.batches), job.loss_fn, job.loss_weight_fn)
+        if job.guard.after_step(progress.step + 1, stats):
+            job.run.enter("restore")
+            if job.go_back():
+                continue
         progress.step += 1
         progress.samples = job.batches.next_sample
         at = progress.step, job.batches.epoch
@@ -118,6 +128,7 @@ def train(job: Job) -> None:
         leaving = job.run.leaving()
         if job.save.due(*at) or leaving or progress.step == job.last_step:
             job.save.fired(*at)
+            job.run.enter("save")
             if not stats["skipped"]:
                 progress.metrics["loss"] = float(stats["loss"])  # waits for the device, as the save does anyway
             dump = job.recover.dump(progress.step, progress.metrics, must=leaving or progress.step == job.last_step)
@@ -125,5 +136,6 @@ def train(job: Job) -> None:
                 job.run.saving(dump, progress.metrics)
         if leaving:
             break
+    job.run.enter("finish")
     job.recover.finish()
     job.run.check()

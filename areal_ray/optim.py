@@ -99,10 +99,8 @@ class LrSchedule:
         return c.lr * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "lr": self.lr(),
-        }  # the rate is for the receipt of a restore; it follows from the step
+        # The rate is for the receipt of a restore; it follows from the step.
+        return {"step": self.step, "lr": self.lr()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch.distributed.checkpoint.stateful import Stateful
@@ -13,6 +13,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 from areal_ray.checkpoint import Catalog, CheckpointDamaged, CheckpointWriter, Entry, Manifest, load
 from areal_ray.checkpoint.state import flatten
 from areal_ray.ranks import RankError, Ranks
+
+
+class TooManyFailedSaves(RankError):
+    """So many saves have failed in a row that training on would be in vain."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class RecoverHandler:
             What is under way (or done); None if it was skipped.
 
         Raises:
-            RankError: on every rank, if too many saves in a row have failed.
+            TooManyFailedSaves: on every rank.
         """
         began = time.perf_counter()
         busy = self._last is not None and not self._ranks.agree(self._last.manifest.done())
@@ -129,7 +133,7 @@ class RecoverHandler:
         """Wait for the save that is under way, if any. A collective.
 
         Raises:
-            RankError: on every rank, if too many saves in a row have failed.
+            TooManyFailedSaves: on every rank.
         """
         if self._last is None:
             return
@@ -142,7 +146,7 @@ class RecoverHandler:
             raise error
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self._policy.max_failed_saves:
-            raise error
+            raise TooManyFailedSaves(error.failures) from error
 
     def finish(self) -> None:
         """Wait for the last save and let go of what the writer holds. A collective.
@@ -150,11 +154,13 @@ class RecoverHandler:
         Raises:
             RankError: if that save failed: a run ends with a checkpoint or does not end well.
         """
-        self._policy = replace(self._policy, max_failed_saves=1)
+        last = self._last
         try:
             self.settle()
         finally:
             self._writer.close()
+        if last is not None and (error := last.manifest.exception()) is not None:
+            raise error
 
     def load(self) -> str | None:
         """Restore the newest good checkpoint. A collective.
@@ -166,7 +172,7 @@ class RecoverHandler:
             The name of what was restored; None if the run has no checkpoint, and then nothing has changed.
 
         Raises:
-            RankError: if too many saves in a row have failed.
+            TooManyFailedSaves: on every rank.
             RuntimeError: if there are checkpoints but none is good: starting over would hide the loss.
             ValueError: if the newest good one is of another model or other data.
         """

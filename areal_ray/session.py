@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import ray
@@ -16,9 +17,13 @@ from ray.train.v2._internal.execution.context import get_train_context as get_in
 from areal_ray.checkpoint import Manifest
 from areal_ray.control import Control, Reason
 from areal_ray.faults import Faults
+from areal_ray.pace import Pace
 from areal_ray.ranks import Ranks
 from areal_ray.recover import Dump
+from areal_ray.standby import Standbys
+from areal_ray.watchdog import Watchdog
 
+_CALM_STEPS, _CALM_S = 4, 4.0  # after so much training new standbys are not in its way
 _LISTEN_S = 0.5  # between two looks at what the job is asked for
 _REASONS: tuple[Reason | None, ...] = (None, "stop", "resize", "preempted")
 
@@ -30,10 +35,26 @@ class RaySession:
         faults: what is to go wrong on purpose.
         ranks: all ranks.
         control: where rank 0 listens.
+        standbys: of this node, to be replenished when training is under way; None in all but one of its workers.
+        watchdog: told of progress; None if there is none.
     """
 
-    def __init__(self, faults: Faults, ranks: Ranks, control: Control) -> None:
+    def __init__(
+        self,
+        faults: Faults,
+        ranks: Ranks,
+        control: Control,
+        standbys: Standbys | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self._faults, self._ranks, self._control = faults, ranks, control
+        self._standbys, self._watchdog = standbys, watchdog
+        self._steps, self._began = 0, time.monotonic()  # of this attempt
+        self._step = 0
+        # Both look at parts that are wired around this one: told of every step that is finished, and of the first.
+        self.pace: Pace | None = None
+        self.first_step: Callable[[int], None] | None = None
+        self.computing: int | None = None  # the step that is being computed
         self._context = get_internal_train_context()
         self._storage = get_context().get_storage()
         self._error: Exception | None = None
@@ -46,6 +67,12 @@ class RaySession:
 
     def leaving(self) -> bool:
         """Whether to leave after this step. One word of rank 0 to all, so that they leave together."""
+        self.computing = None
+        if self.first_step:
+            self.first_step(self._step)
+            self.first_step = None
+        if self.pace:
+            self.pace.after_step()
         # The notice reaches every worker; Ray's own get_preemption_info() waits for all ranks on an actor each time.
         preempted = self._context.preemption_context.preemption_info is not None
         mine: Reason | None = "preempted" if preempted else self._asked
@@ -63,8 +90,19 @@ class RaySession:
                 logging.getLogger(__name__).warning("cannot hear requests: %s", error)
             time.sleep(_LISTEN_S)
 
+    def enter(self, phase: str) -> None:
+        self.computing = None
+        if self._watchdog:
+            self._watchdog.beat(phase)
+
     def before_step(self, step: int) -> None:
         self.check()
+        self.enter("step")
+        self._step = self.computing = step
+        self._steps += 1
+        if self._standbys and self._steps > _CALM_STEPS and time.monotonic() - self._began > _CALM_S:
+            self._standbys.replenish()
+            self._standbys = None
         self._faults.before_step(step)
 
     def check(self) -> None:

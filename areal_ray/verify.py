@@ -137,7 +137,7 @@ def _exact(name: str, undisturbed: Storage, run: Storage, kills: int) -> list[Ch
     return [
         Check(name, "kills that happened", str(kills), str(restarts), restarts == kills),
         _same_samples(name, a, b),
-        _equal(name, "logged metrics", _lines(a), _lines(b)),
+        equal(name, "logged metrics", lines_of(a), lines_of(b)),
         Check(name, "digest of the end", digests[0][:16], digests[1][:16], digests[0] == digests[1]),
     ]
 
@@ -155,7 +155,7 @@ def _close(name: str, undisturbed: Storage, run: Storage, segments: list[Segment
         Check(name, "numbers of workers", _arrows(wanted), _arrows(changes), changes == wanted),
         Check(name, "kills that happened", str(kills), str(failures), failures == kills),
         _same_samples(name, a, b),
-        _equal(name, "learning rates", *_common(*rates)),
+        equal(name, "learning rates", *_common(*rates)),
         Check(
             name,
             "weights, |a-b| / |a|",
@@ -167,10 +167,11 @@ def _close(name: str, undisturbed: Storage, run: Storage, segments: list[Segment
 
 
 def _same_samples(name: str, a: RunDir, b: RunDir) -> Check:
-    return _equal(name, "global batches, sample ids in order", a.samples(), b.samples())
+    return equal(name, "global batches, sample ids in order", a.samples(), b.samples())
 
 
-def _equal(name: str, what: str, a: list[Any], b: list[Any]) -> Check:
+def equal(name: str, what: str, a: list[Any], b: list[Any]) -> Check:
+    """Two lists that are to be the same, and not empty."""
     differing = sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
     found = "the same" if not differing else f"{differing} differ"
     return Check(name, what, f"the same {len(a)}", found, bool(a) and not differing)
@@ -182,7 +183,8 @@ def _common(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> tuple[lis
     return a, [line for line in b if line[0] in steps]
 
 
-def _lines(run: RunDir) -> list[dict[str, Any]]:
+def lines_of(run: RunDir) -> list[dict[str, Any]]:
+    """The logged steps without what the clock says."""
     return [{key: value for key, value in line.items() if key not in _TIMES} for line in run.metrics()]
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import os
 import socket
-import time
-import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
-import ray
 import torch
 import torch.distributed as dist
-import transformers
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray import __version__, loop, models
+from areal_ray import care, failures, loop
 from areal_ray.cadence import Cadence
-from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, StoredState, SyncWriter
-from areal_ray.config import Config, Run, dump, redact
+from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
+from areal_ray.config import Config
 from areal_ray.console import say, say_end
 from areal_ray.control import Control, PlannedRestart
 from areal_ray.data import GlobalBatches, PackedTokens, build_tokenizer, load_splits
@@ -30,8 +26,8 @@ from areal_ray.faults import Faults
 from areal_ray.guard import Guard
 from areal_ray.journal import LedgerJournal
 from areal_ray.objectives import next_token_loss, predicted_tokens
+from areal_ray.provenance import announce, provenance
 from areal_ray.ranks import Ranks
-from areal_ray.receipt import receipt
 from areal_ray.recover import RecoverHandler, SavePolicy
 from areal_ray.rundir import RunDir
 from areal_ray.session import RaySession
@@ -54,49 +50,75 @@ def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, A
     Raises:
         PlannedRestart: when the workers are to be started again, in another number or elsewhere.
     """
+    # A spare process has imported torch before Ray said how many cores it has; threads change speed and last bits.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         return _train(config, recipe, Control(submission))
     except PlannedRestart:
         raise
     except Exception as error:
-        error.add_note(traceback.format_exc())  # Ray hands exceptions on without their traceback
+        if not hasattr(error, "areal_ray"):
+            failures.mark(error, None)
+        failures.check_travels(error)
         raise
 
 
 def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str, Any]:
-    started = time.time()
+    clock = care.Stopwatch()
     run = RunDir(storage_at(**recipe))
     catalog = Catalog(run.storage)
     ranks = Ranks()
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
-    engine.initialize(weights=not ranks.on_first(catalog.has_committed))
+    engine.initialize(weights=not ranks.on_first(lambda: catalog.last_committed() is not None))
     attempt = ranks.on_first(lambda: run.next_attempt(catalog.last_attempt()))
-    nodes = ranks.gather(socket.gethostname())
+    places = ranks.gather((socket.gethostname(), os.getpid()))
+    nodes, pids = [node for node, _ in places], [pid for _, pid in places]
+    clock.lap("build_s")
     if ranks.rank == 0:
-        run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, started=round(started, 3))
+        run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
     faults = Faults(config.faults, run, ranks)
-    session = RaySession(faults, ranks, control)
-    job = wire(config, engine, ranks, run, catalog, attempt, faults, session)
-    restored = job.recover.load()
-    if ranks.rank == 0:
-        LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
-        # The beginning has a line too, that of step 0.
-        run.rewind(job.progress.step if restored else -1, job.progress.samples)
-    _announce(run, attempt, restored, job, engine, ranks)
-    loop.train(job)
-    if ranks.rank == 0:
-        if session.reason is not None:
-            run.note("left", say, reason=session.reason, step=job.progress.step)
-            if session.reason == "preempted":
-                say(f"a node is being taken away: saved at step {job.progress.step}, going on without it")
-        run.flush()
-        say_end()
-    reason = session.reason if job.progress.step < config.last_step else None  # what is finished is not interrupted
+    with care.watchdog(config, run, ranks, attempt) or nullcontext() as watchdog:
+        session = RaySession(faults, ranks, control, care.standbys(config, run, ranks, nodes), watchdog)
+        job = wire(config, engine, ranks, run, catalog, attempt, faults, session)
+        session.pace = care.pace(config, engine, job.batches, ranks, run, nodes)
+        clock.lap("data_s")
+        restored = job.recover.load()
+        clock.lap("load_s")
+        if ranks.rank == 0:
+            LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
+            # The beginning has a line too, that of step 0.
+            run.rewind(job.progress.step if restored else -1, job.progress.samples)
+        announce(run, attempt, restored, job, engine, ranks)
+
+        def stepped(step: int) -> None:
+            clock.lap("first_step_s")
+            if ranks.rank == 0:
+                run.note("training", say, attempt=attempt, step=step, **clock.laps)
+
+        session.first_step = stepped
+        try:
+            loop.train(job)
+        except Exception as error:
+            failures.mark(error, session.computing)
+            raise
+    # What is finished is not interrupted.
+    reason = session.reason if job.progress.step < config.last_step else None
+    # All wait for rank 0's last lines: the first worker that ends has the others ended.
+    ranks.on_first(lambda: _leave(run, reason, job.progress.step))
     if reason in ("resize", "preempted"):
         raise PlannedRestart(f"{reason} at step {job.progress.step}")
     loss = job.progress.metrics.get("loss")
     return {"step": job.progress.step, "loss": loss, "world_size": ranks.size, "reason": reason}
+
+
+def _leave(run: RunDir, reason: str | None, step: int) -> None:
+    if reason is not None:
+        run.note("left", say, reason=reason, step=step)
+    if reason == "preempted":
+        say(f"a node is being taken away: saved at step {step}, going on without it")
+    run.flush()
+    say_end()
 
 
 def wire(
@@ -132,7 +154,14 @@ def wire(
     evaluate = Cadence(config.eval.every_steps)
     evaluator = None
     if config.eval.every_steps:
-        evaluator = Evaluator(engine, lambda: batches(held_out), config.eval.batches, next_token_loss, predicted_tokens)
+        evaluator = Evaluator(
+            engine,
+            lambda: batches(held_out),
+            config.eval.batches,
+            next_token_loss,
+            predicted_tokens,
+            lambda: session.enter("evaluate"),
+        )
     tracker = Tracker(
         Cadence(config.logging.every_steps), here, speak, train.steps, train.global_batch_size * train.seq_len
     )
@@ -156,7 +185,7 @@ def wire(
         "save": save,
         "guard": guard,
     }
-    info = {**engine.describe(), **_provenance(config), "data": sequences.fingerprint()}
+    info = {**engine.describe(), **provenance(config), "data": sequences.fingerprint()}
     policy = SavePolicy(every.when_busy == "skip", every.max_failed_saves)
     recover = RecoverHandler(catalog, state, _writer(config, engine, ranks), journal, attempt, info, ranks, policy)
     return loop.Job(
@@ -217,7 +246,8 @@ def _recorder(run: RunDir) -> Callable[[int, list[int]], None]:
 
 def _left_out(run: RunDir) -> list[int]:
     """Steps that earlier attempts did not take: this one, which may begin before them, does not either."""
-    return [event["step"] for event in run.events("bad_step") if event["action"] != "stop"]
+    bad = [event["step"] for event in run.events("bad_step") if event["action"] != "stop"]
+    return bad + [event["step"] for event in run.events("poison_step")]
 
 
 def _writer(config: Config, engine: FSDPEngine, ranks: Ranks) -> CheckpointWriter:
@@ -228,50 +258,6 @@ def _writer(config: Config, engine: FSDPEngine, ranks: Ranks) -> CheckpointWrite
     writer = AsyncWriter(ranks, background)
     engine.before_update = writer.fence
     return writer
-
-
-def _announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, engine: FSDPEngine, ranks: Ranks) -> None:
-    """Say on rank 0 where the run goes on, with the receipt of a restore; RankError if that contradicts itself."""
-
-    def announce() -> None:
-        parameters = sum(p.numel() for p in engine.model.parameters())
-        what = (
-            f"{parameters / 1e6:.1f}M parameters on {ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
-        )
-        if restored is None:
-            run.note("started", say, attempt=attempt, step=0)
-            say(f"attempt {attempt}: {what}, from the beginning")
-            return
-        stored = StoredState(Catalog(run.storage).directory(restored))
-        compared = receipt(stored.values, stored.manifest.info, job.recover.values(), job.recover.info)
-        step = job.progress.step
-        run.note("restored", say, attempt=attempt, step=step, checkpoint=restored, **compared.event())
-        say(f"attempt {attempt}: {what}, restored {restored}, going on with step {step + 1}")
-        for line in compared.text().splitlines():
-            say(line)
-
-    ranks.on_first(announce)
-
-
-def _provenance(config: Config) -> dict[str, Any]:
-    """What the manifest says about where a checkpoint comes from."""
-    # Name and place, faults and the end of this invocation do not make it another experiment.
-    lasting = dataclasses.replace(
-        config,
-        run=Run(seed=config.run.seed),
-        train=dataclasses.replace(config.train, stop_at=None),
-        faults=[],
-    )
-    versions = {"areal_ray": __version__, "torch": torch.__version__, "ray": ray.__version__}
-    return {
-        "config": redact(dataclasses.asdict(config)),
-        "seed": config.run.seed,
-        "model": redact(dataclasses.asdict(config.model)),
-        "hf_config": models.architecture(config.model),
-        "tokenizer": config.data.tokenizer,
-        "config_hash": hashlib.sha256(dump(lasting).encode()).hexdigest()[:16],
-        "versions": {**versions, "transformers": transformers.__version__},
-    }
 
 
 def _silent(_: str) -> None:

@@ -45,6 +45,13 @@ class Catalog:
         """step-00000100.a2: every save of every attempt has a name of its own."""
         return f"step-{step:08d}.a{attempt}"
 
+    @staticmethod
+    def place(name: str) -> tuple[int, int]:
+        """(attempt, step) of a checkpoint's name, by which checkpoints are ordered."""
+        match = _NAME.fullmatch(name)
+        assert match, name
+        return int(match[2]), int(match[1])
+
     def directory(self, name: str) -> Storage:
         return self._run.sub(name)
 
@@ -54,18 +61,17 @@ class Catalog:
         An attempt goes on from what it restored, so what it saved is newer than anything that an earlier one left,
         whatever the step.
         """
-        matches = [(name, match) for name in self._run.names() if (match := _NAME.fullmatch(name))]
         files = self._run.sizes()
-        found = [(int(match[2]), int(match[1]), name) for name, match in matches if name not in files]
-        return sorted(found, reverse=True)
+        found = [name for name in self._run.names() if _NAME.fullmatch(name) and name not in files]
+        return sorted(((*self.place(name), name) for name in found), reverse=True)
 
     def last_attempt(self) -> int:
         """The highest attempt that has saved, or begun to; 0 if none has."""
         return max((attempt for attempt, _, _ in self.names()), default=0)
 
-    def has_committed(self) -> bool:
-        """Whether any save was ever finished here, good or not by now."""
-        return any(self.directory(name).size(MANIFEST) is not None for _, _, name in self.names())
+    def last_committed(self) -> str | None:
+        """The newest one whose save was finished, good or not by now; None if none ever was."""
+        return next((name for *_, name in self.names() if self.directory(name).size(MANIFEST) is not None), None)
 
     def entries(self) -> Iterator[Entry]:
         """Every directory, newest first, with its manifest and sizes checked; contents are not read."""

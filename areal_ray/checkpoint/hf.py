@@ -29,10 +29,9 @@ def prepare(path: str) -> None:
     """Make a directory ready to be saved to: whatever an earlier save left there would be put together with the new."""
     for part in (_PARTS, "optim"):
         shutil.rmtree(os.path.join(path, part), ignore_errors=True)
-    for old in glob.glob(os.path.join(path, "*.safetensors")) + glob.glob(
-        os.path.join(path, "*.safetensors.index.json")
-    ):
-        os.remove(old)
+    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+        for old in glob.glob(os.path.join(path, pattern)):
+            os.remove(old)
     os.makedirs(path, exist_ok=True)
 
 
@@ -155,10 +154,11 @@ def load_weights(path: str, model: nn.Module, ranks: Ranks) -> None:
 
     def read() -> None:
         weights = {names[name]: tensor for name, tensor in weights_of(model).items()}
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         reader = HuggingFaceStorageReader(path)
-        planner.set_up_planner(weights, reader.read_metadata(), is_coordinator=False)
-        reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=False)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        metadata = reader.read_metadata()
+        reader.set_up_storage_reader(metadata, is_coordinator=False)
+        planner.set_up_planner(weights, metadata, is_coordinator=False)
         # No collective: a load plan needs nobody else's, and one rank's error is told to all as it is.
         reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
 

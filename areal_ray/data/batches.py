@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -54,6 +55,7 @@ class GlobalBatches:
         self._fingerprint, self._seed, self._may_differ = sequences.fingerprint(), seed, may_differ
         self._record = record
         self.next_sample = 0
+        self.seconds = 0.0  # spent on making batches
 
     @property
     def epoch(self) -> int:
@@ -66,6 +68,7 @@ class GlobalBatches:
 
     def __next__(self) -> Batch:
         """input_ids and attention_mask, each (global_batch_size / world_size, seq_len)."""
+        began = time.perf_counter()
         if self._record is not None:
             self._record(self.next_sample, self.ids(self.next_sample))
         after = self.next_sample + self._batch_size
@@ -74,7 +77,15 @@ class GlobalBatches:
         input_ids = torch.from_numpy(self._sequences[np.asarray(mine)])
         if self._device.type == "cuda":
             input_ids = input_ids.pin_memory().to(self._device, non_blocking=True)
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        self.seconds += time.perf_counter() - began
+        return batch
+
+    def skip(self) -> None:
+        """Go past the next batch without making it."""
+        if self._record is not None:
+            self._record(self.next_sample, self.ids(self.next_sample))
+        self.next_sample += self._batch_size
 
     def __iter__(self) -> GlobalBatches:
         return self

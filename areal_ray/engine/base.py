@@ -74,6 +74,10 @@ class TrainEngine(Protocol):
         """
         ...
 
+    def skip_batch(self) -> dict[str, Any]:
+        """A step that is left out: the schedule goes on, nothing else changes. As train_batch, but loss is NaN."""
+        ...
+
     def eval_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
         """loss (weighted mean over all ranks) and weight (its weight), without gradients."""
         ...

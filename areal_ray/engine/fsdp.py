@@ -41,9 +41,8 @@ class FSDPEngine:
     def __init__(self, config: Config, device: str | None = None) -> None:
         self._config, self._kind = config, device
         self._schedule = LrSchedule(config.optim, config.train.steps)
-        self.before_update: Callable[[], None] = lambda: (
-            None
-        )  # called before the weights change, to wait for copies of them
+        # called before the weights change, to wait for copies of them
+        self.before_update: Callable[[], None] = lambda: None
         # (loss, gradient norm), equal on all ranks -> whether the weights may change
         self.accept: Callable[[float, float], bool] = finite
 
@@ -116,6 +115,12 @@ class FSDPEngine:
         self._schedule.step += 1
         return {"loss": loss_sum, "grad_norm": grad_norm, "lr": lr, "skipped": not accepted}
 
+    def skip_batch(self) -> dict[str, Any]:
+        lr = self._schedule.lr()
+        self._schedule.step += 1
+        nothing = torch.full((), torch.nan, device=self.device)
+        return {"loss": nothing, "grad_norm": nothing, "lr": lr, "skipped": True}
+
     @torch.no_grad()
     def eval_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
         self.model.eval()
@@ -169,10 +174,10 @@ class FSDPEngine:
             load(directory.sub("optim"), {"engine": self._optim_state()}, self._ranks)
 
     def _load_pretrained(self, path: str) -> None:
-        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        # One download per machine; by then the others find it.
-        found = self._ranks.together(lambda: hf.resolve(path) if first else None)[self._ranks.rank]
-        here = self._ranks.together(lambda: found or hf.resolve(path))[self._ranks.rank]
+        others = int(os.environ.get("LOCAL_RANK", "0")) > 0
+        # One download per machine; the others then find it.
+        self._ranks.together(lambda: others or hf.resolve(path))
+        here = self._ranks.together(lambda: hf.resolve(path))[self._ranks.rank]
         hf.load_weights(here, self.model, self._ranks)
 
     def _optim_state(self) -> DCPState:

@@ -37,6 +37,16 @@ SMALL = (
     "optim.clip_grad_norm=0.5",  # below the norms of the first steps
     "cluster.collective_timeout_s=60",
 )
+# Every mode of the engine.
+VARIANTS = {
+    "plain": [],
+    "hsdp": ["engine.mesh.replicate=2", "engine.mesh.shard=1"],
+    "keep_gathered": ["engine.reshard_after_forward=false"],
+    "recompute": ["engine.activation_checkpointing=true"],
+    "tensor": ["engine.mesh.tensor=2"],
+    "unclipped": ["optim.clip_grad_norm=null", "optim.schedule=constant"],
+    "bfloat16": ["engine.precision=bfloat16"],
+}
 
 
 def small_config(*overrides: str, sizes: bool = True) -> Config:

@@ -8,19 +8,18 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from areal_ray.engine import SaveLoadMeta
+from tests.distributed.plain_loop import RATES, STEPS, reference
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import (
     LENGTHS,
     SEQ_LEN,
+    VARIANTS,
     VOCABULARY,
     differing,
     evaluate,
     global_batch,
     local_batch,
-    small_config,
     snapshot,
     start_engine,
     train,
@@ -28,18 +27,7 @@ from tests.distributed.small import (
 
 pytestmark = pytest.mark.distributed
 
-VARIANTS = {
-    "plain": [],
-    "hsdp": ["engine.mesh.replicate=2", "engine.mesh.shard=1"],
-    "keep_gathered": ["engine.reshard_after_forward=false"],
-    "recompute": ["engine.activation_checkpointing=true"],
-    "tensor": ["engine.mesh.tensor=2"],
-    "unclipped": ["optim.clip_grad_norm=null", "optim.schedule=constant"],
-    "bfloat16": ["engine.precision=bfloat16"],
-}
 EXACT = ["plain", "hsdp", "keep_gathered", "recompute", "tensor"]  # all of them the same float32 computation
-RATES = [1e-3, 2e-3, 2e-3, 1.1e-3]  # two steps of warm-up, then a cosine over two from 2e-3 down to 2e-4
-STEPS = 3
 
 
 def train_variants(rank: int, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -73,43 +61,6 @@ def _observe(overrides: list[str]) -> dict[str, Any]:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def reference(initial: dict[str, torch.Tensor], clip: float | None = 0.5) -> dict[str, Any]:
-    """The same training, written down plainly: one process, whole batches, no package code but the config's values."""
-    config = small_config()
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.model.config), attn_implementation="sdpa")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial[f"model.{name}"])
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    seen: dict[str, Any] = {"steps": []}
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = RATES[step]
-        loss = _reference_loss(model, global_batch(step))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip is not None else float("inf"))
-        optimizer.step()
-        seen["steps"].append({"loss": loss.item(), "grad_norm": norm.item(), "lr": RATES[step]})
-        seen[f"after {step + 1}"] = {f"model.{name}": p.detach().clone() for name, p in model.named_parameters()}
-        if step == 0:
-            seen["eval"] = _reference_loss(model, global_batch(100)).item()
-            seen["logits"] = model(**global_batch(100)).logits.detach()
-    return seen
-
-
-def _reference_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The mean over all predicted tokens of the global batch."""
-    log_p = torch.log_softmax(model(**batch).logits[:, :-1], dim=-1)
-    nll = -log_p.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-    counts = batch["attention_mask"][:, 1:]
-    return (nll * counts).sum() / counts.sum()
 
 
 def assert_trained_alike(seen: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-5) -> None:
@@ -241,54 +192,6 @@ def test_bfloat16_computes_near_and_keeps_float32_weights(two: list[dict[str, An
     assert {tensor.dtype for tensor in seen["after 3"].values()} == {torch.float32}
     for name, right in expected["after 3"].items():
         assert float((seen["after 3"][name] - right).norm() / right.norm()) < 0.05, name
-
-
-def train_with_dropout(rank: int, path: str) -> dict[str, Any]:
-    """A step, and once more from the same restored state, the random generators disturbed in between."""
-    engine = start_engine("model.config.attention_dropout=0.1")
-    train(engine, seed=0)
-    engine.save(SaveLoadMeta(path))
-    seen: dict[str, Any] = {"without": [evaluate(engine, seed=1)["loss"] for _ in range(2)]}
-    seen["first"] = train(engine, seed=1), snapshot(engine)
-    torch.manual_seed(1234 + rank)
-    engine.load(SaveLoadMeta(path))
-    torch.rand(rank + 1)
-    seen["again"] = train(engine, seed=1), snapshot(engine)
-    seen["losses"] = _losses_of_equal_rows()
-    return seen
-
-
-def _losses_of_equal_rows() -> list[float]:
-    """Of two steps, the rows and weights the same on every rank and in every step: dropout alone tells them apart."""
-    engine = start_engine("model.config.attention_dropout=0.1", "optim.lr=1e-30", "train.micro_batch_size=8")
-    losses: list[float] = []
-
-    def loss_fn(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        loss = logits.float().square().mean()
-        losses.append(loss.item())
-        return loss
-
-    for _ in range(2):
-        engine.train_batch(global_batch(0), loss_fn, lambda batch: batch["attention_mask"].sum())
-    return losses
-
-
-@pytest.fixture(scope="module")
-def dropped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(train_with_dropout, 2, str(tmp_path_factory.mktemp("dropout") / "checkpoint"))
-
-
-def test_a_step_with_dropout_repeats_bit_for_bit(dropped: list[dict[str, Any]]) -> None:
-    for seen in dropped:
-        (first, after_first), (again, after_again) = seen["first"], seen["again"]
-        assert seen["without"][0] == seen["without"][1], "evaluation must not drop anything out"
-        assert abs(first["loss"] - seen["without"][0]) > 1e-5, "dropout does nothing, so this test shows nothing"
-        assert again == first
-        assert differing(after_again, after_first) == []
-
-
-def test_dropout_differs_from_rank_to_rank_and_step_to_step(dropped: list[dict[str, Any]]) -> None:
-    assert len({loss for seen in dropped for loss in seen["losses"]}) == 4
 
 
 @pytest.mark.gpu

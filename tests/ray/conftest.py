@@ -17,6 +17,7 @@ SMALL = [
     "model.config.intermediate_size=128",
     "model.config.num_hidden_layers=2",
     "model.config.head_dim=16",
+    "cluster.standbys=off",  # processes for restarts that come before they are ready, on cores that are busy
     "optim.warmup_steps=4",
     "train.steps=12",
     "train.seq_len=64",

@@ -1,6 +1,7 @@
 """Nodes that come, go and are taken back, and being told to stop: the run saves, leaves and goes on from that step."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_a_node_that_comes_is_used_and_no_finished_step_is_lost(alone):
 def test_a_node_that_goes_leaves_the_run_on_what_is_left(alone):
     out = change_nodes("remove", alone)
     assert sizes(alone) == [2, 1]
-    assert "worker 1 failed" in out
+    assert re.search(r"worker [01] failed", out)  # which of them was on that node is Ray's choice
     assert alone.result()["restarts"] == 1
     assert_every_batch_once(alone)
 

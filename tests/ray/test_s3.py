@@ -12,8 +12,7 @@ from areal_ray import ckpt, cli
 from areal_ray.rundir import RunDir
 from areal_ray.storage import storage_at
 from tests.ray.conftest import EXPERIMENT, SMALL
-from tests.s3_proxy import S3Proxy
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
 pytestmark = pytest.mark.ray
 
@@ -53,24 +52,6 @@ class Screen(io.StringIO):
         if self._awaited in text:
             self.shown.set()
         return super().write(text)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = S3Server(tmp_path_factory.mktemp("s3"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture
-def proxy(server):
-    proxy = S3Proxy(server.options["endpoint"])
-    proxy.start()
-    yield proxy
-    proxy.stop()
 
 
 def everything_in(storage):

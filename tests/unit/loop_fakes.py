@@ -21,16 +21,22 @@ class Engine:
 
     def __init__(self, spoiled=()):
         self.weight, self.evaluated, self.spoiled, self.calls = 0.5, 0, spoiled, 0
+        self.schedule = 0  # steps of it, computed or not
         self.accept = finite
 
     def train_batch(self, batch, loss_fn, loss_weight_fn):
         self.calls += 1
+        self.schedule += 1
         weight = (self.weight * 31 + float(batch["input_ids"].sum())) % 97
         loss = torch.tensor(torch.nan if self.calls in self.spoiled else weight)
         accepted = self.accept(float(loss), 2 * float(loss))
         if accepted:
             self.weight = weight
         return {"loss": loss, "grad_norm": 2 * loss, "lr": 0.1, "skipped": not accepted}
+
+    def skip_batch(self):
+        self.schedule += 1
+        return {"loss": torch.tensor(torch.nan), "grad_norm": torch.tensor(torch.nan), "lr": 0.1, "skipped": True}
 
     def eval_batch(self, batch, loss_fn, loss_weight_fn):
         self.evaluated += 1
@@ -78,6 +84,8 @@ class Run:
         self.began, self.saves, self.dies_at, self.leaves_at = [], [], dies_at, leaves_at
 
     def check(self): ...
+
+    def enter(self, phase): ...
 
     def leaving(self):
         return self.began[-1] == self.leaves_at

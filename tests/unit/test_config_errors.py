@@ -59,7 +59,11 @@ WRONG_OVERRIDES = [
     ("train.bad_step.spike_window=0", "train.bad_step.spike_window", "greater than 0"),
     ("train.bad_step.max_bad_steps=0", "train.bad_step.max_bad_steps", "greater than 0"),
     ("faults=[{kind: exit, rank: 0}]", "faults[0].step", "must be given"),
-    ("faults=[{kind: boom, rank: 0, step: 3}]", "faults", "'sigkill', 'exception', 'exit', 'nan'"),
+    (
+        "faults=[{kind: boom, rank: 0, step: 3}]",
+        "faults",
+        "'sigkill', 'sigstop', 'sigsegv', 'hang', 'exception', 'exit', 'nan'",
+    ),
     ("faults=[{kind: exit, rank: 2, step: 3}]", "faults[0].rank", "in [0, 2)"),
     ("faults=[{kind: exit, rank: 0, step: 201}]", "faults[0].step", "between 1 and 200"),
     ("faults=[{kind: exit, rank: 0, stop: 3}]", "faults", "stop"),

@@ -138,3 +138,14 @@ def test_a_cursor_into_another_order_is_refused():
     batches = GlobalBatches(data, 1, BATCH, 0, 1)
     with pytest.raises(ValueError, match="is 2, but the checkpoint's data are in the order of seed 1"):
         GlobalBatches(data, 2, BATCH, 0, 1).load_state_dict(batches.state_dict())
+
+
+def test_a_batch_that_is_skipped_is_gone_past_and_written_down():
+    data, seen = sequences(40), []
+    skipping = GlobalBatches(data, 3, BATCH, 0, 1, record=lambda first, ids: seen.append((first, ids)))
+    plain = GlobalBatches(data, 3, BATCH, 0, 1)
+    next(plain)
+    skipping.skip()
+    assert skipping.next_sample == plain.next_sample
+    assert next(skipping)["input_ids"].tolist() == next(plain)["input_ids"].tolist()
+    assert seen == [(first, plain.ids(first)) for first in (0, BATCH)]

@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 
-from areal_ray.failures import Cause, Reporter, cause_of, root_cause, show
+from areal_ray.failures import Cause, Reporter, cause_of, mark, root_cause, show
 from areal_ray.ranks import RankError
 from areal_ray.rundir import RunDir
 from areal_ray.storage import LocalStorage
@@ -61,7 +61,9 @@ def test_the_user_s_exception_is_chosen_over_a_died_actor():
 
 def test_a_died_actor_is_chosen_over_what_the_survivors_saw():
     cause = root_cause({0: from_worker(RuntimeError(RESET)), 1: ActorDiedError(), 2: from_worker(RuntimeError(RESET))})
-    assert cause == Cause(1, "the worker process died", "killed or crashed; nothing was left to say why")
+    assert cause == Cause(
+        1, "the worker process died", "killed or crashed; nothing was left to say why", infrastructure=True
+    )
 
 
 def test_of_several_like_causes_the_lowest_rank_is_chosen():
@@ -115,7 +117,7 @@ def test_of_a_died_process_it_is_told_how(text, message):
         pass
 
     ActorDied.__name__ = "ActorDiedError"
-    assert root_cause({3: ActorDied(text)}) == Cause(3, "the worker process died", message)
+    assert root_cause({3: ActorDied(text)}) == Cause(3, "the worker process died", message, infrastructure=True)
 
 
 def test_the_cause_of_a_run_that_was_given_up_is_that_of_its_workers():
@@ -147,6 +149,79 @@ def test_a_failure_is_written_down_when_it_is_noticed(run, tmp_path):
         "error": "mine",
         "ranks": [0, 1],
     }
+
+
+HUNG = {"attempt": 2, "phase": "step", "seconds": 12.3, "where": "/home/me/model.py:7 in forward"}
+DIED = {0: ActorDiedError(), 1: ActorDiedError(), 2: ActorDiedError()}
+
+
+@pytest.fixture
+def failure(run):
+    """Notice that all three workers are dead; the failure that is written down."""
+
+    def failure(*stuck):
+        for attempt in (1, 2):
+            run.event("attempt", attempt=attempt, world_size=3)
+        for fields in stuck:
+            run.event("stuck", **{**HUNG, **fields})
+        Reporter(run.storage.recipe).after_exception(None, DIED)
+        return run.events("failure")[-1]
+
+    return failure
+
+
+def test_of_ranks_that_hung_the_one_that_waited_for_nobody_is_named(failure, capsys):
+    event = failure({"rank": 0, "waiting": True}, {"rank": 2, "waiting": False}, {"rank": 1, "waiting": True})
+    assert (event["rank"], event["cause"], event["where"]) == (2, "stuck", "/home/me/model.py:7 in forward")
+    assert event["error"] == "no progress for 12 s in phase step"
+    assert "worker 2 failed: stuck: no progress for 12 s" in capsys.readouterr().out
+
+
+def test_of_ranks_that_hung_the_one_that_said_nothing_is_named(failure):
+    event = failure({"rank": 2, "waiting": True}, {"rank": 0, "waiting": True})
+    assert (event["rank"], event["cause"]) == (1, "stopped")
+
+
+def test_of_ranks_that_wait_for_each_other_the_first_is_named(failure):
+    event = failure(*({"rank": rank, "waiting": True} for rank in (2, 1, 0)))
+    assert (event["rank"], event["error"]) == (0, "waited for others")
+
+
+@pytest.mark.parametrize("stuck", [[], [{"rank": 2, "waiting": False, "attempt": 1}]], ids=["none", "earlier"])
+def test_ranks_that_did_not_hang_are_not_said_to_have(failure, stuck):
+    assert failure(*stuck)["cause"] == "the worker process died"
+
+
+def test_the_step_of_a_failure_is_that_of_the_ranks_that_lived_to_tell_it(run):
+    def marked(error, step):
+        try:
+            raise error
+        except type(error) as caught:
+            mark(caught, step)
+            return pickle.loads(pickle.dumps(caught))  # noqa: S301
+
+    Reporter(run.storage.recipe).after_exception(None, {0: marked(RuntimeError(RESET), 7), 1: ActorDiedError()})
+    Reporter(run.storage.recipe).after_exception(None, {0: marked(ValueError("mine"), None)})
+    Reporter(run.storage.recipe).after_exception(None, {1: ActorDiedError()})
+    events = run.events("failure")
+    assert [event["step"] for event in events] == [7, None, None]
+    assert [event["detection_s"] is None for event in events] == [False, False, True]
+
+
+MACHINE = [OSError(28, "No space left"), ConnectionResetError(), TimeoutError(), RuntimeError(RESET), BrokenPipeError()]
+CODE = [FileNotFoundError(2, "no"), PermissionError(13, "no"), ValueError("mine"), MemoryError(), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", MACHINE + CODE, ids=lambda error: type(error).__name__)
+def test_it_is_known_whether_a_machine_is_to_blame_or_the_code(error):
+    assert root_cause({0: from_worker(error)}).infrastructure is (error in MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("names", "infrastructure"), [(["OSError"], True), (["FileNotFoundError", "OSError"], False), (["KeyError"], False)]
+)
+def test_of_work_that_failed_together_it_is_known_too(names, infrastructure):
+    assert root_cause({0: from_worker(RankError([(1, "a text", names)]))}).infrastructure is infrastructure
 
 
 def test_the_panel_tells_cause_place_node_and_ledger_on_lines_to_copy(run, capsys):

@@ -212,7 +212,7 @@ def test_going_back_is_the_run_that_left_the_step_out_and_computes_the_others_ag
 
 def test_going_back_twice_leaves_both_steps_out(start):
     start(name="skipped", spoiled=[10, 12])
-    job = start(spoiled=[10, 10 + 5], on_bad="rollback")  # the 15th call is step 12, after going back to 7
+    job = start(spoiled=[10, 14], on_bad="rollback")  # the 14th call is step 12, after going back to 7, without 10
     assert job.run.began == [*range(1, 11), *range(8, 13), *range(8, TOTAL + 1)]
     assert start.kept["run"] == start.kept["skipped"]
 
@@ -230,6 +230,21 @@ def test_dying_after_a_bad_step_leaves_it_out_again(start, death):
     start(dies_at=death, spoiled=[10])
     assert lines(start(known=[10])) == lines(whole)  # the numbers are good this time
     assert start.kept["run"] == start.kept["whole"]
+
+
+def test_a_step_that_is_known_to_be_bad_is_not_computed(start):
+    job = start(known=[10, 11])
+    assert job.run.began == list(range(1, TOTAL + 1))
+    assert job.engine.calls == TOTAL - 2
+    assert (job.engine.schedule, job.batches.next_sample, job.progress.samples) == (TOTAL, 4 * TOTAL, 4 * TOTAL)
+    assert lines(job) == lines(start(name="spoiled", spoiled=[10, 11]))
+    for step in (14, 21, 22):
+        assert start.kept["run"][step] == start.kept["spoiled"][step]
+
+
+def test_a_step_that_is_known_to_be_bad_leads_nowhere_back(start):
+    job = start(known=[10], on_bad="rollback")
+    assert job.run.began == list(range(1, TOTAL + 1))
 
 
 def test_a_bad_step_that_stops_the_run_leaves_what_was_saved(start):

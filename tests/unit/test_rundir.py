@@ -1,10 +1,7 @@
 """The run directory's files, as whole as a crash leaves them; and the goodput that they add up to."""
 
-import json
-
 import pytest
 
-from areal_ray.goodput import goodput
 from areal_ray.rundir import RunDir
 from areal_ray.storage import LocalStorage
 
@@ -101,27 +98,3 @@ def test_a_result_comes_back_and_replaces_the_one_before(run):
     run.write_result({"status": "stopped"})
     run.write_result({"status": "finished", "loss": None})
     assert run.result() == {"status": "finished", "loss": None}
-
-
-def ledger(run, *events):
-    for time, kind in events:
-        run.storage.append("events.jsonl", json.dumps({"time": time, "event": kind}).encode() + b"\n")
-
-
-def test_goodput_is_the_share_of_the_steps_that_stand(run):
-    ledger(run, (1000, "submitted"), (1005, "attempt"), (1040, "failure"), (1050, "attempt"), (1100, "finished"))
-    run.log_metrics(0, {"held_out_loss": 5.0})
-    run.log_metrics(10, {"step_time_s": 2.0})
-    run.log_metrics(15, {"held_out_loss": 4.0})
-    run.log_metrics(30, {"step_time_s": 1.5})
-    assert goodput(run) == {"wall_s": 100, "steps_s": 50.0, "share": 0.5}
-
-
-def test_goodput_leaves_out_the_time_between_two_submissions(run):
-    ledger(run, (1000, "submitted"), (1010, "stopped"), (5000, "submitted"), (5030, "finished"))
-    run.log_metrics(10, {"step_time_s": 1.0})
-    assert goodput(run) == {"wall_s": 40, "steps_s": 10.0, "share": 0.25}
-
-
-def test_goodput_of_a_run_that_never_was(run):
-    assert goodput(run) == {"wall_s": 0, "steps_s": 0, "share": None}

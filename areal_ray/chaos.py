@@ -1,0 +1,95 @@
+"""areal-ray chaos: an experiment under real faults in a seeded order, and what must be true of it afterwards."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from areal_ray import chaos_checks, chaos_faults
+from areal_ray.chaos_world import BACK_S, World
+from areal_ray.config import ConfigError, load
+from areal_ray.verify import Check
+
+_PAUSE_S = (2.0, 10.0)  # of undisturbed training between recovery and the next fault
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A fault that happened: what, when (seconds since the epoch), and how long until the next finished step."""
+
+    kind: str
+    time: float
+    recovery_s: float
+
+
+def chaos(
+    path: str,
+    overrides: Sequence[str],
+    folder: Path,
+    minutes: float,
+    seed: int,
+    storage_process: int | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[list[Injected], list[Check]]:
+    """Disturb an experiment for some minutes, stop it, run it undisturbed as far, and compare.
+
+    Args:
+        path, overrides: the experiment; its storage may be elsewhere than `folder`.
+        folder: an empty directory for the runs and their logs.
+        minutes: of disturbed training.
+        seed: of order, targets and moments of the faults.
+        storage_process: of the storage server, on this machine, to be stopped now and then.
+        say: prints a line for the user.
+
+    Returns:
+        The faults, and the checks (verify.Check) of what was promised.
+
+    Raises:
+        ConfigError: if the experiment is wrong.
+        NotSurvived: if the run did not come back after a fault.
+    """
+    given = load(path, overrides)
+    if given.cluster.use_gpu:
+        raise ConfigError("cluster.use_gpu", "chaos starts nodes of its own, on this machine, with CPUs only")
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, injected = random.Random(seed), []
+    with ExitStack() as stack:
+        disk = chaos_faults.small_disk(folder / "disk", stack) if not _elsewhere(overrides) else None
+        own = [
+            *([] if _elsewhere(overrides) else [f"run.storage_path={disk or folder / 'runs'}"]),
+            "run.name=chaos",
+            "train.steps=1000000",
+            "logging.sample_ids=true",
+            f"cluster.num_workers={given.usable_sizes[-1]}",
+            *([] if given.checkpoint.keep.last else ["checkpoint.keep.last=3"]),
+        ]
+        all_overrides = [*overrides, *own]
+        config = load(path, all_overrides)
+        world = stack.enter_context(World(path, all_overrides, folder, config, storage_process, disk))
+        world.start_driver()
+        world.until("the first checkpoint", world.newest)
+        deck: list[str] = []
+        began = time.monotonic()
+        while time.monotonic() - began < 60 * minutes:
+            time.sleep(draw.uniform(*_PAUSE_S))
+            deck = deck or chaos_faults.deck(world, draw)
+            kind = deck.pop()
+            at = time.time()
+            chaos_faults.KINDS[kind](world, draw)
+            world.until(f"a step after: {kind}", lambda at=at: chaos_faults.has_gone_on(world, at))  # type: ignore[misc]
+            injected.append(Injected(kind, at, world.run.events("training")[-1]["time"] - at))
+            say(f"{time.monotonic() - began:6.0f} s  {kind:<34} back after {injected[-1].recovery_s:5.1f} s")
+        world.until("a checkpoint", world.newest)
+        assert world.driver is not None
+        world.driver.terminate()
+        status = world.driver.wait(timeout=BACK_S)
+        checks = chaos_checks.check(world, status, path, overrides, folder, given.usable_sizes[-1])
+    return injected, checks
+
+
+def _elsewhere(overrides: Sequence[str]) -> bool:
+    return any(text.startswith("run.storage_path=") for text in overrides)

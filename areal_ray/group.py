@@ -1,0 +1,154 @@
+"""The group of workers as Ray Train's controller starts and ends it: without waiting for the dead, and timed."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._raylet import PlacementGroupID
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
+    PlacementGroupHandle,
+)
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from areal_ray.console import say
+from areal_ray.rundir import RunDir
+from areal_ray.standby import Standbys
+from areal_ray.storage import storage_at
+
+_CALM_S = 8.0  # after the start of the workers; what it starts then is not in their way
+
+
+class _Backend(_TorchBackend):
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Nothing: the processes end next. Ray would have each leave its process group, and wait for one that hangs."""
+
+
+class GroupTorchConfig(TorchConfig):
+    """Ray's, but for its end."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class NamedGroup(WorkerGroup):
+    """Ray's, with a name on what it reserves, so that it can be given back when the controller has died.
+
+    And it gives it back itself when the workers die while they start: Ray's forgets a group that was half up, and the
+    next one waits for resources that nobody uses.
+    """
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
+        wanted = worker_group_context
+        reserved = placement_group(
+            bundles=[wanted.resources_per_worker] * wanted.num_workers,
+            strategy=wanted.placement_strategy,
+            name=f"{_prefix(self._train_run_context)}{uuid.uuid4().hex}",
+            bundle_label_selector=wanted.label_selector,
+        )
+        return DefaultPlacementGroupHandle(reserved)
+
+
+def _prefix(context: TrainRunContext) -> str:
+    return f"areal_ray-{context.run_id}-"
+
+
+def release(context: TrainRunContext) -> None:
+    """Give back what the groups of a controller held that is dead; Ray does so only at the end of the whole job."""
+    for identity, entry in placement_group_table().items():
+        if entry["name"].startswith(_prefix(context)) and entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(identity)))
+
+
+class GroupLife(WorkerGroupCallback, ControllerCallback):
+    """Runs in Ray's controller: ends workers at once, does not wait for ever for their start, writes down how long.
+
+    Args:
+        recipe: of the run directory's storage.
+        start_limit_s: workers that have not all begun to train by then are ended, which counts as a failed start.
+        standbys: for the actors that Ray Train starts beside every group; None for no spares.
+    """
+
+    def __init__(self, recipe: dict[str, Any], start_limit_s: float, standbys: Standbys | None) -> None:
+        self._recipe, self._limit, self._standbys = recipe, start_limit_s, standbys
+        self._times: dict[str, float] = {}
+        self._replenish_at = float("inf")
+        self._workers: list[Any] = []
+
+    @contextmanager
+    def on_worker_group_start(self) -> Iterator[None]:
+        self._workers = []
+        timer = threading.Timer(self._limit, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:  # a start that fails, too: or it would end the next group
+            timer.cancel()
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        self._context = train_run_context
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._times |= {"begin": time.time()}
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._workers = workers
+        self._times["processes"] = time.time()
+        return {}
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._times["process_group"] = time.time()
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._replenish_at = time.monotonic() + _CALM_S
+        at = self._times
+        phases = {
+            "processes_s": at["processes"] - at["begin"],
+            "process_group_s": at["process_group"] - at["processes"],
+        }
+        if "end" in at:
+            phases["teardown_s"] = at.pop("end") - at.pop("failed")
+        rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
+        RunDir(storage_at(**self._recipe)).note("group", say, workers=len(self._workers), **rounded)
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if self._standbys and time.monotonic() > self._replenish_at:
+            self._standbys.replenish()
+            self._replenish_at = float("inf")
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._times["failed"] = time.time()
+        for worker in worker_group.get_workers():
+            # Ray would first ask each of them, and wait five seconds for one that cannot answer.
+            ray.kill(worker.actor)
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        self._times["end"] = time.time()
+
+    def _give_up(self) -> None:
+        say(f"the workers have not started in {self._limit:.0f} s: starting them again")
+        for worker in self._workers:
+            ray.kill(worker.actor)
+        release(self._context)  # and with it what runs there, known by now or not

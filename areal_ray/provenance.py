@@ -1,0 +1,64 @@
+"""Where a checkpoint comes from, and where a run that restores one goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import ray
+import torch
+import transformers
+
+from areal_ray import __version__, loop, models
+from areal_ray.checkpoint import Catalog, StoredState
+from areal_ray.config import Config, Run, dump, redact
+from areal_ray.console import say
+from areal_ray.engine import FSDPEngine
+from areal_ray.ranks import Ranks
+from areal_ray.receipt import receipt
+from areal_ray.rundir import RunDir
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """What the manifest says about where a checkpoint comes from."""
+    # Name and place, faults and the end of this invocation do not make it another experiment.
+    lasting = dataclasses.replace(
+        config,
+        run=Run(seed=config.run.seed),
+        train=dataclasses.replace(config.train, stop_at=None),
+        faults=[],
+    )
+    versions = {"areal_ray": __version__, "torch": torch.__version__, "ray": ray.__version__}
+    return {
+        "config": redact(dataclasses.asdict(config)),
+        "seed": config.run.seed,
+        "model": redact(dataclasses.asdict(config.model)),
+        "hf_config": models.architecture(config.model),
+        "tokenizer": config.data.tokenizer,
+        "config_hash": hashlib.sha256(dump(lasting).encode()).hexdigest()[:16],
+        "versions": {**versions, "transformers": transformers.__version__},
+    }
+
+
+def announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, engine: FSDPEngine, ranks: Ranks) -> None:
+    """Say on rank 0 where the run goes on, with the receipt of a restore; RankError if that contradicts itself."""
+
+    def work() -> None:
+        parameters = sum(p.numel() for p in engine.model.parameters())
+        what = (
+            f"{parameters / 1e6:.1f}M parameters on {ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
+        )
+        if restored is None:
+            run.note("started", say, attempt=attempt, step=0)
+            say(f"attempt {attempt}: {what}, from the beginning")
+            return
+        stored = StoredState(Catalog(run.storage).directory(restored))
+        compared = receipt(stored.values, stored.manifest.info, job.recover.values(), job.recover.info)
+        step = job.progress.step
+        run.note("restored", say, attempt=attempt, step=step, checkpoint=restored, **compared.event())
+        say(f"attempt {attempt}: {what}, restored {restored}, going on with step {step + 1}")
+        for line in compared.text().splitlines():
+            say(line)
+
+    ranks.on_first(work)

@@ -1,0 +1,135 @@
+"""How many workers there are: Ray Train's scaling policy, ours.
+
+Ray's own counts nodes that have died, tears workers down without notice, and waits without a word.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+from areal_ray.console import say
+from areal_ray.control import Control
+from areal_ray.rundir import RunDir
+from areal_ray.storage import storage_at
+
+_LOOK_S = 5.0  # between two looks for more machines
+_REMIND_S = 30.0  # between two lines about machines that are missing
+_PAUSE_S = 0.5  # between two looks while nothing runs
+_REFUSED_S = 300.0  # for so long fewer workers are tried, after some could not be started
+_AWAY = (ray.exceptions.RayError, ConnectionError)  # what calls to the head node raise while it is away
+
+
+class StoppedWhileWaiting(RuntimeError):
+    """The job was asked to stop when no worker ran."""
+
+
+class WorkerCount(ElasticScalingPolicy):
+    """As many workers as the live nodes have room for, in a number that mesh and global batch can be shared by.
+
+    Args:
+        scaling_config: with resources per worker.
+        sizes: the numbers that can be used, ascending.
+        control: to ask running workers to make room for more.
+        recipe: of the run directory's storage, for the ledger.
+    """
+
+    def __init__(
+        self, scaling_config: ScalingConfig, sizes: Sequence[int], control: Control, recipe: dict[str, Any]
+    ) -> None:
+        super().__init__(scaling_config)
+        self._sizes, self._control, self._recipe = list(sizes), control, recipe
+        self._reminded = self._looked = self._refused = self._not_before = float("-inf")
+        self._asked = self._seen = self._tried = 0
+        self._limit = self._sizes[-1]  # so many could be placed, for all that is known
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self._sizes[-1]
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._asked = self._seen = 0
+        self._maybe_send_resource_request()  # for an autoscaler, if there is one
+        try:
+            if self._control.asked() == "stop":
+                raise StoppedWhileWaiting("asked to stop while waiting for machines")
+            self._control.done()
+            room = self._room()
+        except _AWAY as error:
+            say(f"the head node does not answer: {error}")
+            time.sleep(_LOOK_S)
+            return NoopDecision()
+        now = time.monotonic()
+        if now < self._not_before:
+            time.sleep(min(_PAUSE_S, self._not_before - now))
+            return NoopDecision()
+        if now - self._refused < _REFUSED_S:  # there is less room than the nodes' sizes say
+            room = min(room, self._limit)
+        usable = [size for size in self._sizes if size <= room]
+        if usable:
+            self._tried, self._reminded = usable[-1], float("-inf")
+            return self._get_resize_decision(self._tried)
+        self._remind(room)
+        time.sleep(_PAUSE_S)  # the controller would ask again at once
+        return NoopDecision()
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        running, now = worker_group_state.num_workers, time.monotonic()
+        self._maybe_send_resource_request()
+        if (
+            running == self._sizes[-1]
+            or self._asked
+            or now - max(self._looked, worker_group_state.start_time) < _LOOK_S
+        ):
+            return NoopDecision()
+        self._looked = now
+        try:
+            room = min(self._room(), running + self._free())
+            better = max((size for size in self._sizes if running < size <= room), default=0)
+            if better and better == self._seen:  # twice in a row: a node that has just come may not have come to stay
+                say(f"there is room for {better} workers instead of {running}: saving, then going on with them")
+                self._control.ask("resize")
+                self._asked, self._refused = better, float("-inf")  # what was too much once fits now
+            self._seen = better
+        except _AWAY:  # the head node; training goes on without it, and the next look may find it
+            self._seen = 0
+        return NoopDecision()
+
+    def not_placed(self) -> int:
+        """The workers that were decided upon could not be started; try fewer for a while. How many were tried."""
+        self._refused = time.monotonic()
+        self._limit = max((size for size in self._sizes if size < self._tried), default=self._tried)
+        return self._tried
+
+    def hold(self, seconds: float) -> None:
+        """Start no workers for so long."""
+        self._not_before = time.monotonic() + seconds
+
+    def _room(self) -> int:
+        """How many workers the live nodes are large enough for, whoever else is there."""
+        leaving = ray._private.state.state.get_draining_nodes()
+        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        return int(self._count_possible_workers({name: r for name, r in nodes.items() if name not in leaving}))
+
+    def _free(self) -> int:
+        """For how many more there is room beside everything that runs now."""
+        leaving = ray._private.state.state.get_draining_nodes()
+        free = ray._private.state.available_resources_per_node()
+        return int(self._count_possible_workers({name: r for name, r in free.items() if name not in leaving}))
+
+    def _remind(self, room: int) -> None:
+        now = time.monotonic()
+        if now - self._reminded < _REMIND_S:
+            return
+        needed = self.scaling_config._resources_per_worker_not_none
+        say(f"waiting: the cluster has room for {room} workers of {needed}, needed are {self._sizes[0]}")
+        if self._reminded == float("-inf"):
+            RunDir(storage_at(**self._recipe)).note("waiting", say, room=room, needed=self._sizes[0])
+        self._reminded = now

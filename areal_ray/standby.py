@@ -1,0 +1,235 @@
+"""Warm spare processes: a restarted group starts in processes that have done their imports already.
+
+A new worker process spends most of a restart on importing Ray Train, torch and the model's code. Ray's raylet can be
+told to start idle processes ahead of need (its PrestartWorkers call, which Ray makes itself when tasks queue up), and
+gives them to the next actors of the same job and runtime environment. The call is internal to Ray: it is made in this
+module only, and where it is refused a restart is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+import psutil
+import ray
+
+from areal_ray.config import Config, ConfigError, Model, redact
+
+_WARM = "AREAL_RAY_WARM"  # the model to get ready for, in the environment of training workers and their spares only
+_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # Ray's: a function that a new process runs before anything else
+_KEEP_S = 30 * 24 * 3600  # how long the raylet lets a spare wait
+_CALL_S = 10.0  # time limit of the call
+_WARM_S = 120.0  # time limit for spares to get warm
+_LOOK_S = 0.5
+_NICER = 5  # than training: about a quarter of its share of a core, so that both get on
+_FREE = 0.1  # share of a node's memory that must be left when the spares are there
+_MEMORY = 600e6  # bytes that one takes, before one has been measured
+_TRAINING = "training"  # marks that processes of this kind that start from now on are spares, beside training
+_TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def _import_path() -> str:
+    """Where this package is: the hook runs before Ray tells a process the driver's path."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+
+
+def job_environment(config: Config) -> dict[str, str]:
+    """Environment variables for all processes of the job, among them those that Ray Train starts beside the workers."""
+    if not config.standbys(1):
+        return {}
+    return {_HOOK: f"{__name__}.warm_plain", "PYTHONPATH": _import_path()}
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Environment variables for the training workers.
+
+    They set these processes apart, too: Ray gives spares to actors of the very same environment only, so that none is
+    taken by what Ray starts beside the workers.
+    """
+    if not config.standbys(1):
+        return {}
+    # The check for GPUs goes without a CUDA context: which GPU is its own, a spare does not know yet.
+    return {
+        _HOOK: f"{__name__}.warm",
+        _WARM: json.dumps(redact(asdict(config.model))),
+        "PYTHONPATH": _import_path(),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
+
+
+def warm_plain() -> None:
+    """Get a process ready for one of Ray Train's own actors; Ray calls it in every new process of the job."""
+
+    def work() -> None:
+        import_module("ray.train.v2._internal.execution.preemption")
+
+    _get_ready("plain", work)
+
+
+def warm() -> None:
+    """Get a process ready for a training worker; Ray calls it in every new process that has the variables."""
+
+    def work() -> None:
+        import_module("ray.train.torch")
+        import_module("areal_ray.worker")  # and with it everything that a worker imports
+        rehearse(Model(**json.loads(os.environ[_WARM])))
+
+    _get_ready("worker", work)
+
+
+def _get_ready(kind: str, work: Callable[[], None]) -> None:
+    folder = _folder(kind)
+
+    def get_ready() -> None:
+        try:
+            if spare:
+                # Of this thread only, so that the process has its full share when it is needed; nobody may take back
+                # what a whole process has given up.
+                me = threading.get_native_id()
+                lower = min(19, os.getpriority(os.PRIO_PROCESS, me) + _NICER)
+                os.setpriority(os.PRIO_PROCESS, me, lower)
+            work()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / str(os.getpid())).touch()
+        except Exception:  # a spare that is not warm is still a process that need not be started
+            logging.getLogger(__name__).warning("could not warm up", exc_info=True)
+
+    spare = (folder / _TRAINING).exists()
+    thread = threading.Thread(target=get_ready)
+    thread.start()
+    thread.join(_WARM_S)  # what is not warm by then is cold, but no reason not to start
+
+
+def _folder(kind: str) -> Path:
+    """Where the processes of this job on this node that have got ready are listed, by process id."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    return Path(session) / "areal_ray" / ray.get_runtime_context().get_job_id() / kind
+
+
+class Standbys:
+    """Keeps a number of spares for processes of one kind ready on this node.
+
+    Args:
+        kind: "worker" or "plain"; that of the process that asks.
+        count: how many.
+        report: told (ready, their memory in bytes, seconds that it took) when there are new ones.
+        complain: prints a line for the user.
+    """
+
+    def __init__(
+        self, kind: str, count: int, report: Callable[[int, int, float], None], complain: Callable[[str], None]
+    ) -> None:
+        self._kind, self._count, self._report, self._complain = kind, count, report, complain
+
+    def replenish(self) -> None:
+        """Start those that are missing, in the background."""
+        threading.Thread(target=self._replenish, name="standbys", daemon=True).start()
+
+    def _replenish(self) -> None:
+        began = time.monotonic()
+        try:
+            missing = self._count - len(self._ready())
+            if missing <= 0:
+                return
+            memory = psutil.virtual_memory()
+            if memory.available - missing * _MEMORY < _FREE * memory.total:
+                self._complain(f"no standbys: only {memory.available / 1e9:.1f} GB of memory are free on this node")
+                return
+            _folder(self._kind).mkdir(parents=True, exist_ok=True)
+            (_folder(self._kind) / _TRAINING).touch()
+            prestart(missing)
+        except Exception as error:  # noqa: BLE001  (the call is internal to Ray; whatever it says, training goes on)
+            text = " ".join(str(error).split())[:200]
+            self._complain(f"no standbys, so that a restart takes longer: {type(error).__name__}: {text}")
+            return
+        while len(ready := self._ready()) < self._count:
+            if time.monotonic() - began > _WARM_S:
+                self._complain(f"only {len(ready)} of {self._count} standbys are ready after {_WARM_S:.0f} s")
+                break
+            time.sleep(_LOOK_S)
+        memory_used = 0
+        for process in ready:
+            with suppress(psutil.Error):  # taken, or gone, just now
+                memory_used += process.memory_full_info().pss
+        self._report(len(ready), memory_used, time.monotonic() - began)
+
+    def _ready(self) -> list[psutil.Process]:
+        """The processes that are warm and still idle."""
+        found = []
+        for path in _folder(self._kind).glob("[0-9]*"):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                process = psutil.Process(int(path.name))
+                if process.cmdline()[:1] == ["ray::IDLE"]:
+                    found.append(process)
+        return found
+
+
+def rehearse(model: Model) -> None:
+    """Build the model without memory, and train, save and load a tiny one, so that whatever is lazy has happened."""
+    import torch
+    import torch.distributed as dist
+
+    from areal_ray import models
+    from areal_ray.engine import FSDPEngine, SaveLoadMeta
+    from areal_ray.objectives import next_token_loss, predicted_tokens
+
+    torch.set_num_threads(1)
+    with suppress(ConfigError):  # a factory on the driver's path, which Ray tells a process with its work only
+        models.build_model(model)
+    config = Config(model=Model(config=_TINY))
+    ids = torch.ones(2, 4, dtype=torch.long)
+    engine = FSDPEngine(config, device="cpu")
+    try:
+        engine.initialize()
+        engine.train_batch({"input_ids": ids, "attention_mask": ids}, next_token_loss, predicted_tokens)
+        with tempfile.TemporaryDirectory() as folder:
+            meta = SaveLoadMeta(f"{folder}/checkpoint")
+            engine.save(meta)
+            engine.load(meta)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def prestart(count: int) -> None:
+    """Have the raylet of this node start idle processes like this one: same job, same environment.
+
+    Raises:
+        grpc.RpcError: if the raylet refuses.
+    """
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+
+    context = ray.get_runtime_context()
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    request = node_manager_pb2.PrestartWorkersRequest(
+        language=common_pb2.Language.PYTHON,
+        job_id=bytes.fromhex(context.get_job_id()),
+        keep_alive_duration_secs=_KEEP_S,
+        num_workers=count,
+    )
+    request.runtime_env_info.serialized_runtime_env = context.get_runtime_env_string()
+    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    try:
+        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_CALL_S)
+    finally:
+        channel.close()

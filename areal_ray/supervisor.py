@@ -1,0 +1,102 @@
+"""Ray Train under supervision: when its controller itself dies, it is started again and the run goes on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+from areal_ray import failures, snapshot, standby, worker
+from areal_ray.checkpoint import Catalog
+from areal_ray.cluster import resources
+from areal_ray.config import Config
+from areal_ray.control import Control
+from areal_ray.group import GroupLife, GroupTorchConfig
+from areal_ray.rundir import RunDir
+from areal_ray.storage import Storage
+from areal_ray.storage_s3 import filesystem
+from areal_ray.trainer import Trainer
+
+_TROUBLES = 6  # deaths of the controller in a row, without a new checkpoint, before they end the run
+_BESIDE = 2  # actors that Ray Train starts beside every group: for synchronisation, and to hear of preemption
+
+
+def supervise(config: Config, run: RunDir, submission: str) -> dict[str, Any]:
+    """Train until the workers have come to an end.
+
+    What goes wrong with workers is the controller's business, see restarts.py; here it is about the controller, an
+    actor that Ray does not restart, and about Ray's list of checkpoints, without which it does not start.
+
+    Args:
+        config: with absolute paths.
+        run: the run directory.
+        submission: under which name requests to this job are made.
+
+    Returns:
+        What `worker.main` returned.
+
+    Raises:
+        TrainingFailedError: when the run is given up.
+        RayActorError, OSError: when the controller cannot be kept alive.
+    """
+    catalog = Catalog(run.storage)
+    troubles, newest = 0, None
+    while True:
+        try:
+            snapshot.rebuild(run.storage)
+            outcome: dict[str, Any] = _trainer(config, run.storage, submission).fit().return_value
+            return outcome
+        except (RayActorError, OSError) as error:
+            before, newest = newest, _newest(catalog)
+            troubles = troubles + 1 if newest == before else 1
+            if troubles >= _TROUBLES:
+                raise
+            cause = failures.cause_of(error)
+            print(f"{cause.kind}: {cause.message[:200]}; starting Ray Train again", flush=True)
+            run.note("controller_died", print, error=f"{cause.kind}: {cause.message[:500]}")
+            time.sleep(2.0 ** (troubles - 2) if troubles > 1 else 0.0)
+
+
+def _newest(catalog: Catalog) -> str | None:
+    try:
+        return catalog.last_committed()
+    except OSError:  # storage is why one is here, perhaps
+        return None
+
+
+def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:
+    recipe = storage.recipe
+    root, files = config.run.storage_path, None
+    if "s3" in recipe:
+        root, files = root.removeprefix("s3://"), filesystem(recipe["s3"])
+
+    def work() -> dict[str, Any]:
+        # Not as train_loop_config, which Ray shows on its dashboard, with credentials if there are any.
+        return worker.main(config, recipe, submission)
+
+    wanted = config.cluster
+    beside = standby.Standbys("plain", _BESIDE, lambda *_: None, lambda _: None) if config.standbys(1) else None
+    backend = "cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"
+    return Trainer(
+        work,
+        torch_config=GroupTorchConfig(backend=backend, timeout_s=int(wanted.collective_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=config.worker_range, use_gpu=wanted.use_gpu, resources_per_worker=resources(config)
+        ),
+        run_config=RunConfig(
+            name=config.run.name,
+            storage_path=root,
+            storage_filesystem=files,
+            failure_config=FailureConfig(max_failures=wanted.max_failures),
+            checkpoint_config=CheckpointConfig(),
+            callbacks=[failures.Reporter(recipe), GroupLife(recipe, wanted.collective_timeout_s, beside)],
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+            worker_runtime_env={"env_vars": standby.worker_environment(config)},
+        ),
+        sizes=config.usable_sizes,
+        control=Control(submission),
+        recipe=recipe,
+        skip_poison_steps=config.train.skip_poison_steps,
+    )

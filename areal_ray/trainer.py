@@ -1,0 +1,125 @@
+"""A TorchTrainer with our policies, and workers that save and leave when the job is asked to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray.train import FailureConfig, Result
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.util import ObjectRefWrapper
+
+from areal_ray.control import Control
+from areal_ray.group import NamedGroup, release
+from areal_ray.restarts import Restarts
+from areal_ray.scaling import WorkerCount
+
+
+class Controller(TrainController):
+    """Ray's, with policies that know each other: as arguments of their own they would reach it as separate copies.
+
+    Args:
+        policies: for scaling and for failures.
+        options: as for TrainController.
+    """
+
+    worker_group_cls = NamedGroup
+
+    def __init__(self, policies: tuple[WorkerCount, Restarts], **options: Any) -> None:
+        super().__init__(scaling_policy=policies[0], failure_policy=policies[1], **options)
+
+
+class Trainer(TorchTrainer):
+    """A TorchTrainer with these policies.
+
+    Args:
+        sizes: numbers of workers that can be used, ascending.
+        control: of this job.
+        recipe: of the run directory's storage.
+        skip_poison_steps: as in the configuration.
+        options: as for TorchTrainer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sizes: Sequence[int],
+        control: Control,
+        recipe: dict[str, Any],
+        skip_poison_steps: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self._sizes, self._control, self._recipe, self._skip = sizes, control, recipe, skip_poison_steps
+
+    def fit(self) -> Result:
+        count = WorkerCount(self.scaling_config, self._sizes, self._control, self._recipe)
+        limits = self.run_config.failure_config or FailureConfig()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            result = self._run(
+                policies=(count, Restarts(limits, count, self._recipe, self._skip)),
+                train_fn_ref=ObjectRefWrapper(self._get_train_func()),
+                train_run_context=self.train_run_context,
+                callbacks=self._create_default_callbacks(),
+            )
+        except ray.exceptions.RayActorError:
+            release(self.train_run_context)
+            raise
+        finally:
+            for number, handler in before.items() if in_main_thread else ():
+                signal.signal(number, handler)
+        if result.error:
+            raise result.error
+        return result
+
+    def _run(self, **options: Any) -> Result:
+        """Start the controller on this node and wait for its end. RayActorError if it dies."""
+        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
+        actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(Controller)
+        controller = actor.remote(**options)
+        if threading.current_thread() is threading.main_thread():
+            self._register_sigint_handler(controller)
+        try:
+            ray.get(controller.run.remote())
+            result: Result = ray.get(controller.get_result.remote())
+        except ray.exceptions.RayActorError:
+            ray.kill(controller)  # it may be out of reach only; there must not be two
+            raise
+        return result
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Actors that would be started for nothing: for datasets, of which there are none, and to give back what a
+        # controller held that has died, which the supervisor does.
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C and SIGTERM have the workers save and leave; a second one ends the job as it stands."""
+        super()._register_sigint_handler(controller)
+        abort = signal.getsignal(signal.SIGINT)
+        asked = threading.Event()
+
+        def leave(number: int, frame: FrameType | None) -> None:
+            if asked.is_set():
+                assert callable(abort)
+                abort(number, frame)
+                return
+            asked.set()
+            print("saving, then stopping; once more to stop at once", flush=True)
+            # In a thread: the call that was interrupted may hold what this one needs.
+            threading.Thread(target=self._control.ask, args=("stop",), daemon=True).start()
+
+        signal.signal(signal.SIGINT, leave)
+        signal.signal(signal.SIGTERM, leave)
