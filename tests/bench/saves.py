@@ -1,7 +1,8 @@
 """What a save costs: the same job, in the same processes, saving in different ways, interleaved.
 
 Arms: `none` never saves; `tutorial` saves in the way of Ray's own FSDP2 tutorial (dcp.save into a temporary directory,
-then a synchronous report, which copies); `tutorial-async` the same with Ray's asynchronous upload; `areal_ray` is ours.
+then a synchronous report, which copies); `tutorial-async` the same with Ray's asynchronous upload; `areal_ray` is ours;
+the others are what PyTorch has (peers/savers.py), straight to the final place and without Ray hearing of it.
 """
 
 import os
@@ -18,8 +19,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ray.train import Checkpoint, CheckpointUploadMode, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint import AsyncWriter, Catalog
 from areal_ray.cluster import cluster
@@ -37,32 +36,15 @@ from areal_ray.session import RaySession
 from areal_ray.storage import storage_at
 
 from . import report
+from .arms import LARGER, has_standbys
+from .limits import plain_write
+from .options import Options
+from .peers.savers import MODES, AppState, Sync
 
 ROOT = Path(__file__).parents[2]
-MODEL = [  # 20.7M parameters
-    "model.config.hidden_size=512",
-    "model.config.intermediate_size=1408",
-    "model.config.num_hidden_layers=7",
-    "model.config.num_attention_heads=8",
-    "model.config.num_key_value_heads=4",
-    "train.seq_len=128",
-    "train.global_batch_size=4",
-    "train.micro_batch_size=2",
-    "train.steps=1000000",
-]
+MODEL = [*LARGER, "train.steps=1000000"]
 STEPS, SAVE_AT = 24, (2, 10, 18)
-ARMS = ("none", "tutorial", "tutorial-async", "areal_ray")
-
-
-class AppState(Stateful):
-    """As in the tutorial."""
-
-    def __init__(self, model, optimizer):
-        self.model, self.optimizer = model, optimizer
-
-    def state_dict(self):
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optim": optimizer}
+ARMS = ("none", "tutorial", "tutorial-async", *MODES, "areal_ray")
 
 
 class Tutorial:
@@ -87,12 +69,33 @@ class Tutorial:
     def settle(self) -> None: ...
 
 
+class Torch:
+    """One of PyTorch's own ways; only the last checkpoint stays."""
+
+    def __init__(self, saver: Sync, folder: Path, ranks: Ranks) -> None:
+        self._saver, self._folder, self._ranks = saver, folder, ranks
+        self._written: list[Path] = []
+
+    def save(self, step: int) -> None:
+        self._written.append(self._folder / f"step-{step}")
+        self._saver.save(str(self._written[-1]), step)
+
+    def settle(self) -> None:
+        self._saver.settle()
+
+    def clean_up(self) -> None:
+        if self._ranks.rank == 0:
+            for path in self._written:
+                shutil.rmtree(path)
+        self._written = []
+
+
 class Ours:
     """The parts of the real job, put together as its worker does."""
 
     def __init__(self, engine: FSDPEngine, ranks: Ranks, config: Config) -> None:
         run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
-        self._run, self._session = run, RaySession(Faults([], run, ranks), ranks, Control("bench"))
+        self._run, self._session = run, RaySession(Faults([], run, ranks), ranks, Control("bench"), None)
         background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
         writer = AsyncWriter(ranks, background)
         engine.before_update = writer.fence
@@ -110,21 +113,6 @@ class Ours:
         self._recover.settle()
 
 
-def plain_write(folder: Path, size: int) -> float:
-    """Seconds to write that many bytes into one file, one after the other, with fsync."""
-    data = torch.randint(0, 255, (size,), dtype=torch.uint8).numpy().data
-    path = folder / "plain"
-    began = time.perf_counter()
-    with open(path, "wb") as file:
-        for start in range(0, size, 8 << 20):
-            file.write(data[start : start + (8 << 20)])
-        file.flush()
-        os.fsync(file.fileno())
-    seconds = time.perf_counter() - began
-    path.unlink()
-    return seconds
-
-
 def measure(settings: dict) -> dict | None:
     """Runs in every worker; rank 0 returns what it measured."""
     config: Config = settings["config"]
@@ -139,12 +127,17 @@ def measure(settings: dict) -> dict | None:
         "none": None,
         "tutorial": Tutorial(engine, CheckpointUploadMode.SYNC),
         "tutorial-async": Tutorial(engine, CheckpointUploadMode.ASYNC),
+        **{
+            name: Torch(m(engine.model, engine.optimizer), Path(config.run.storage_path), ranks)
+            for name, m in MODES.items()
+        },
         "areal_ray": Ours(engine, ranks, config),
     }
-    segment, blocked, plain = {a: [] for a in ARMS}, {a: [] for a in ARMS if a != "none"}, []
+    arms = settings["arms"]
+    segment, blocked, plain = {a: [] for a in arms}, {a: [] for a in arms if a != "none"}, []
     step = 0
     for round_number in range(settings["rounds"] + 1):  # the first one warms up
-        for arm in ARMS:
+        for arm in Options.order(arms, round_number):
             saver, stalls = savers[arm], []
             dist.barrier()
             began = time.perf_counter()
@@ -159,8 +152,13 @@ def measure(settings: dict) -> dict | None:
             if saver is not None:
                 saver.settle()
             dist.barrier()
+            seconds = time.perf_counter() - began
+            if arm == "tutorial-async":  # what it has not copied yet is not the next arm's; nor is it counted here
+                ray.train.get_all_reported_checkpoints()
+            elif isinstance(saver, Torch):
+                saver.clean_up()
             if round_number:
-                segment[arm].append(time.perf_counter() - began)
+                segment[arm].append(seconds)
                 if saver is not None:
                     blocked[arm].append(statistics.median(stalls))
         if ranks.rank == 0:
@@ -176,13 +174,17 @@ def measure(settings: dict) -> dict | None:
     return {"segment": segment, "blocked": blocked, "plain": plain[1:], "staging": staging.size, "own": own}
 
 
-def run(rounds: int) -> list[dict]:
+def run(options: Options) -> list[dict]:
     """Measure on two workers of a cluster of its own; what `report.show` returned."""
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ |= {"RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT)}
+    needed = ("none", "tutorial", "areal_ray")  # the tables are relative to them
+    arms = [arm for arm in ARMS if arm in needed or not options.only or arm in options.only]
     with tempfile.TemporaryDirectory() as folder:
         where = [f"run.storage_path={folder}", "run.name=saves"]
+        if has_standbys():
+            where.append("cluster.standbys=off")  # nothing is started again here
         config = load(str(ROOT / "conf/experiments/tiny.yaml"), [*MODEL, *where])
-        settings = {"config": config, "rounds": rounds, "bytes": 20_700_000 * 12}
+        settings = {"config": config, "rounds": options.rounds, "bytes": 20_700_000 * 12, "arms": arms}
         with Console(), cluster(config):
             result = TorchTrainer(
                 measure,

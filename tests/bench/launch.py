@@ -1,0 +1,186 @@
+"""Starting clusters and arms as processes, looking at them through their step logs, and ending what was started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .peers.common import read_log
+
+ROOT = Path(__file__).parents[2]
+_LOOK_S = 0.1  # coarse: times are read from the logs, and looking takes the arms' time
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The same for every arm: one thread a worker, no niceness, the code of this checkout."""
+    same = {
+        "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return inherited | same | more
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """SIGKILL these, and wait until they are gone."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """The process and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+class Cluster:
+    """Ray nodes on this machine, ended with the block.
+
+    Args:
+        cpus: of each node, the head first.
+    """
+
+    def __init__(self, *cpus: int) -> None:
+        self._cpus = cpus
+
+    def __enter__(self) -> Cluster:
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="bench-cluster-")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.cluster_process", *map(str, self._cpus)],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self.address = self._answer("address").split()[1]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        processes = self.processes()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        end(processes)
+        self._log.close()
+
+    def processes(self) -> list[psutil.Process]:
+        return tree(self._process.pid)
+
+    def remove_node(self) -> None:
+        """SIGKILL the last node and whatever runs on it; returns when it is gone."""
+        self._process.stdin.write("remove\n")
+        self._process.stdin.flush()
+        self._answer("removed")
+
+    def _answer(self, begins: str) -> str:
+        for line in self._process.stdout:
+            if line.startswith(begins):
+                return line
+        self._log.seek(0)
+        raise RuntimeError(f"the cluster ended: {self._log.read()[-2000:]}")
+
+
+class Job:
+    """A command that trains, in a session of its own.
+
+    Args:
+        command: to run in the root of the checkout.
+        folder: of the run, with `log` in it; what the command prints goes to `output`.
+        more: environment variables.
+    """
+
+    def __init__(self, command: list[str], folder: Path, more: dict[str, str]) -> None:
+        self.folder = folder
+        self.cluster: Cluster | None = None  # its own, if it has one
+        self._output = open(folder / "output", "w+")  # noqa: SIM115  (closed by stop)
+        self.began = time.time()
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(**more), stdout=self._output, stderr=subprocess.STDOUT
+        )
+
+    def events(self, kind: str, rank: int = 0) -> list[dict[str, Any]]:
+        """Lines of a rank's step log of one kind: start, step, saved."""
+        return [line for line in read_log(self.folder / "log", rank) if line["event"] == kind]
+
+    def wait(self, condition: Callable[[], Any], limit_s: float = 180.0) -> Any:
+        """Wait until the condition holds; its value.
+
+        Raises:
+            RuntimeError: with the end of what the job printed, if it ends before, or if that takes too long.
+        """
+        deadline = time.monotonic() + limit_s
+        while not (found := condition()):
+            ended = self.process.poll()
+            if ended is not None and not (found := condition()):
+                raise RuntimeError(f"ended with {ended}:\n{self.printed()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nothing after {limit_s:.0f} s:\n{self.printed()}")
+            time.sleep(_LOOK_S)
+        return found
+
+    def wait_for_end(self, limit_s: float = 600.0) -> None:
+        self.wait(lambda: self.process.poll() is not None, limit_s)
+        if self.process.returncode:
+            raise RuntimeError(f"ended with {self.process.returncode}:\n{self.printed()}")
+
+    def step_after(self, before: dict[str, Any]) -> dict[str, Any] | None:
+        """The first step that other processes than that of `before` have finished, if any."""
+        later = [line for line in self.events("step") if line["time"] > before["time"]]
+        return next((line for line in later if line["pid"] != before["pid"]), None)
+
+    def printed(self) -> str:
+        return (self.folder / "output").read_text(errors="replace")[-3000:]
+
+    def stop(self) -> None:
+        """End it as it stands: the command, its descendants, and those that wrote its step logs."""
+        processes = tree(self.process.pid)
+        for path in (self.folder / "log").glob("*.jsonl"):
+            for line in read_log(path.parent, int(path.stem.split("-")[1])):
+                with suppress(psutil.NoSuchProcess):
+                    process = psutil.Process(line["pid"])
+                    if abs(process.create_time() - line["time"]) < 1e6 and process.create_time() <= line["time"]:
+                        processes.append(process)
+        end(list(dict.fromkeys(processes)))
+        self.process.wait()
+        self._output.close()
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> float:
+    """Send a signal; the time."""
+    now = time.time()
+    os.kill(pid, number)
+    return now
+
+
+@contextmanager
+def run_folder() -> Iterator[Path]:
+    """A folder of its own for one run, removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="areal_ray-bench-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,24 @@
+"""What the command line asks of every part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """Args:
+    rounds: of every arm in turn.
+    only: names of arms, if not all.
+    seconds: how long a run under kills lasts (goodput).
+    """
+
+    rounds: int
+    only: tuple[str, ...] = ()
+    seconds: float = 300.0
+
+    @staticmethod
+    def order(names: Sequence[str], number: int) -> list[str]:
+        """The arms of a round: there and back again, so that a machine that drifts favours none."""
+        return list(names) if number % 2 == 0 else list(names)[::-1]

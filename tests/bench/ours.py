@@ -1,0 +1,48 @@
+"""areal_ray as its own command runs it, with the peers' step log: python -m tests.bench.ours --config FILE key=value
+
+In place of jobs/train.py. The only difference is in the workers: a hook of PyTorch's optimizers writes the line of
+every step that changed the weights, as the peers' loops do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+LOG = "log"  # beside the run.storage_path
+
+
+def main(*arguments: Any) -> Any:
+    """What the driver has its workers run: the worker's own main."""
+    from areal_ray import worker
+
+    note_steps(Path(arguments[0].run.storage_path).parent / LOG)
+    return worker.main(*arguments)
+
+
+def note_steps(folder: Path) -> None:
+    import torch.distributed as dist
+
+    from tests.bench.peers.common import StepLog
+
+    log = StepLog(folder, dist.get_rank())
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if optimizer.param_groups[0]["lr"] == 0.0:  # the engine makes the optimizer's state by a step that is none
+            return
+        log.step(int(next(iter(optimizer.state.values()))["step"]))
+
+    register_optimizer_step_post_hook(note)
+
+
+if __name__ == "__main__":
+    from areal_ray import cli, supervisor
+
+    assert supervisor.worker.main
+    supervisor.worker = importlib.import_module("tests.bench.ours")  # by name, or it would be pickled with the function
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
