@@ -37,7 +37,7 @@ def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) ->
     return Standbys("worker", count, report, say)
 
 
-def watchdog(config: Config, run: RunDir, ranks: Ranks, attempt: int) -> Watchdog | None:
+def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
     """In every worker. It writes where the process hangs to the log and the run directory."""
     if config.cluster.watchdog is None:
         return None
@@ -46,6 +46,9 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks, attempt: int) -> Watchdo
         log(f"stuck for {what.seconds:.1f} s in phase {what.phase}\n{what.stacks}")
         waits = " (waiting for others)" if what.waiting else ""
         say(f"worker {ranks.rank} is stuck for {what.seconds:.1f} s at {what.where}{waits}: ending it")
+        attempt = 0
+        with suppress(OSError):
+            attempt = max((event["attempt"] for event in run.events("attempt")), default=0)
         name = f"stacks.a{attempt}.rank{ranks.rank}.txt"
         fields = {"phase": what.phase, "seconds": round(what.seconds, 2), "where": what.where, "waiting": what.waiting}
         run.note("stuck", say, attempt=attempt, rank=ranks.rank, **fields, stacks=name)

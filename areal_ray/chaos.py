@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -56,9 +57,12 @@ def chaos(
     if given.cluster.use_gpu:
         raise ConfigError("cluster.use_gpu", "chaos starts nodes of its own, on this machine, with CPUs only")
     folder.mkdir(parents=True, exist_ok=True)
-    draw, injected = random.Random(seed), []
+    draw, injected = random.Random(seed), list[Injected]()
+    checks: list[Check] = []
     with ExitStack() as stack:
         disk = chaos_faults.small_disk(folder / "disk", stack) if not _elsewhere(overrides) else None
+        if disk:  # it is gone with the block, and what was lost on it could not be looked into
+            stack.callback(lambda: None if _kept(checks) else shutil.copytree(disk, folder / "runs"))
         own = [
             *([] if _elsewhere(overrides) else [f"run.storage_path={disk or folder / 'runs'}"]),
             "run.name=chaos",
@@ -78,8 +82,12 @@ def chaos(
             time.sleep(draw.uniform(*_PAUSE_S))
             deck = deck or chaos_faults.deck(world, draw)
             kind = deck.pop()
-            at = time.time()
+            hits = world.hits
             chaos_faults.KINDS[kind](world, draw)
+            at = time.time()  # it has happened; some take a while to find their moment
+            if world.hits == hits:
+                say(f"{time.monotonic() - began:6.0f} s  {kind:<34} nobody was there")
+                continue
             world.until(f"a step after: {kind}", lambda at=at: chaos_faults.has_gone_on(world, at))  # type: ignore[misc]
             injected.append(Injected(kind, at, world.run.events("training")[-1]["time"] - at))
             say(f"{time.monotonic() - began:6.0f} s  {kind:<34} back after {injected[-1].recovery_s:5.1f} s")
@@ -89,6 +97,11 @@ def chaos(
         status = world.driver.wait(timeout=BACK_S)
         checks = chaos_checks.check(world, status, path, overrides, folder, given.usable_sizes[-1])
     return injected, checks
+
+
+def _kept(checks: Sequence[Check]) -> bool:
+    """Whether all that was promised was found, if one came so far as to look."""
+    return bool(checks) and all(check.kept for check in checks)
 
 
 def _elsewhere(overrides: Sequence[str]) -> bool:

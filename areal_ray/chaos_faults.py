@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-from areal_ray.chaos_world import World, kill
+from areal_ray.chaos_world import World
 from areal_ray.checkpoint.manifest import MANIFEST
 
 _AWAY_S = 5.0  # how long storage stays away
@@ -46,28 +47,25 @@ def has_gone_on(world: World, since: float) -> bool:
 
 
 def one(number: signal.Signals, world: World, draw: random.Random) -> None:
-    kill(draw.choice(world.workers()[1:] or world.workers()), number)
+    world.kill(draw.choice(world.workers()[1:] or world.workers()), number)
 
 
 def first(world: World, draw: random.Random) -> None:
-    kill(world.workers()[0])
+    world.kill(world.workers()[0])
 
 
 def every(world: World, draw: random.Random) -> None:
     for pid in world.workers():
-        kill(pid)
+        world.kill(pid)
 
 
 def controller(world: World, draw: random.Random) -> None:
     for pid in world.processes("ray::Controller"):
-        kill(pid)
+        world.kill(pid)
 
 
 def driver(world: World, draw: random.Random) -> None:
-    assert world.driver is not None
-    world.driver.kill()
-    world.driver.wait()
-    world.start_driver()
+    world.restart_driver()
 
 
 def start(world: World, draw: random.Random) -> None:
@@ -76,16 +74,16 @@ def start(world: World, draw: random.Random) -> None:
     every(world, draw)
     fresh = world.until("new workers", lambda: world.processes("ray::RayTrainWorker") - before)
     time.sleep(draw.uniform(0.0, 0.5))
-    kill(draw.choice(sorted(fresh)))
+    world.kill(draw.choice(sorted(fresh)))
 
 
 def restore(world: World, draw: random.Random) -> None:
     """A worker dies, and one of those that take its place while it restores."""
     attempts = world.count("attempt")
-    kill(draw.choice(world.workers()))
+    world.kill(draw.choice(world.workers()))
     world.until("another attempt", lambda: world.count("attempt") > attempts)
     time.sleep(draw.uniform(0.0, 0.5))
-    kill(draw.choice(world.workers()))
+    world.kill(draw.choice(world.workers()))
 
 
 def commit(stage: str, world: World, draw: random.Random) -> None:
@@ -117,10 +115,8 @@ def full_disk(world: World, draw: random.Random) -> None:
     assert world.disk
     ballast = world.disk / "ballast"
     failed, trouble = world.count("save_failed"), world.count("controller_trouble")
-    status = os.statvfs(world.disk)
-    with open(ballast, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(4096, (status.f_bavail - 64) * status.f_frsize))
     try:
+        world.until("a full disk", lambda: _filled(ballast))
         world.until(
             "a save that fails",
             lambda: world.count("save_failed") > failed or world.count("controller_trouble") > trouble,
@@ -128,6 +124,19 @@ def full_disk(world: World, draw: random.Random) -> None:
     finally:
         ballast.unlink()
     one(signal.SIGKILL, world, draw)
+
+
+def _filled(ballast: Path) -> bool:
+    """Take all but a few lines' room; False if the run took it first, which writes meanwhile."""
+    with open(ballast, "wb") as file:
+        status = os.statvfs(ballast.parent)
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(4096, (status.f_bavail - 64) * status.f_frsize))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return False
+    return True
 
 
 def flip(world: World, draw: random.Random) -> None:
@@ -152,11 +161,11 @@ def node(world: World, draw: random.Random) -> None:
 def storage_away(world: World, draw: random.Random) -> None:
     """Its server does not answer for a while; then a worker dies."""
     assert world.storage_process
-    kill(world.storage_process, signal.SIGSTOP)
+    os.kill(world.storage_process, signal.SIGSTOP)
     try:
         time.sleep(_AWAY_S)
     finally:
-        kill(world.storage_process, signal.SIGCONT)
+        os.kill(world.storage_process, signal.SIGCONT)
     one(signal.SIGKILL, world, draw)
 
 

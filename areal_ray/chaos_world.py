@@ -57,6 +57,7 @@ class World:
         self._workers = config.usable_sizes[-1]
         self.driver: subprocess.Popen[bytes] | None = None
         self.damaged: set[str] = set()  # checkpoints
+        self.hits = 0  # processes that were killed or stopped
         self.seen: dict[str, float] = {}  # committed checkpoints, by name: when they were first seen
         self._ended = threading.Event()
 
@@ -88,6 +89,13 @@ class World:
         with open(self.log, "ab") as output:
             self.driver = subprocess.Popen(self._command, stdout=output, stderr=output, env=environment)
 
+    def restart_driver(self) -> None:
+        assert self.driver is not None
+        self.hits += 1
+        self.driver.kill()
+        self.driver.wait()
+        self.start_driver()
+
     def workers(self) -> list[int]:
         """Process ids of the newest attempt's ranks."""
         return list(self.run.events("attempt")[-1]["pids"])
@@ -100,6 +108,14 @@ class World:
                 if " ".join(process.cmdline()).startswith(title):
                     found.add(process.pid)
         return found
+
+    def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to one of Ray's processes, if it is still that; `hits` counts those that were."""
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if " ".join(process.cmdline()).startswith("ray::"):
+                process.send_signal(number)
+                self.hits += 1
 
     def count(self, kind: str) -> int:
         return len(self.run.events(kind))
@@ -118,6 +134,7 @@ class World:
     def change_node(self) -> None:
         """Take the second node away, with what runs on it, and bring another one."""
         assert self._second is not None
+        self.hits += 1
         self.cluster.remove_node(self._second, allow_graceful=False)
         self._second = self.cluster.add_node(num_cpus=self._workers - max(1, self._workers // 2))
 
@@ -135,11 +152,6 @@ class World:
                 newest = self.newest()
                 if newest is not None:
                     self.seen.setdefault(newest, time.time())
-
-
-def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 def run_undisturbed(path: str, overrides: Sequence[str], log: Path) -> None:

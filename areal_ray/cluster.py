@@ -63,8 +63,12 @@ def _runtime_env(config: Config) -> dict[str, Any]:
 
     settings = {
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows every line of a worker twice
-        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # report() waits for all ranks, by default for ever
+        # report() waits for all ranks, by default for ever
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(config.cluster.collective_timeout_s),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
+        # A process that does not answer at all for so long is stopped, or its node is, whatever it was about: a
+        # watchdog in it stands still, too.
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
         "TOKENIZERS_PARALLELISM": "false",
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from areal_ray import failures
@@ -75,10 +75,10 @@ def _drive(config: Config, run: RunDir, console: Console, control: Control, subm
     try:
         with watching(address, _print, lambda: _lost_head(run, address)):
             outcome = supervise(config, run, submission)
-    except (TrainingFailedError, RayActorError, OSError) as error:
+    except (TrainingFailedError, RayError, OSError) as error:
         if isinstance(getattr(error, "controller_failure", None), StoppedWhileWaiting):
             return _interrupted(run)
-        cause = failures.cause_of(error)
+        cause = failures.cause_of(error, run)
         console.wait_for_end(timeout_s=1.0)
         failures.show(cause, run)
         _close(run, "failed", {}, cause=cause.kind, error=cause.message[:500])

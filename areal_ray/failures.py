@@ -7,7 +7,9 @@ import re
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -33,7 +35,12 @@ _MACHINES = {"OSError", "TimeoutError", "DistError", "AcceleratorError", "RayErr
 # But of these the code is to blame: wrong indices in a kernel, mostly.
 _ASSERTS = re.compile("device-side assert|illegal memory access|illegal instruction")
 _DIED = ("RayActorError", "ActorDiedError", "ActorUnavailableError")
-_USERS = {"FileNotFoundError", "PermissionError", "IsADirectoryError", "NotADirectoryError", "OutOfMemoryError"}
+_USERS = {
+    *("FileNotFoundError", "FileExistsError", "PermissionError", "IsADirectoryError", "NotADirectoryError"),
+    *("OutOfMemoryError", "BadGzipFile", "UnidentifiedImageError"),
+}
+_DEATH, _STUCK, _STOPPED = "the worker process died", "stuck", "stopped"  # kinds of causes that no exception names
+_CAUSE = "The above exception was the direct cause of the following exception"  # as tracebacks say it
 
 
 @dataclass(frozen=True)
@@ -64,19 +71,28 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
         return collateral, isinstance(error, RankError), not hasattr(error, "__notes__"), rank
 
     rank, error = min(errors.items(), key=order)
-    return _describe(rank, error)
+    if isinstance(error, RankError):  # every rank has it; the one where it happened has its traceback, too
+        rank = _of_one(error)[0] if isinstance(errors.get(_of_one(error)[0]), RankError) else rank
+    return _describe(rank, errors[rank])
+
+
+def _of_one(error: RankError) -> tuple[int, str, list[str]]:
+    """Of what failed on several ranks the first that the code is to blame for, else the first."""
+    return min(error.failures, key=lambda failure: _is_infrastructure(set(failure[2])))
 
 
 def _describe(rank: int | None, error: BaseException) -> Cause:
     kind = type(error).__name__
-    if isinstance(error, RankError):  # every rank has it; it says whose it is
-        rank, text, names = error.failures[0]
+    if isinstance(error, RankError):
+        rank, text, names = _of_one(error)
         kind, _, message = text.partition(": ")
         return Cause(rank, kind, message, _where(error), _is_infrastructure(set(names)) or _is_collateral(error))
     seen = getattr(error, "health_check_failure", error)  # what Ray Train wraps when it asks a worker how it is
     if isinstance(seen, RayActorError) or kind in _DIED:
-        who = "the worker process died" if rank is not None else "Ray Train's controller died"
+        who = _DEATH if rank is not None else "Ray Train's controller died"
         return Cause(rank, who, _why_died(str(error)), infrastructure=True)
+    if kind == "WorkerHealthCheckTimeoutError":
+        return Cause(rank, _STOPPED, "the process does not answer", infrastructure=True)
     bases = {each.__name__ for each in type(error).__mro__}
     message = " ".join(str(error).split())
     machine = _is_infrastructure(bases) and not _ASSERTS.search(message)
@@ -130,8 +146,13 @@ def _detection_s(errors: dict[int, Exception]) -> float | None:
     return round(max(0.0, time.time() - min(times)), 3) if times else None
 
 
-def _hung(run: RunDir) -> Cause | None:
-    """The worker for which the others were ended by their watchdogs, if it was that; see watchdog.py."""
+def _hung(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
+    """The worker for which the others were ended by their watchdogs, if it was that; see watchdog.py.
+
+    Args:
+        run: its ledger has what the watchdogs saw.
+        errors: of the ranks; those that could say something were no more stopped than those with a watchdog.
+    """
     events = run.events()
     attempts = [event for event in events if event["event"] == "attempt"]
     if not attempts:
@@ -144,17 +165,20 @@ def _hung(run: RunDir) -> Cause | None:
     for rank, event in sorted(latest.items()):
         if not event["waiting"]:
             text = f"no progress for {event['seconds']:.0f} s in phase {event['phase']}"
-            return Cause(rank, "stuck", text, event["where"], infrastructure=True)
-    silent = sorted(set(range(attempts[-1]["world_size"])) - set(latest))
+            return Cause(rank, _STUCK, text, event["where"], infrastructure=True)
+    alive = set(latest) | {rank for rank, error in errors.items() if hasattr(error, "areal_ray")}
+    silent = sorted(set(range(attempts[-1]["world_size"])) - alive)
     if len(silent) == 1:
-        return Cause(silent[0], "stopped", "no sign of life while the others waited for it", infrastructure=True)
+        return Cause(silent[0], _STOPPED, "no sign of life while the others waited for it", infrastructure=True)
     # With more of them it is not known which had no time to say anything, because they were ended with the first.
-    return Cause(min(latest), "stuck", "waited for others", latest[min(latest)]["where"], infrastructure=True)
+    return Cause(min(latest), _STUCK, "waited for others", latest[min(latest)]["where"], infrastructure=True)
 
 
 def _where(error: BaseException) -> str:
     # The note is the traceback, see worker.py.
     text = "".join(getattr(error, "__notes__", [])) or "".join(traceback.format_exception(error))
+    if isinstance(error, RankError):  # raised again where the ranks agreed; what it was came before
+        text = text.partition(_CAUSE)[0]
     return innermost(re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text))
 
 
@@ -180,14 +204,23 @@ class Reporter(UserCallback):
     def __init__(self, recipe: dict[str, Any]) -> None:
         self._recipe = recipe
 
+    @cached_property
+    def _run(self) -> RunDir:
+        return RunDir(storage_at(**self._recipe))
+
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if is_planned(worker_exceptions):
             return
-        run = RunDir(storage_at(**self._recipe))
-        cause = root_cause(worker_exceptions)
         try:
-            cause = _hung(run) or cause
-        except OSError as error:  # an exception here would end the run
+            self._report(worker_exceptions)
+        except Exception as error:  # noqa: BLE001  (raised here it would take the place of what the workers raised)
+            say(f"could not write down a failure: {type(error).__name__}: {error}")
+
+    def _report(self, worker_exceptions: dict[int, Exception]) -> None:
+        run, cause = self._run, root_cause(worker_exceptions)
+        try:
+            cause = _hung(run, worker_exceptions) or cause
+        except OSError as error:
             say(f"could not read the ledger: {error}")
         say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
         what = {"rank": cause.rank, "cause": cause.kind, "error": cause.message[:500], "where": cause.where}
@@ -195,11 +228,19 @@ class Reporter(UserCallback):
         run.note("failure", say, **what, **seen, detection_s=_detection_s(worker_exceptions))
 
 
-def cause_of(error: TrainingFailedError) -> Cause:
+def cause_of(error: BaseException, run: RunDir) -> Cause:
     """The root cause of a run that was given up."""
     workers: dict[int, Exception] = getattr(error, "worker_failures", {})
     if workers:
-        return root_cause(workers)
+        cause = root_cause(workers)
+        with suppress(OSError):  # the storage may be why it failed
+            # Of processes that their watchdogs have ended the ledger says more than their exit status.
+            seen: dict[str, Any] = next(
+                (event for event in reversed(run.events()) if event["event"] in ("failure", "submitted")), {}
+            )
+            if cause.kind == _DEATH and seen.get("cause") in (_STUCK, _STOPPED):
+                return Cause(seen["rank"], seen["cause"], seen["error"], seen["where"], infrastructure=True)
+        return cause
     return _describe(None, getattr(error, "controller_failure", error))
 
 

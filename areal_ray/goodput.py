@@ -58,9 +58,10 @@ def _attempts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append({"attempt": event["attempt"], "after": _reason(since), "lost_steps": None})
         if event["event"] in ("attempt", "training", "restored", "started") and found:
             found[-1].update(_times(since))
-            failed = next((e for e in reversed(since) if e["event"] == "failure"), None)
-            if event["event"] == "restored" and failed and failed.get("step"):
-                found[-1]["lost_steps"] = max(0, failed["step"] - 1 - event["step"])
+            if event["event"] in ("restored", "started") and len(found) > 1:
+                # What a survivor said, or the last line of the metrics, where nobody survived to say it.
+                failed = [e["step"] - 1 for e in since if e["event"] == "failure" and e.get("step")]
+                found[-1]["lost_steps"] = max(0, max([*failed, event.get("reached", 0)]) - event["step"])
         if event["event"] == "training":
             since = []
     return found

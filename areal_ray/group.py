@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -96,6 +97,10 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
         self._replenish_at = float("inf")
         self._workers: list[Any] = []
 
+    @cached_property
+    def _run(self) -> RunDir:
+        return RunDir(storage_at(**self._recipe))
+
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
         self._workers = []
@@ -131,7 +136,7 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
         if "end" in at:
             phases["teardown_s"] = at.pop("end") - at.pop("failed")
         rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
-        RunDir(storage_at(**self._recipe)).note("group", say, workers=len(self._workers), **rounded)
+        self._run.note("group", say, workers=len(self._workers), **rounded)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if self._standbys and time.monotonic() > self._replenish_at:

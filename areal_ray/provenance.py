@@ -42,21 +42,28 @@ def provenance(config: Config) -> dict[str, Any]:
 
 
 def announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, engine: FSDPEngine, ranks: Ranks) -> None:
-    """Say on rank 0 where the run goes on, with the receipt of a restore; RankError if that contradicts itself."""
+    """Take back on rank 0 what is computed again, and say where the run goes on.
+
+    Raises:
+        RankError: if the receipt of a restore contradicts itself.
+    """
 
     def work() -> None:
         parameters = sum(p.numel() for p in engine.model.parameters())
         what = (
             f"{parameters / 1e6:.1f}M parameters on {ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
         )
+        step = job.progress.step
+        # The beginning has a line too, that of step 0.
+        reached = run.rewind(step if restored else -1, job.progress.samples)
         if restored is None:
-            run.note("started", say, attempt=attempt, step=0)
+            run.note("started", say, attempt=attempt, step=0, reached=reached)
             say(f"attempt {attempt}: {what}, from the beginning")
             return
         stored = StoredState(Catalog(run.storage).directory(restored))
         compared = receipt(stored.values, stored.manifest.info, job.recover.values(), job.recover.info)
-        step = job.progress.step
-        run.note("restored", say, attempt=attempt, step=step, checkpoint=restored, **compared.event())
+        what_for = {"attempt": attempt, "step": step, "reached": reached, "checkpoint": restored}
+        run.note("restored", say, **what_for, **compared.event())
         say(f"attempt {attempt}: {what}, restored {restored}, going on with step {step + 1}")
         for line in compared.text().splitlines():
             say(line)

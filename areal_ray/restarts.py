@@ -7,7 +7,9 @@ policy counts both alike, and ends a run for what a restart mends, such as a pro
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ray.train import FailureConfig
@@ -43,7 +45,6 @@ class _Failure:
     kind: str
     where: str
     step: int | None
-    checkpoint: str | None  # the newest one when it happened
 
 
 class Restarts(DefaultFailurePolicy):
@@ -61,8 +62,9 @@ class Restarts(DefaultFailurePolicy):
     ) -> None:
         super().__init__(failure_config)
         self._count, self._recipe, self._skip = count, recipe, skip_poison_steps
-        self._last: _Failure | None = None
-        self._same = self._quick = self._troubles = 0
+        self._seen: Counter[_Failure] = Counter()  # since the newest checkpoint
+        self._trouble = ""
+        self._quick = self._troubles = 0
         self._checkpoint: str | None = None
         self._left_out: set[int] = set()
         self._at = float("-inf")
@@ -89,26 +91,26 @@ class Restarts(DefaultFailurePolicy):
 
     def _look_for_progress(self) -> None:
         try:
-            newest = Catalog(storage_at(**self._recipe)).last_committed()
+            newest = Catalog(self._run.storage).last_committed()
         except OSError:  # then nothing new is known
             return
         if newest != self._checkpoint:
             self._checkpoint, self._quick, self._troubles = newest, 0, 0
+            self._seen.clear()
 
     def _is_final(self, cause: Cause, step: int | None) -> bool:
         """Whether this is the code's own doing, and comes again whenever it is tried."""
-        failure = _Failure(cause.kind, cause.where or cause.message, step, self._checkpoint)
-        self._same = self._same + 1 if failure == self._last else 1
-        self._last = failure
-        enough = _THRICE if cause.infrastructure else _TWICE
-        if self._same < enough:
+        failure = _Failure(cause.kind, cause.where or cause.message, step)
+        self._seen[failure] += 1
+        times, enough = self._seen[failure], _THRICE if cause.infrastructure else _TWICE
+        if times < enough:
             return False
         if self._skip and step is not None and step not in self._left_out:
             self._left_out.add(step)
-            say(f"step {step} has failed {self._same} times, and is left out from now on: {cause.kind}")
+            say(f"step {step} has failed {times} times, and is left out from now on: {cause.kind}")
             fields = {"step": step, "cause": cause.kind, "error": cause.message[:500]}
-            self._run().note("poison_step", say, **fields)
-            self._last = None
+            self._run.note("poison_step", say, **fields)
+            del self._seen[failure]
             return False
         if cause.infrastructure:
             return False
@@ -123,16 +125,18 @@ class Restarts(DefaultFailurePolicy):
             say("a worker died while it started: starting them again")
         else:
             say(f"there was no room for {self._count.not_placed()} workers after all: trying again")
-        self._run().note("not_started", say, placed=placed, error=" ".join(str(trouble).split())[:500])
+        self._run.note("not_started", say, placed=placed, error=" ".join(str(trouble).split())[:500])
 
     def _mend(self, trouble: Exception) -> bool:
         """Of the controller: its storage is full or away, a process group did not come up, or the like."""
         self._troubles += 1
-        if self._troubles > _TROUBLES:
-            return False
         text = f"{type(trouble).__name__}: {' '.join(str(trouble).split())}"
+        # What a worker could not even load, a module that it lacks, mostly.
+        same, self._trouble = text == self._trouble, text
+        if self._troubles > _TROUBLES or (same and isinstance(getattr(trouble, "cause", trouble), ImportError)):
+            return False
         say(f"Ray's controller failed, starting the workers again: {text[:300]}")
-        self._run().note("controller_trouble", say, error=text[:500])
+        self._run.note("controller_trouble", say, error=text[:500])
         return True
 
     def _wait_if_quick(self) -> None:
@@ -145,5 +149,6 @@ class Restarts(DefaultFailurePolicy):
             say(f"{self._quick + 1} failures without a new checkpoint: starting again in {wait:.0f} s")
             self._count.hold(wait)
 
+    @cached_property
     def _run(self) -> RunDir:
         return RunDir(storage_at(**self._recipe))

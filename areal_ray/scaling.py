@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -48,6 +49,10 @@ class WorkerCount(ElasticScalingPolicy):
         self._reminded = self._looked = self._refused = self._not_before = float("-inf")
         self._asked = self._seen = self._tried = 0
         self._limit = self._sizes[-1]  # so many could be placed, for all that is known
+
+    @cached_property
+    def _run(self) -> RunDir:
+        return RunDir(storage_at(**self._recipe))
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self._sizes[-1]
@@ -131,5 +136,5 @@ class WorkerCount(ElasticScalingPolicy):
         needed = self.scaling_config._resources_per_worker_not_none
         say(f"waiting: the cluster has room for {room} workers of {needed}, needed are {self._sizes[0]}")
         if self._reminded == float("-inf"):
-            RunDir(storage_at(**self._recipe)).note("waiting", say, room=room, needed=self._sizes[0])
+            self._run.note("waiting", say, room=room, needed=self._sizes[0])
         self._reminded = now

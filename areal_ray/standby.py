@@ -31,10 +31,8 @@ _KEEP_S = 30 * 24 * 3600  # how long the raylet lets a spare wait
 _CALL_S = 10.0  # time limit of the call
 _WARM_S = 120.0  # time limit for spares to get warm
 _LOOK_S = 0.5
-_NICER = 5  # than training: about a quarter of its share of a core, so that both get on
 _FREE = 0.1  # share of a node's memory that must be left when the spares are there
 _MEMORY = 600e6  # bytes that one takes, before one has been measured
-_TRAINING = "training"  # marks that processes of this kind that start from now on are spares, beside training
 _TINY = {
     "model_type": "qwen3",
     "vocab_size": 8,
@@ -79,7 +77,7 @@ def worker_environment(config: Config) -> dict[str, str]:
 def warm_plain() -> None:
     """Get a process ready for one of Ray Train's own actors; Ray calls it in every new process of the job."""
 
-    def work() -> None:
+    def work(late: threading.Event) -> None:
         import_module("ray.train.v2._internal.execution.preemption")
 
     _get_ready("plain", work)
@@ -88,35 +86,31 @@ def warm_plain() -> None:
 def warm() -> None:
     """Get a process ready for a training worker; Ray calls it in every new process that has the variables."""
 
-    def work() -> None:
+    def work(late: threading.Event) -> None:
         import_module("ray.train.torch")
         import_module("areal_ray.worker")  # and with it everything that a worker imports
-        rehearse(Model(**json.loads(os.environ[_WARM])))
+        if not late.is_set():  # beside real training a rehearsal would meet its process group
+            rehearse(Model(**json.loads(os.environ[_WARM])))
 
     _get_ready("worker", work)
 
 
-def _get_ready(kind: str, work: Callable[[], None]) -> None:
-    folder = _folder(kind)
+def _get_ready(kind: str, work: Callable[[threading.Event], None]) -> None:
+    late = threading.Event()
 
     def get_ready() -> None:
         try:
-            if spare:
-                # Of this thread only, so that the process has its full share when it is needed; nobody may take back
-                # what a whole process has given up.
-                me = threading.get_native_id()
-                lower = min(19, os.getpriority(os.PRIO_PROCESS, me) + _NICER)
-                os.setpriority(os.PRIO_PROCESS, me, lower)
-            work()
+            work(late)
+            folder = _folder(kind)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / str(os.getpid())).touch()
         except Exception:  # a spare that is not warm is still a process that need not be started
             logging.getLogger(__name__).warning("could not warm up", exc_info=True)
 
-    spare = (folder / _TRAINING).exists()
     thread = threading.Thread(target=get_ready)
     thread.start()
     thread.join(_WARM_S)  # what is not warm by then is cold, but no reason not to start
+    late.set()
 
 
 def _folder(kind: str) -> Path:
@@ -154,8 +148,6 @@ class Standbys:
             if memory.available - missing * _MEMORY < _FREE * memory.total:
                 self._complain(f"no standbys: only {memory.available / 1e9:.1f} GB of memory are free on this node")
                 return
-            _folder(self._kind).mkdir(parents=True, exist_ok=True)
-            (_folder(self._kind) / _TRAINING).touch()
             prestart(missing)
         except Exception as error:  # noqa: BLE001  (the call is internal to Ray; whatever it says, training goes on)
             text = " ".join(str(error).split())[:200]
@@ -198,16 +190,21 @@ def rehearse(model: Model) -> None:
     config = Config(model=Model(config=_TINY))
     ids = torch.ones(2, 4, dtype=torch.long)
     engine = FSDPEngine(config, device="cpu")
+    # Of its own, whatever a scheduler has put into MASTER_ADDR.
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         engine.initialize()
-        engine.train_batch({"input_ids": ids, "attention_mask": ids}, next_token_loss, predicted_tokens)
+        # The first backward pass of a CUDA build counts the devices, on a CPU model too, and those that a process may
+        # use are not chosen yet: it would keep to the wrong ones.
+        if torch.version.cuda is None:
+            engine.train_batch({"input_ids": ids, "attention_mask": ids}, next_token_loss, predicted_tokens)
         with tempfile.TemporaryDirectory() as folder:
             meta = SaveLoadMeta(f"{folder}/checkpoint")
             engine.save(meta)
             engine.load(meta)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def prestart(count: int) -> None:

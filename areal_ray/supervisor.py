@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
 from areal_ray import failures, snapshot, standby, worker
@@ -20,6 +21,8 @@ from areal_ray.storage_s3 import filesystem
 from areal_ray.trainer import Trainer
 
 _TROUBLES = 6  # deaths of the controller in a row, without a new checkpoint, before they end the run
+_LONGEST_WAIT_S = 60.0
+_START_S = 300.0  # limit of a start at least: with cold imports from a slow disk
 _BESIDE = 2  # actors that Ray Train starts beside every group: for synchronisation, and to hear of preemption
 
 
@@ -39,31 +42,27 @@ def supervise(config: Config, run: RunDir, submission: str) -> dict[str, Any]:
 
     Raises:
         TrainingFailedError: when the run is given up.
-        RayActorError, OSError: when the controller cannot be kept alive.
+        RayError: when the controller cannot be kept alive. Storage that is away is waited for, however long.
     """
     catalog = Catalog(run.storage)
-    troubles, newest = 0, None
+    troubles = 0
+    newest: str | None = None
     while True:
         try:
             snapshot.rebuild(run.storage)
             outcome: dict[str, Any] = _trainer(config, run.storage, submission).fit().return_value
             return outcome
-        except (RayActorError, OSError) as error:
-            before, newest = newest, _newest(catalog)
+        except (RayError, OSError) as error:
+            before = newest
+            with suppress(OSError):  # storage is why one is here, perhaps
+                newest = catalog.last_committed()
             troubles = troubles + 1 if newest == before else 1
-            if troubles >= _TROUBLES:
+            if troubles >= _TROUBLES and isinstance(error, RayError):
                 raise
-            cause = failures.cause_of(error)
+            cause = failures.cause_of(error, run)
             print(f"{cause.kind}: {cause.message[:200]}; starting Ray Train again", flush=True)
             run.note("controller_died", print, error=f"{cause.kind}: {cause.message[:500]}")
-            time.sleep(2.0 ** (troubles - 2) if troubles > 1 else 0.0)
-
-
-def _newest(catalog: Catalog) -> str | None:
-    try:
-        return catalog.last_committed()
-    except OSError:  # storage is why one is here, perhaps
-        return None
+            time.sleep(min(_LONGEST_WAIT_S, 2.0 ** (troubles - 2)) if troubles > 1 else 0.0)
 
 
 def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:
@@ -91,7 +90,10 @@ def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:
             storage_filesystem=files,
             failure_config=FailureConfig(max_failures=wanted.max_failures),
             checkpoint_config=CheckpointConfig(),
-            callbacks=[failures.Reporter(recipe), GroupLife(recipe, wanted.collective_timeout_s, beside)],
+            callbacks=[
+                failures.Reporter(recipe),
+                GroupLife(recipe, max(_START_S, wanted.collective_timeout_s), beside),
+            ],
             logging_config=LoggingConfig(log_level="CRITICAL"),
             worker_runtime_env={"env_vars": standby.worker_environment(config)},
         ),

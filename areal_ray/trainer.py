@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.util import ObjectRefWrapper
 
+from areal_ray.console import say
 from areal_ray.control import Control
 from areal_ray.group import NamedGroup, release
 from areal_ray.restarts import Restarts
@@ -36,6 +38,16 @@ class Controller(TrainController):
 
     def __init__(self, policies: tuple[WorkerCount, Restarts], **options: Any) -> None:
         super().__init__(scaling_policy=policies[0], failure_policy=policies[1], **options)
+        write = self._checkpoint_manager._write_state_to_storage
+
+        def try_to_write() -> None:
+            # Ray's list is made anew before it is read, see snapshot.py: no reason to restart healthy workers.
+            try:
+                write()
+            except OSError as error:
+                say(f"could not write Ray's list of checkpoints: {error}")
+
+        self._checkpoint_manager._write_state_to_storage = try_to_write
 
 
 class Trainer(TorchTrainer):
@@ -73,8 +85,9 @@ class Trainer(TorchTrainer):
                 train_run_context=self.train_run_context,
                 callbacks=self._create_default_callbacks(),
             )
-        except ray.exceptions.RayActorError:
-            release(self.train_run_context)
+        except ray.exceptions.RayError:
+            with suppress(ray.exceptions.RayError, ConnectionError):  # the head node may be why
+                release(self.train_run_context)
             raise
         finally:
             for number, handler in before.items() if in_main_thread else ():
@@ -84,7 +97,7 @@ class Trainer(TorchTrainer):
         return result
 
     def _run(self, **options: Any) -> Result:
-        """Start the controller on this node and wait for its end. RayActorError if it dies."""
+        """Start the controller on this node and wait for its end. RayError if it dies."""
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
         actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(Controller)
@@ -94,8 +107,9 @@ class Trainer(TorchTrainer):
         try:
             ray.get(controller.run.remote())
             result: Result = ray.get(controller.get_result.remote())
-        except ray.exceptions.RayActorError:
-            ray.kill(controller)  # it may be out of reach only; there must not be two
+        except ray.exceptions.RayError:
+            with suppress(ray.exceptions.RayError, ConnectionError):
+                ray.kill(controller)  # it may be out of reach only; there must not be two
             raise
         return result
 

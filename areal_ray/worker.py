@@ -33,6 +33,7 @@ from areal_ray.rundir import RunDir
 from areal_ray.session import RaySession
 from areal_ray.storage import storage_at
 from areal_ray.tracking import Tracker
+from areal_ray.watchdog import Watchdog
 
 
 def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, Any]:
@@ -64,10 +65,16 @@ def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, A
 
 
 def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str, Any]:
+    run, ranks = RunDir(storage_at(**recipe)), Ranks()
+    with care.watchdog(config, run, ranks) or nullcontext() as watchdog:
+        return _train_watched(config, run, ranks, control, watchdog)
+
+
+def _train_watched(
+    config: Config, run: RunDir, ranks: Ranks, control: Control, watchdog: Watchdog | None
+) -> dict[str, Any]:
     clock = care.Stopwatch()
-    run = RunDir(storage_at(**recipe))
     catalog = Catalog(run.storage)
-    ranks = Ranks()
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
     engine.initialize(weights=not ranks.on_first(lambda: catalog.last_committed() is not None))
@@ -78,30 +85,27 @@ def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str
     if ranks.rank == 0:
         run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
     faults = Faults(config.faults, run, ranks)
-    with care.watchdog(config, run, ranks, attempt) or nullcontext() as watchdog:
-        session = RaySession(faults, ranks, control, care.standbys(config, run, ranks, nodes), watchdog)
-        job = wire(config, engine, ranks, run, catalog, attempt, faults, session)
-        session.pace = care.pace(config, engine, job.batches, ranks, run, nodes)
-        clock.lap("data_s")
-        restored = job.recover.load()
-        clock.lap("load_s")
+    session = RaySession(faults, ranks, control, care.standbys(config, run, ranks, nodes), watchdog)
+    job = wire(config, engine, ranks, run, catalog, attempt, faults, session)
+    session.pace = care.pace(config, engine, job.batches, ranks, run, nodes)
+    clock.lap("data_s")
+    restored = job.recover.load()
+    clock.lap("load_s")
+    if ranks.rank == 0:
+        LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
+    announce(run, attempt, restored, job, engine, ranks)
+
+    def stepped(step: int) -> None:
+        clock.lap("first_step_s")
         if ranks.rank == 0:
-            LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
-            # The beginning has a line too, that of step 0.
-            run.rewind(job.progress.step if restored else -1, job.progress.samples)
-        announce(run, attempt, restored, job, engine, ranks)
+            run.note("training", say, attempt=attempt, step=step, **clock.laps)
 
-        def stepped(step: int) -> None:
-            clock.lap("first_step_s")
-            if ranks.rank == 0:
-                run.note("training", say, attempt=attempt, step=step, **clock.laps)
-
-        session.first_step = stepped
-        try:
-            loop.train(job)
-        except Exception as error:
-            failures.mark(error, session.computing)
-            raise
+    session.first_step = stepped
+    try:
+        loop.train(job)
+    except Exception as error:
+        failures.mark(error, session.computing)
+        raise
     # What is finished is not interrupted.
     reason = session.reason if job.progress.step < config.last_step else None
     # All wait for rank 0's last lines: the first worker that ends has the others ended.

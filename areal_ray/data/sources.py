@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,8 +30,12 @@ def documents(config: Data) -> Iterator[tuple[str, bytes]]:
 
 def _stdlib() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    kept = [(name, path) for name, path in files.items() if not _STDLIB_SKIPS & set(path.relative_to(root).parts)]
+    kept = []
+    for folder, folders, files in os.walk(root):
+        # Not gone into, rather than left out afterwards: installed packages are many times as much as the rest.
+        folders[:] = [name for name in folders if name not in _STDLIB_SKIPS]
+        paths = [Path(folder, name) for name in files if name.endswith(".py")]
+        kept += [(path.relative_to(root).as_posix(), path) for path in paths]
     if not kept:
         raise ConfigError("data.source", f"this Python has no standard library source in {root}; use source: text")
     return sorted(kept)

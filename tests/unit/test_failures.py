@@ -3,11 +3,13 @@
 import json
 import pickle
 import traceback
+from gzip import BadGzipFile
 from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
 from areal_ray.failures import Cause, Reporter, cause_of, mark, root_cause, show
 from areal_ray.ranks import RankError
@@ -17,6 +19,13 @@ from areal_ray.storage import LocalStorage
 pytestmark = pytest.mark.unit
 
 RESET = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4411"
+
+
+@pytest.fixture
+def run(tmp_path):
+    storage = LocalStorage(tmp_path / "mine")
+    storage.make()
+    return RunDir(storage)
 
 
 def raising(error):
@@ -78,6 +87,28 @@ def test_of_work_that_failed_together_the_rank_that_failed_is_chosen():
     assert "No space left on device" in cause.message
 
 
+def test_of_work_that_failed_together_the_code_s_failure_and_its_line_are_chosen():
+    failures = [
+        (0, "OSError: No space left on device", ["OSError", "Exception"]),
+        (1, "ValueError: mine", ["ValueError", "Exception"]),
+    ]
+
+    def agreed(rank):
+        try:
+            try:
+                raising(ValueError("mine") if rank == 1 else OSError(28, "No space left on device"))
+            except Exception as error:
+                raise RankError(failures) from error
+        except RankError as error:
+            error.add_note(traceback.format_exc())
+            return pickle.loads(pickle.dumps(error))  # noqa: S301
+
+    cause = root_cause({rank: agreed(rank) for rank in (0, 1)})
+    assert (cause.rank, cause.kind, cause.message) == (1, "ValueError", "mine")
+    assert cause.where == f"{__file__}:{line_of('    raise error  # here')} in raising"
+    assert not cause.infrastructure
+
+
 def test_if_there_is_nothing_else_what_a_survivor_saw_is_shown():
     cause = root_cause({1: from_worker(RuntimeError(RESET))})
     assert (cause.rank, cause.kind, cause.message) == (1, "RuntimeError", RESET)
@@ -120,23 +151,15 @@ def test_of_a_died_process_it_is_told_how(text, message):
     assert root_cause({3: ActorDied(text)}) == Cause(3, "the worker process died", message, infrastructure=True)
 
 
-def test_the_cause_of_a_run_that_was_given_up_is_that_of_its_workers():
-    cause = cause_of(
-        WorkerGroupError("long", {0: from_worker(RuntimeError(RESET)), 1: from_worker(ValueError("mine"))})
-    )
+def test_the_cause_of_a_run_that_was_given_up_is_that_of_its_workers(run):
+    errors = {0: from_worker(RuntimeError(RESET)), 1: from_worker(ValueError("mine"))}
+    cause = cause_of(WorkerGroupError("long", errors), run)
     assert (cause.rank, cause.kind, cause.message) == (1, "ValueError", "mine")
 
 
-def test_the_cause_of_a_failed_controller_has_no_rank():
-    cause = cause_of(ControllerError(ValueError("no room")))
+def test_the_cause_of_a_failed_controller_has_no_rank(run):
+    cause = cause_of(ControllerError(ValueError("no room")), run)
     assert (cause.rank, cause.kind, cause.message) == (None, "ValueError", "no room")
-
-
-@pytest.fixture
-def run(tmp_path):
-    storage = LocalStorage(tmp_path / "mine")
-    storage.make()
-    return RunDir(storage)
 
 
 def test_a_failure_is_written_down_when_it_is_noticed(run, tmp_path):
@@ -182,6 +205,38 @@ def test_of_ranks_that_hung_the_one_that_said_nothing_is_named(failure):
     assert (event["rank"], event["cause"]) == (1, "stopped")
 
 
+def test_the_panel_of_a_run_that_was_given_up_says_who_hung_too(failure, run):
+    failure({"rank": 2, "waiting": False})
+    cause = cause_of(WorkerGroupError("long", DIED), run)
+    assert (cause.rank, cause.kind, cause.where) == (2, "stuck", "/home/me/model.py:7 in forward")
+    run.event("submitted")
+    assert cause_of(WorkerGroupError("long", DIED), run).kind == "the worker process died"
+
+
+def test_a_rank_that_could_still_say_what_it_saw_was_not_the_one_that_stopped(run):
+    run.event("attempt", attempt=1, world_size=3)
+    run.event("stuck", **{**HUNG, "attempt": 1}, rank=0, waiting=True)
+    errors = {0: ActorDiedError(), 1: ActorDiedError(), 2: from_worker(RuntimeError(RESET))}
+    mark(errors[2], 7)
+    Reporter(run.storage.recipe).after_exception(None, errors)
+    (event,) = run.events("failure")
+    assert (event["rank"], event["cause"]) == (1, "stopped")
+
+
+def test_a_process_that_answers_no_longer_is_a_machine_s_failure():
+    cause = root_cause({0: WorkerHealthCheckTimeoutError("hanging for 60 s"), 1: from_worker(RuntimeError(RESET))})
+    assert (cause.rank, cause.kind, cause.infrastructure) == (0, "stopped", True)
+
+
+def test_what_cannot_be_written_down_takes_no_place_of_what_was_raised(run, capsys):
+    class Odd(Exception):
+        def __str__(self):
+            raise ValueError("no text")
+
+    Reporter(run.storage.recipe).after_exception(None, {0: Odd()})
+    assert "could not write down a failure: ValueError: no text" in capsys.readouterr().out
+
+
 def test_of_ranks_that_wait_for_each_other_the_first_is_named(failure):
     event = failure(*({"rank": rank, "waiting": True} for rank in (2, 1, 0)))
     assert (event["rank"], event["error"]) == (0, "waited for others")
@@ -209,7 +264,15 @@ def test_the_step_of_a_failure_is_that_of_the_ranks_that_lived_to_tell_it(run):
 
 
 MACHINE = [OSError(28, "No space left"), ConnectionResetError(), TimeoutError(), RuntimeError(RESET), BrokenPipeError()]
-CODE = [FileNotFoundError(2, "no"), PermissionError(13, "no"), ValueError("mine"), MemoryError(), KeyError("x")]
+CODE = [
+    FileExistsError(17, "is there"),
+    BadGzipFile("no gzip"),
+    FileNotFoundError(2, "no"),
+    PermissionError(13, "no"),
+    ValueError("mine"),
+    MemoryError(),
+    KeyError("x"),
+]
 
 
 @pytest.mark.parametrize("error", MACHINE + CODE, ids=lambda error: type(error).__name__)

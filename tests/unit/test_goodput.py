@@ -82,6 +82,13 @@ def test_a_start_that_failed_itself_stands_with_what_is_known(run):
     ]
 
 
+@pytest.mark.parametrize("kind", ["restored", "started"])
+def test_where_nobody_could_say_how_far_it_was_the_last_line_counts(run, kind):
+    ledger(run, *FIRST, (10, "failure", {**FAILED, "step": None}), (12, "attempt", {"attempt": 2}))
+    ledger(run, (13, kind, {"step": 8 if kind == "restored" else 0, "reached": 20}), (14, "training", {"step": 9}))
+    assert goodput(run)["lost_steps"] == (12 if kind == "restored" else 20)
+
+
 def test_leaving_on_request_is_a_reason(run):
     ledger(run, *FIRST, (10, "left", {"reason": "resize", "step": 7}), (12, "attempt", {"attempt": 2}))
     assert goodput(run)["attempts"][1]["after"] == "resize"

@@ -126,15 +126,19 @@ class TestTheCodeFails:
         assert decide(restarts, *[failed(ValueError("mine"))] * 2) == [RETRY, RAISE]
 
     def test_at_another_step_it_is_tried_again(self, make):
-        errors = [failed(ValueError("mine"), step=step) for step in (6, 7, 6, 7, None)]
-        assert decide(make(), *errors) == [RETRY] * 5
+        errors = [failed(ValueError("mine"), step=step) for step in (6, 7, 8, None)]
+        assert decide(make(), *errors) == [RETRY] * 4
 
     def test_another_error_is_another(self, make):
         assert decide(make(), failed(ValueError("one")), failed(KeyError("one"))) == [RETRY] * 2
 
-    def test_a_death_in_between_leaves_no_proof(self, make):
+    def test_whatever_else_happened_in_between(self, make):
         code, death = failed(ValueError("mine"), RESET), failed(ActorDiedError(), RESET)
-        assert decide(make(), code, death, code, death) == [RETRY] * 4
+        assert decide(make(), code, death, code) == [RETRY, RETRY, RAISE]
+
+    def test_a_module_that_the_workers_lack_is_tried_twice(self, make):
+        lacking = ControllerError(ModuleNotFoundError("No module named 'mine'"))
+        assert decide(make(), lacking, lacking) == [RETRY, RAISE]
 
     @pytest.mark.parametrize(
         "error", [FileNotFoundError(2, "No such file", "data.txt"), PermissionError(13, "no")], ids=str

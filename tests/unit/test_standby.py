@@ -29,6 +29,7 @@ def spares(tmp_path, monkeypatch):
         name = "ray::IDLE" if pid != os.getpid() else "ray::RayTrainWorker.execute"
         return SimpleNamespace(cmdline=lambda: [name], memory_full_info=lambda: SimpleNamespace(pss=1000))
 
+    (tmp_path / "worker").mkdir()
     node.prestart = prestart
     monkeypatch.setattr(standby, "_folder", lambda kind: tmp_path / kind)
     monkeypatch.setattr(standby, "prestart", lambda count: node.prestart(count))
@@ -39,13 +40,12 @@ def spares(tmp_path, monkeypatch):
     return node
 
 
-def test_those_that_are_missing_are_started_and_reported_when_they_are_warm(spares, tmp_path):
+def test_those_that_are_missing_are_started_and_reported_when_they_are_warm(spares):
     spares.of(2)._replenish()
     assert spares.asked == [2]
     ((ready, memory, seconds),) = spares.reports
     assert (ready, memory) == (2, 2000)
     assert seconds >= 0
-    assert (tmp_path / "worker" / "training").exists()  # those that start from now on are to step aside
     spares.warm.remove(100)
     spares.of(2)._replenish()
     assert spares.asked == [2, 1]
@@ -55,7 +55,6 @@ def test_those_that_are_missing_are_started_and_reported_when_they_are_warm(spar
 
 
 def test_a_process_that_trains_is_no_spare(spares, tmp_path):
-    (tmp_path / "worker").mkdir()
     (tmp_path / "worker" / str(os.getpid())).touch()
     spares.warm.append(os.getpid())
     spares.of(1)._replenish()

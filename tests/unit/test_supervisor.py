@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RaySystemError
 from ray.train import WorkerGroupError
 
 from areal_ray import supervisor
@@ -45,12 +45,13 @@ def controller(monkeypatch, run):
     return fits
 
 
-def test_a_controller_that_dies_is_started_again_with_a_new_list_of_checkpoints(controller, run, capsys):
-    made = controller(ActorDiedError(), {"step": 7})
+@pytest.mark.parametrize("error", [ActorDiedError(), RaySystemError("lost")])
+def test_a_controller_that_dies_is_started_again_with_a_new_list_of_checkpoints(controller, run, capsys, error):
+    made = controller(error, {"step": 7})
     assert supervise(None, run, "it") == {"step": 7}
     assert len(made.rebuilt) == 2
     assert len(run.events("controller_died")) == 1
-    assert "Ray Train's controller died" in capsys.readouterr().out
+    assert "starting Ray Train again" in capsys.readouterr().out
 
 
 def test_it_waits_longer_and_longer_and_gives_up(controller, run):
@@ -68,9 +69,9 @@ def test_a_checkpoint_in_between_begins_the_count_anew(controller, run):
     assert made.waited == [0.0] * 10
 
 
-def test_storage_that_is_away_is_waited_for(controller, run, monkeypatch):
-    controller({"step": 1})
-    answers = [OSError("no route"), OSError("no route"), None]
+def test_storage_that_is_away_is_waited_for_however_long(controller, run, monkeypatch):
+    made = controller({"step": 1})
+    answers = [OSError("no route")] * 20 + [None]
 
     def rebuild(_):
         if answer := answers.pop(0):
@@ -78,6 +79,7 @@ def test_storage_that_is_away_is_waited_for(controller, run, monkeypatch):
 
     monkeypatch.setattr(supervisor.snapshot, "rebuild", rebuild)
     assert supervise(None, run, "it") == {"step": 1}
+    assert max(made.waited) == 60.0
 
 
 def test_what_the_controller_gives_up_is_not_tried_again(controller, run):
