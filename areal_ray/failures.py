@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import cloudpickle
 from ray.exceptions import RayActorError
-from ray.train import TrainingFailedError, UserCallback
+from ray.train import UserCallback
 
 from areal_ray.console import say
 from areal_ray.control import is_planned
