@@ -1,11 +1,15 @@
 """make bench: measure side by side. `python -m tests.bench saves restart --rounds 5`"""
 
 import argparse
+import os
 import signal
 import sys
+import traceback
 from importlib import import_module
+from types import ModuleType
 
-from . import report
+from . import bounds, report
+from .launch import environment
 from .options import Options
 
 PARTS = {
@@ -21,7 +25,7 @@ PARTS = {
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="parts: " + "; ".join(f"{name}: {what}" for name, what in PARTS.items()),
@@ -34,13 +38,44 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    same = environment()  # for what runs in this process too; Ray reads some of it when it is imported
+    os.environ.clear()
+    os.environ.update(same)
+    parts = {name: import_module(f".{name}", __package__) for name in arguments.parts}
+    known = dict.fromkeys(arm for part in parts.values() for arm in _arms(part))
+    if unknown := [arm for arm in arguments.only if arm not in known]:
+        parser.error(f"no arm {', '.join(unknown)}; these parts have {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    options = Options(arguments.rounds, tuple(arguments.only), arguments.seconds)
-    results = []
-    for part in arguments.parts:
-        results += import_module(f".{part}", __package__).run(options)
-        report.write(arguments.json, results)  # after every part: the next one may fail
+    return measure(parts, Options(arguments.rounds, tuple(arguments.only), arguments.seconds), arguments.json)
+
+
+def _arms(part: ModuleType) -> tuple[str, ...]:
+    return getattr(part, "ARMS", ())
+
+
+def measure(parts: dict[str, ModuleType], options: Options, path: str) -> int:
+    """Run the parts; results are kept after each, and one that fails does not end the others. The exit status."""
+    about = report.context(rounds=options.rounds, seconds=options.seconds)
+    results, failed = [], []
+    for name, part in parts.items():
+        if options.only and _arms(part) and not set(options.only) & set(_arms(part)):
+            print(f"part {name} has none of these arms")
+            continue
+        try:
+            results += part.run(options)
+        except Exception:  # noqa: BLE001  (hours of other parts are to come)
+            traceback.print_exc()
+            failed.append(name)
+        report.write(path, results, about)
+    print("\nsummary")
+    for result in results:
+        report.print_table(result)
+    if lines := bounds.judge(results):
+        print("\n".join(["\npromised", *lines]))
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,11 @@ LARGER = [  # 20.7M parameters: 248 MB of state, so that a save is something
 ]
 FOR_EVER = 1_000_000  # steps: until it is stopped
 RESTARTS = "100000"
+NAME = "ours"  # of areal_ray's run
+NONE: Mapping[str, str] = {}
+# Ray Train's own switches for noticing sooner, and for not waiting a minute for a group that cannot start; the driver's
+# environment reaches its controller.
+QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def _ours(*more: str) -> Arm:
     def command(work: str, task: Task) -> list[str]:
         return [
             *(sys.executable, "-m", "tests.bench.ours", "--config", EXPERIMENT, *task.overrides),
-            *(f"run.storage_path={Work.read(work).storage}", "run.name=ours", f"train.steps={task.steps}"),
+            *(f"run.storage_path={Work.read(work).storage}", f"run.name={NAME}", f"train.steps={task.steps}"),
             f"cluster.num_workers={task.workers}",
             "cluster.max_failures=-1",
             f"checkpoint.every_steps={task.every or 'null'}",
@@ -122,8 +128,16 @@ def has_watchdog() -> bool:
     return "watchdog" in {field.name for field in dataclasses.fields(ClusterConfig)}
 
 
-def _python(name: str, *options: str) -> Arm:
-    return Arm(lambda work, task: [sys.executable, *_module(name), work, *options])
+def standbys_ready(job: Job) -> bool:
+    """Whether areal_ray's spare processes, one for each of two workers, are there and warm."""
+    ledger = job.folder / "storage" / NAME / "events.jsonl"
+    text = ledger.read_text() if ledger.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return any(line["event"] == "standbys" and line["ready"] >= 2 for line in lines)
+
+
+def _python(name: str, *options: str, environment: Mapping[str, str] = NONE) -> Arm:
+    return Arm(lambda work, task: [sys.executable, *_module(name), work, *options], environment=environment)
 
 
 ARMS: dict[str, Arm] = {
@@ -136,6 +150,7 @@ ARMS: dict[str, Arm] = {
     "torchrun-full": _torchrun("full"),
     "tutorial": _python("ray_tutorial", "sync"),
     "tutorial-async": _python("ray_tutorial", "async"),
+    "tutorial-best": _python("ray_tutorial", "best", environment=QUICK),
     "areal_ray": _ours(),
 }
 if importlib.util.find_spec("accelerate"):
@@ -146,11 +161,12 @@ if has_standbys():
 
 def available(names: Sequence[str], only: Sequence[str] = ()) -> list[str]:
     """Those that can run here, and are wanted; says which are left out."""
-    for name in names:
+    wanted = [name for name in names if not only or name in only]
+    for name in wanted:
         if name not in ARMS:
             why = "accelerate is not installed" if name == "hf-ddp" else "this version has no cluster.standbys"
             print(f"arm {name} is left out: {why}")
-    return [name for name in names if name in ARMS and (not only or name in only)]
+    return [name for name in wanted if name in ARMS]
 
 
 @contextmanager

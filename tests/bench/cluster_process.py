@@ -1,6 +1,6 @@
 """A Ray cluster on this machine, as a process that others can end: python -m tests.bench.cluster_process CPUS [CPUS...]
 
-One node for each number. Prints the address; reads lines: `remove` ends the last node; at the end of the input all.
+One node for each number. Prints the address; reads lines: `remove` kills the last node; at the end of the input all.
 """
 
 import sys
@@ -10,12 +10,12 @@ from ray.cluster_utils import Cluster
 
 def main(cpus: list[int]) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], "include_dashboard": False})
-    others = [cluster.add_node(num_cpus=count) for count in cpus[1:]]
     try:
+        others = [cluster.add_node(num_cpus=count) for count in cpus[1:]]
         print(f"address {cluster.address}", flush=True)
         for line in sys.stdin:
             if line.strip() == "remove":
-                cluster.remove_node(others.pop())
+                cluster.remove_node(others.pop(), allow_graceful=False)
                 print("removed", flush=True)
     finally:
         cluster.shutdown()

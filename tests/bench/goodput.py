@@ -2,17 +2,24 @@
 
 The clock runs from the first finished step. A kill that finds no worker process, because the group is being started
 again, finds nothing to kill, as on a real machine. What counts is the highest step that was reached, but not what is
-computed twice.
+computed twice. A job that gives up keeps what it has reached, and its clock runs on.
 """
 
 import random
+import subprocess
 import time
+from contextlib import suppress
+
+import psutil
 
 from . import arms, report
-from .launch import Job, kill, tree
+from .bounds import GOODPUT
+from .launch import Job, kill, title
 from .options import Options
 
-ARMS = ("tutorial", "tutorial-async", "torchrun-dcp", "torchrun-async-thread-best", "areal_ray")
+ARMS = (
+    "tutorial", "tutorial-async", "tutorial-best", "torchrun-dcp", "torchrun-async-thread-best", "hf-ddp", "areal_ray",
+)  # fmt: skip
 EVERY = 25  # steps between saves
 MEAN_S = 60.0
 
@@ -29,48 +36,58 @@ def schedule(seed: int, seconds: float) -> list[tuple[float, int]]:
 
 def workers(job: Job) -> list[int]:
     """The training processes that are there now, ready or not, by age."""
+    found: list[psutil.Process] = []
     if job.cluster is not None:
-        found = [p for p in job.cluster.processes() if _title(p).startswith("ray::RayTrainWorker")]
+        found = [p for p in job.cluster.processes() if title(p).startswith("ray::RayTrainWorker")]
     else:
-        found = [p for p in tree(job.process.pid) if p.ppid() == job.process.pid]
+        with suppress(psutil.NoSuchProcess):
+            found = psutil.Process(job.process.pid).children()
     return [p.pid for p in sorted(found, key=lambda p: p.create_time())]
 
 
-def _title(process) -> str:
-    try:
-        return (process.cmdline() or [""])[0]
-    except Exception:  # noqa: BLE001  (it has ended meanwhile)
-        return ""
+def ended(job: Job, until: float) -> bool:
+    """Wait until that time; whether the job has ended by itself."""
+    with suppress(subprocess.TimeoutExpired):
+        job.process.wait(max(0.0, until - time.time()))
+    return job.process.poll() is not None
 
 
-def under_kills(job: Job, kills: list[tuple[float, int]], seconds: float) -> tuple[int, int]:
-    """The highest step that the job has reached after so many seconds under these kills, and how many of them hit."""
+def under_kills(job: Job, kills: list[tuple[float, int]], seconds: float) -> tuple[int, int, bool]:
+    """The highest step after so many seconds under these kills, how many of them hit, whether it was over before."""
     began, hit = job.wait(lambda: job.events("step"))[0]["time"], 0
     for at, rank in kills:
-        time.sleep(max(0.0, began + at - time.time()))
-        there = workers(job)
-        if there:
-            kill(there[rank % len(there)])
-            hit += 1
-    time.sleep(max(0.0, began + seconds - time.time()))
-    assert job.process.poll() is None, job.printed()
-    return max(line["step"] for line in job.events("step") if line["time"] <= began + seconds), hit
+        if ended(job, began + at):
+            break
+        if there := workers(job):
+            with suppress(ProcessLookupError):
+                kill(there[rank % len(there)])
+                hit += 1
+    over = ended(job, began + seconds)
+    return max(line["step"] for line in job.events("step") if line["time"] <= began + seconds), hit, over
 
 
 def run(options: Options) -> list[dict]:
     names = arms.available(ARMS, options.only)
     task = arms.Task(every=EVERY)
-    rates: dict[str, list[float]] = {name: [] for name in names}
+    steps: dict[str, list[int]] = {name: [] for name in names}
     hits: dict[str, list[float]] = {name: [] for name in names}
+    gone: dict[str, list[float]] = {name: [0] for name in names}
     for number in range(options.rounds):
         kills = schedule(number + 1, options.seconds)
         for name in options.order(names, number):
             with arms.started(name, task) as job:
-                step, hit = under_kills(job, kills, options.seconds)
-            rates[name].append(step * task.tokens / options.seconds)
+                step, hit, over = under_kills(job, kills, options.seconds)
+                why = f"; over before its time:\n{job.printed()[-1000:]}" if over else ""
+            steps[name].append(step)
             hits[name].append(hit)
-            report.said(name, f"step {step}, {hit} of {len(kills)} kills hit")
+            gone[name][0] += over
+            report.said(name, f"step {step}, {hit} of {len(kills)} kills hit{why}")
+    rates = {name: [step * task.tokens / options.seconds for step in values] for name, values in steps.items()}
+    totals = {name: [float(sum(values))] for name, values in steps.items()}
+    print(f"\nkills every {MEAN_S:.0f} s on average, runs of {options.seconds:.0f} s")
     return [
-        report.show(f"goodput under kills every {MEAN_S:.0f} s on average", "tokens/s", rates, "tutorial"),
-        report.show("kills that hit", "kills", hits, "tutorial"),
+        report.show(GOODPUT, "tokens/s", rates, "tutorial", report.HIGHER),
+        report.show("goodput under kills, all rounds together", "steps", totals, "tutorial", report.HIGHER),
+        report.show("kills that hit", "kills", hits, "tutorial", report.NEITHER),
+        report.show("runs that were over before their time", f"of {options.rounds} runs", gone, "tutorial"),
     ]

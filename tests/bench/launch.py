@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,7 @@ from .peers.common import read_log
 
 ROOT = Path(__file__).parents[2]
 _LOOK_S = 0.1  # coarse: times are read from the logs, and looking takes the arms' time
+_ANSWER_S = 120.0  # to start some nodes, or to remove one
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -54,6 +57,13 @@ def tree(pid: int) -> list[psutil.Process]:
     return []
 
 
+def title(process: psutil.Process) -> str:
+    """What Ray calls a process of its own; "" of one that has ended."""
+    with suppress(psutil.Error):
+        return (process.cmdline() or [""])[0]
+    return ""
+
+
 class Cluster:
     """Ray nodes on this machine, ended with the block.
 
@@ -65,17 +75,26 @@ class Cluster:
         self._cpus = cpus
 
     def __enter__(self) -> Cluster:
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="bench-cluster-")
+        self._folder = Path(tempfile.mkdtemp(prefix="areal_ray-cluster-"))
+        self._log = open(self._folder / "log", "w+")
+        # Ray's own session stays where it would be: its sockets' paths must be short.
+        more = {"TMPDIR": str(self._folder), "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", tempfile.gettempdir())}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.bench.cluster_process", *map(str, self._cpus)],
             cwd=ROOT,
-            env=environment(),
+            env=environment(**more),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
         )
-        self.address = self._answer("address").split()[1]
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            self.address = self._answer("address").split()[1]
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,6 +105,7 @@ class Cluster:
             self._process.wait(30)
         end(processes)
         self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
         return tree(self._process.pid)
@@ -97,11 +117,19 @@ class Cluster:
         self._answer("removed")
 
     def _answer(self, begins: str) -> str:
-        for line in self._process.stdout:
-            if line.startswith(begins):
-                return line
+        deadline, line = time.monotonic() + _ANSWER_S, ""
+        with suppress(queue.Empty):
+            while (line := self._lines.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
+                if line.startswith(begins):
+                    return line
+        what = "the cluster ended" if line is None else f"the cluster did not say {begins!r} in {_ANSWER_S:.0f} s"
         self._log.seek(0)
-        raise RuntimeError(f"the cluster ended: {self._log.read()[-2000:]}")
+        raise RuntimeError(f"{what}: {self._log.read()[-2000:]}")
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
 
 
 class Job:
@@ -109,13 +137,15 @@ class Job:
 
     Args:
         command: to run in the root of the checkout.
-        folder: of the run, with `log` in it; what the command prints goes to `output`.
+        folder: of the run, with `log` in it; what the command prints goes to `output`, temporary files to `tmp`.
         more: environment variables.
     """
 
     def __init__(self, command: list[str], folder: Path, more: dict[str, str]) -> None:
         self.folder = folder
         self.cluster: Cluster | None = None  # its own, if it has one
+        (folder / "tmp").mkdir()
+        more = {"TMPDIR": str(folder / "tmp"), **more}
         self._output = open(folder / "output", "w+")  # noqa: SIM115  (closed by stop)
         self.began = time.time()
         self.process = subprocess.Popen(
@@ -123,11 +153,17 @@ class Job:
         )
 
     def events(self, kind: str, rank: int = 0) -> list[dict[str, Any]]:
-        """Lines of a rank's step log of one kind: start, step, saved."""
+        """Lines of a rank's step log of one kind: start, settings, step, saved."""
         return [line for line in read_log(self.folder / "log", rank) if line["event"] == kind]
 
-    def wait(self, condition: Callable[[], Any], limit_s: float = 180.0) -> Any:
+    def wait(
+        self, condition: Callable[[], Any], limit_s: float = 180.0, look_s: float = _LOOK_S, what: str = "nothing"
+    ) -> Any:
         """Wait until the condition holds; its value.
+
+        Args:
+            condition: looked at every look_s seconds, for limit_s seconds.
+            what: there is if it does not hold by then.
 
         Raises:
             RuntimeError: with the end of what the job printed, if it ends before, or if that takes too long.
@@ -138,8 +174,8 @@ class Job:
             if ended is not None and not (found := condition()):
                 raise RuntimeError(f"ended with {ended}:\n{self.printed()}")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"nothing after {limit_s:.0f} s:\n{self.printed()}")
-            time.sleep(_LOOK_S)
+                raise RuntimeError(f"{what} after {limit_s:.0f} s:\n{self.printed()}")
+            time.sleep(look_s)
         return found
 
     def wait_for_end(self, limit_s: float = 600.0) -> None:

@@ -82,4 +82,4 @@ def run(options: Options) -> list[dict]:
         finally:
             server.stop()
     rows = {"memory copy, one thread": memory, "one file and fsync": disk, "multipart PUT": objects}
-    return [report.show("limits of this machine", "GB/s", rows, "one file and fsync")]
+    return [report.show("limits of this machine", "GB/s", rows, "one file and fsync", report.HIGHER)]

@@ -17,6 +17,7 @@ ARMS = (
     "torchrun-async-process", "tutorial", "tutorial-async", "hf-ddp", "areal_ray", "areal_ray-no-standbys",
 )  # fmt: skip
 EVERY, STEPS = 10, 35
+LIMIT_S = 600.0
 _LOOK_S = 0.5  # reading the sizes of a few dozen processes takes tens of milliseconds
 
 
@@ -41,17 +42,28 @@ def used(processes: list[psutil.Process], shm_before: int) -> float:
     return (sum(size for size, _ in sizes) + max(0, unmapped)) / 1e9
 
 
-def peaks(job: Job, shm_before: int) -> tuple[float, float]:
-    """Of the training workers with what they have started, and of everything, Ray and the launcher among it."""
-    of_workers = of_all = 0.0
-    while job.process.poll() is None and (not job.events("step") or job.events("step")[-1]["step"] < STEPS):
+def peaks(job: Job, shm_before: int, standbys: bool) -> tuple[float, float]:
+    """Of the training workers with what they have started, and of everything, Ray and the launcher among it.
+
+    Until step STEPS has been reached, and the standbys, if it has some, are ready.
+    """
+    of_workers, of_all, deadline = 0.0, 0.0, time.monotonic() + LIMIT_S
+
+    def done() -> bool:
+        reached = job.events("step") and job.events("step")[-1]["step"] >= STEPS
+        return bool(reached) and (not standbys or arms.standbys_ready(job))
+
+    while job.process.poll() is None and not done():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not at step {STEPS} with all standbys after {LIMIT_S:.0f} s:\n{job.printed()}")
         everything = tree(job.process.pid) + (job.cluster.processes() if job.cluster else [])
         pids = {line["pid"] for rank in range(2) for line in job.events("start", rank)}
         workers = list(dict.fromkeys(process for pid in pids for process in tree(pid)))
         of_all = max(of_all, used(everything, shm_before))
         of_workers = max(of_workers, used(workers, shm_before) if workers else 0.0)
         time.sleep(_LOOK_S)
-    assert [line for line in job.events("step") if line["step"] >= STEPS], job.printed()
+    if not done():
+        raise RuntimeError(f"ended before:\n{job.printed()}")
     return of_workers, of_all
 
 
@@ -64,7 +76,7 @@ def run(options: Options) -> list[dict]:
             every = None if name == "torchrun" else EVERY
             before = shutil.disk_usage("/dev/shm").used
             with arms.started(name, arms.Task(every=every, overrides=tuple(arms.LARGER))) as job:
-                of_workers, of_all = peaks(job, before)
+                of_workers, of_all = peaks(job, before, standbys=name == "areal_ray" and arms.has_standbys())
             workers[name].append(of_workers)
             everything[name].append(of_all)
             report.said(name, f"{of_workers:.2f} GB, {of_all:.2f} GB with everything")

@@ -9,11 +9,13 @@ import signal
 import time
 
 from . import arms, report
+from .bounds import KILLED, STOPPED, STOPPED_ARM
 from .launch import Job, kill
 from .options import Options
 
-ARMS = ("tutorial", "tutorial-async", "torchrun-dcp", "areal_ray", "areal_ray-no-standbys")
-STOPPED = "areal_ray, SIGSTOP"
+ARMS = (
+    "tutorial", "tutorial-async", "tutorial-best", "torchrun-dcp", "hf-ddp", "areal_ray", "areal_ray-no-standbys",
+)  # fmt: skip
 EVERY = 25  # steps between saves
 PHASE_S = (8.0, 25.0)  # from the last recovery to the next kill
 KILLS = 2  # per round and arm
@@ -39,7 +41,7 @@ def has_checkpoint(job: Job) -> bool:
 
 
 def run(options: Options) -> list[dict]:
-    names = arms.available(ARMS, [name for name in options.only if name != STOPPED])
+    names = arms.available(ARMS, options.only)
     task = arms.Task(every=EVERY)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     lost: dict[str, list[float]] = {name: [] for name in names}
@@ -56,8 +58,8 @@ def run(options: Options) -> list[dict]:
                     report.said(name, f"{took:.2f} s, {again} steps lost")
                 if name == "areal_ray" and arms.has_watchdog():
                     stopped.append(measure(job, draw.randrange(task.workers), PHASE_S[1], signal.SIGSTOP)[0])
-    shown = [report.show("SIGKILL of a worker to the next finished step", "s", seconds, "tutorial")]
-    shown.append(report.show("steps lost with a SIGKILL", "steps", lost, "tutorial"))
+    shown = [report.show(KILLED, "s", seconds, "tutorial")]
+    shown.append(report.show("steps lost with a SIGKILL", "steps", lost, "tutorial", paired=False))
     if stopped:
-        shown.append(report.show("SIGSTOP of a worker to the next finished step", "s", {STOPPED: stopped}, STOPPED))
+        shown.append(report.show(STOPPED, "s", {STOPPED_ARM: stopped}, STOPPED_ARM))
     return shown

@@ -5,13 +5,13 @@ then a synchronous report, which copies); `tutorial-async` the same with Ray's a
 the others are what PyTorch has (peers/savers.py), straight to the final place and without Ray hearing of it.
 """
 
-import os
 import shutil
 import statistics
 import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
@@ -37,6 +37,7 @@ from areal_ray.storage import storage_at
 
 from . import report
 from .arms import LARGER, has_standbys
+from .bounds import BLOCKED, COMMITTED, PLAIN_WRITE, STALL
 from .limits import plain_write
 from .options import Options
 from .peers.savers import MODES, AppState, Sync
@@ -50,8 +51,8 @@ ARMS = ("none", "tutorial", "tutorial-async", *MODES, "areal_ray")
 class Tutorial:
     """dcp.save into a temporary directory on each worker, and a report that has Ray copy it."""
 
-    def __init__(self, engine: FSDPEngine, mode: CheckpointUploadMode) -> None:
-        self._engine, self._mode = engine, mode
+    def __init__(self, engine: FSDPEngine, mode: CheckpointUploadMode, copies: Path) -> None:
+        self._engine, self._mode, self._copies = engine, mode, copies
 
     def save(self, step: int) -> None:
         folder = tempfile.mkdtemp()
@@ -66,7 +67,16 @@ class Tutorial:
         if not asynchronous:
             shutil.rmtree(folder)
 
+    def fence(self) -> None: ...
+
     def settle(self) -> None: ...
+
+    def clean_up(self) -> None:
+        """What Ray copied goes; its own num_to_keep would count, and delete, what areal_ray lets go by itself."""
+        ray.train.get_all_reported_checkpoints()  # waits for what has not been copied yet
+        if ray.train.get_context().get_world_rank() == 0:
+            for path in filter(Path.is_dir, self._copies.glob("checkpoint_*")):
+                shutil.rmtree(path)
 
 
 class Torch:
@@ -79,6 +89,9 @@ class Torch:
     def save(self, step: int) -> None:
         self._written.append(self._folder / f"step-{step}")
         self._saver.save(str(self._written[-1]), step)
+
+    def fence(self) -> None:
+        self._saver.fence()
 
     def settle(self) -> None:
         self._saver.settle()
@@ -95,10 +108,11 @@ class Ours:
 
     def __init__(self, engine: FSDPEngine, ranks: Ranks, config: Config) -> None:
         run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
+        self._path = Path(config.run.storage_path, config.run.name)
         self._run, self._session = run, RaySession(Faults([], run, ranks), ranks, Control("bench"), None)
         background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
         writer = AsyncWriter(ranks, background)
-        engine.before_update = writer.fence
+        self.fence = writer.fence
         catalog = Catalog(run.storage)
         journal = LedgerJournal(run if ranks.rank == 0 else None, 1, lambda _: None, catalog, Keep(last=2))
         state = {"engine": engine.state}
@@ -112,6 +126,37 @@ class Ours:
     def settle(self) -> None:
         self._recover.settle()
 
+    def on_disk(self) -> int:
+        """Bytes of the files of the last checkpoint."""
+        last = Path(self._path, self._run.events("saved")[-1]["checkpoint"])
+        return sum(file.stat().st_size for file in last.iterdir())
+
+
+def segment(engine: FSDPEngine, batch: dict[str, torch.Tensor], saver: Any, step: int) -> tuple[float, list[float]]:
+    """Train STEPS steps from `step` on, with the saves; the seconds that took, and those blocked by each save."""
+    stalls: list[float] = []
+
+    def fence() -> None:
+        at = time.perf_counter()
+        saver.fence()
+        if stalls:  # what is still copied of the save before
+            stalls[-1] += time.perf_counter() - at
+
+    engine.before_update = fence if saver is not None else lambda: None
+    dist.barrier()
+    began = time.perf_counter()
+    for i in range(STEPS):
+        engine.train_batch(batch, next_token_loss, predicted_tokens)
+        if saver is not None and i in SAVE_AT:
+            dist.barrier()  # not the waiting for a slower rank, but the save
+            at = time.perf_counter()
+            saver.save(step + i + 1)
+            stalls.append(time.perf_counter() - at)
+    if saver is not None:
+        saver.settle()
+    dist.barrier()
+    return time.perf_counter() - began, stalls
+
 
 def measure(settings: dict) -> dict | None:
     """Runs in every worker; rank 0 returns what it measured."""
@@ -123,10 +168,11 @@ def measure(settings: dict) -> dict | None:
     rows = config.train.global_batch_size // ranks.size
     ids = torch.randint(0, 256, (rows, config.train.seq_len), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    folder = Path(config.run.storage_path, config.run.name)
     savers = {
         "none": None,
-        "tutorial": Tutorial(engine, CheckpointUploadMode.SYNC),
-        "tutorial-async": Tutorial(engine, CheckpointUploadMode.ASYNC),
+        "tutorial": Tutorial(engine, CheckpointUploadMode.SYNC, folder),
+        "tutorial-async": Tutorial(engine, CheckpointUploadMode.ASYNC, folder),
         **{
             name: Torch(m(engine.model, engine.optimizer), Path(config.run.storage_path), ranks)
             for name, m in MODES.items()
@@ -134,31 +180,19 @@ def measure(settings: dict) -> dict | None:
         "areal_ray": Ours(engine, ranks, config),
     }
     arms = settings["arms"]
-    segment, blocked, plain = {a: [] for a in arms}, {a: [] for a in arms if a != "none"}, []
-    step = 0
+    times, blocked, plain = {a: [] for a in arms}, {a: [] for a in arms if a != "none"}, []
+    step = on_disk = 0
     for round_number in range(settings["rounds"] + 1):  # the first one warms up
         for arm in Options.order(arms, round_number):
-            saver, stalls = savers[arm], []
-            dist.barrier()
-            began = time.perf_counter()
-            for i in range(STEPS):
-                engine.train_batch(batch, next_token_loss, predicted_tokens)
-                step += 1
-                if saver is not None and i in SAVE_AT:
-                    dist.barrier()  # not the waiting for a slower rank, but the save
-                    at = time.perf_counter()
-                    saver.save(step)
-                    stalls.append(time.perf_counter() - at)
-            if saver is not None:
-                saver.settle()
-            dist.barrier()
-            seconds = time.perf_counter() - began
-            if arm == "tutorial-async":  # what it has not copied yet is not the next arm's; nor is it counted here
-                ray.train.get_all_reported_checkpoints()
-            elif isinstance(saver, Torch):
+            saver = savers[arm]
+            seconds, stalls = segment(engine, batch, saver, step)
+            step += STEPS
+            if isinstance(saver, Tutorial | Torch):  # what is still copied is not the next arm's; nor counted here
                 saver.clean_up()
+            elif isinstance(saver, Ours):
+                on_disk = saver.on_disk()
             if round_number:
-                segment[arm].append(seconds)
+                times[arm].append(seconds)
                 if saver is not None:
                     blocked[arm].append(statistics.median(stalls))
         if ranks.rank == 0:
@@ -171,12 +205,12 @@ def measure(settings: dict) -> dict | None:
         for s in engine.optimizer.state.values()
         for v in s.values()
     )
-    return {"segment": segment, "blocked": blocked, "plain": plain[1:], "staging": staging.size, "own": own}
+    sizes = {"staging": staging.size, "own": own, "on_disk": on_disk}
+    return {"segment": times, "blocked": blocked, "plain": plain[1:], **sizes}
 
 
 def run(options: Options) -> list[dict]:
     """Measure on two workers of a cluster of its own; what `report.show` returned."""
-    os.environ |= {"RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT)}
     needed = ("none", "tutorial", "areal_ray")  # the tables are relative to them
     arms = [arm for arm in ARMS if arm in needed or not options.only or arm in options.only]
     with tempfile.TemporaryDirectory() as folder:
@@ -192,19 +226,19 @@ def run(options: Options) -> list[dict]:
                 torch_config=TorchConfig(backend="gloo"),
                 scaling_config=ScalingConfig(num_workers=2),
                 run_config=RunConfig(
-                    name="saves", storage_path=folder, logging_config=LoggingConfig(log_level="ERROR")
+                    name="saves",
+                    storage_path=folder,
+                    logging_config=LoggingConfig(log_level="ERROR"),
                 ),
             ).fit()
         found = result.return_value
         runs = RunDir(storage_at(folder).sub("saves"))
         saves = runs.events("saved")[len(SAVE_AT) :]
-        last = saves[-1]
-        on_disk = sum(f.stat().st_size for f in (Path(folder) / "saves" / last["checkpoint"]).iterdir())
-    return _tables(found, saves, last["bytes"], on_disk)
+    return _tables(found, saves, saves[-1]["bytes"])
 
 
-def _tables(found: dict, saves: list[dict], size: int, on_disk: int) -> list[dict]:
-    blocked = report.show("blocked time per save", "s", found["blocked"], "tutorial")
+def _tables(found: dict, saves: list[dict], size: int) -> list[dict]:
+    blocked = report.show(BLOCKED, "s", found["blocked"], "tutorial")
     stall = {
         arm: [
             (with_saves - without) / len(SAVE_AT)
@@ -213,22 +247,15 @@ def _tables(found: dict, saves: list[dict], size: int, on_disk: int) -> list[dic
         for arm, times in found["segment"].items()
         if arm != "none"
     }
-    effective = report.show("effective stall per save: (time with - time without) / saves", "s", stall, "tutorial")
+    effective = report.show(STALL, "s", stall, "tutorial", paired=False)
     count = len(found["plain"])
     groups = [saves[i * len(SAVE_AT) : (i + 1) * len(SAVE_AT)] for i in range(count)]
     ours = [statistics.median(size / (s["total_s"] - s["blocked_s"]) for s in group) / 1e6 for group in groups]
     plain = [size / seconds / 1e6 for seconds in found["plain"]]
-    rate = report.show(
-        "staged to committed, while training",
-        "MB/s",
-        {"one file and fsync, idle": plain, "areal_ray": ours},
-        "one file and fsync, idle",
-    )
-    print(f"\nbytes on disk / bytes of the checkpoint: {on_disk / size:.4f}")
-    print(f"staging memory / the rank's own state: {found['staging'] / found['own']:.4f}")
-    return [
-        blocked,
-        effective,
-        rate,
-        {"on_disk": on_disk, "bytes": size, "staging": found["staging"], "own": found["own"]},
-    ]
+    rate = report.show(COMMITTED, "MB/s", {PLAIN_WRITE: plain, "areal_ray": ours}, PLAIN_WRITE, report.HIGHER)
+    ratios = {
+        "bytes on disk / bytes of the checkpoint": found["on_disk"] / size,
+        "staging memory / the rank's own state": found["staging"] / found["own"],
+    }
+    sizes = {"bytes": size, "on_disk": found["on_disk"], "staging": found["staging"], "own": found["own"]}
+    return [blocked, effective, rate, report.figures("what a checkpoint takes", **ratios, **sizes)]

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
+SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "encodings"}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -71,13 +73,15 @@ class StepLog:
 
     def __init__(self, folder: str | Path, rank: int) -> None:
         self._file = open(Path(folder) / f"rank-{rank}.jsonl", "a", buffering=1)  # noqa: SIM115  (open as long as the process)
-        self._rank = rank
-        # The main thread's settings would be another's: this is called in the one that trains.
-        self._write({"event": "start", "threads": torch.get_num_threads(), "nice": os.nice(0)})
+        self._rank, self._first = rank, True
+        self._write({"event": "start"})
 
     def step(self, step: int) -> None:
         """`step`, counted from 1, is finished."""
         self._write({"event": "step", "step": step})
+        if self._first:  # what it trains with: by now all is set, and this is the thread that trains
+            self._write({"event": "settings", "threads": torch.get_num_threads(), "nice": os.nice(0)})
+            self._first = False
 
     def note(self, event: str, **fields: Any) -> None:
         self._write({"event": event, **fields})
@@ -103,11 +107,18 @@ def build_model(work: Work) -> nn.Module:
 
 
 class Text(Dataset):
-    """The source of Python's standard library as bytes, cut into sequences; items are {"input_ids": (S,)}."""
+    """The source of Python's standard library as bytes, cut into sequences; items are {"input_ids": (S,)}.
+
+    The same files as areal_ray's `source: stdlib`.
+    """
 
     def __init__(self, seq_len: int) -> None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
+        files = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in SKIPPED]
+            files += [Path(folder, name) for name in names if name.endswith(".py")]
+        files.sort(key=lambda path: path.relative_to(root).as_posix())
         data = b"\0".join(path.read_bytes() for path in files)
         self._sequences = torch.frombuffer(bytearray(data), dtype=torch.uint8)[: len(data) // seq_len * seq_len]
         self._sequences = self._sequences.view(-1, seq_len)

@@ -72,12 +72,12 @@ def train_func(config: dict) -> None:
 
 
 def main(path: str) -> None:
-    work = Work.read(path)
+    work, on_gpu = Work.read(path), torch.cuda.is_available()
     trainer = TorchTrainer(
         train_func,
         train_loop_config={"work": vars(work)},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=work.workers),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=work.workers, use_gpu=on_gpu),
         run_config=RunConfig(name="hf", storage_path=str(work.storage), failure_config=FailureConfig(max_failures=-1)),
     )
     trainer.fit()

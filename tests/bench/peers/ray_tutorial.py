@@ -1,7 +1,7 @@
 """Ray's own tutorial "Get started with PyTorch FSDP2 and Ray Train", on this model and on CPU.
 
 python -m tests.bench.peers.ray_tutorial WORK UPLOAD; UPLOAD is sync, as the tutorial has it, or async: Ray's
-asynchronous upload, as its guide to checkpoints shows.
+asynchronous upload, as its guide to checkpoints shows; or best: that, and a fused optimizer.
 """
 
 import os
@@ -41,7 +41,7 @@ def load_fsdp_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimize
 
 
 def report_and_save(model, optimizer, metrics: dict, epoch: int, upload: str) -> None:
-    if upload == "async":
+    if upload != "sync":
         folder = tempfile.mkdtemp()
         dcp.save({"app": AppState(model, optimizer, epoch)}, checkpoint_id=folder)
         ray.train.report(
@@ -60,7 +60,7 @@ def train_func(config: dict) -> None:
     log = StepLog(work.log, ray.train.get_context().get_world_rank())
     model = build_model(work)
     shard_model(model)
-    optimizer = Adam(model.parameters(), lr=work.lr)
+    optimizer = Adam(model.parameters(), lr=work.lr, fused=config["upload"] == "best")
 
     start_epoch = 0
     loaded_checkpoint = ray.train.get_checkpoint()

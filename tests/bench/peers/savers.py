@@ -50,6 +50,9 @@ class Sync:
     def save(self, folder: str, epoch: int) -> None:
         dcp.save({"app": AppState(self._model, self._optimizer, epoch)}, checkpoint_id=folder)
 
+    def fence(self) -> None:
+        """To be called before the optimizer's next step: waits until the state may change."""
+
     def settle(self) -> None:
         """Wait until everything is written."""
 
@@ -59,7 +62,8 @@ class Async(Sync):
 
     Args:
         process: writes in a process instead of a thread.
-        best: keep one staging buffer in shared memory; by default every call allocates another.
+        best: keep one staging buffer in shared memory (by default every call allocates another), pinned on a GPU, and
+            copy in the background until `fence`.
     """
 
     def __init__(self, model: Any, optimizer: Any, process: bool, best: bool) -> None:
@@ -69,9 +73,10 @@ class Async(Sync):
         self._group = dist.new_group(backend="gloo")
         on_gpu = torch.cuda.is_available()
         options = StagingOptions(
-            use_pinned_memory=on_gpu, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=on_gpu
+            use_pinned_memory=on_gpu, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=on_gpu
         )
         self._stager = DefaultStager(options) if best else None
+        self._staged: Future | None = None
         self._last: Future | None = None
 
     def save(self, folder: str, epoch: int) -> None:
@@ -83,9 +88,18 @@ class Async(Sync):
             async_checkpointer_type=self._type,
             async_stager=self._stager,
         )
-        self._last = answer if isinstance(answer, Future) else answer.upload_completion
+        if isinstance(answer, Future):
+            self._last = answer
+        else:
+            self._staged, self._last = answer.staging_completion, answer.upload_completion
+
+    def fence(self) -> None:
+        if self._staged is not None:
+            self._staged.result()
+            self._staged = None
 
     def settle(self) -> None:
+        self.fence()
         if self._last is not None:
             self._last.result()
             self._last = None

@@ -55,6 +55,8 @@ def main(path: str, save: str) -> None:
             loss = loss_of(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if saver is not None:
+                saver.fence()
             optimizer.step()
             optimizer.zero_grad()
             loss.item()

@@ -1,0 +1,96 @@
+"""What the project promises of its figures, and the titles of the tables that the promises are about."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .report import ratios
+
+KILLED = "SIGKILL of a worker to the next finished step"
+STOPPED = "SIGSTOP of a worker to the next finished step"
+NODE = "a node with a worker removed to the next finished step"
+STANDBYS = "median step time, standbys"
+STEADY = "steady state, no saves"
+START = "command to first finished step, running cluster"
+GOODPUT = "goodput under kills"
+BLOCKED = "blocked time per save"
+STALL = "effective stall per save: (time with - time without) / saves"
+COMMITTED = "staged to committed, while training"
+
+PLAIN_WRITE = "one file and fsync, idle"
+STOPPED_ARM = "areal_ray, SIGSTOP"
+
+Tables = Mapping[str, dict[str, Any]]
+
+
+def _ratio(title: str, arm: str, to: str) -> Callable[[Tables], float | None]:
+    """Median of the ratios of paired rounds, or the ratio of the medians, as the table has it."""
+
+    def measured(tables: Tables) -> float | None:
+        rows = tables[title]["arms"]
+        if arm not in rows or to not in rows:
+            return None
+        found = ratios(rows[arm]["values"], rows[to]["values"], tables[title]["paired"])
+        return statistics.median(found) if found else None
+
+    return measured
+
+
+def _stopped(tables: Tables) -> float | None:
+    """Seconds, beyond what a SIGKILL takes."""
+    killed = tables[KILLED]["arms"].get("areal_ray") if KILLED in tables else None
+    return tables[STOPPED]["arms"][STOPPED_ARM]["median"] - killed["median"] if killed else None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Args:
+    what: is promised.
+    title: of the table that it is about.
+    measured: from the tables; None where an arm did not run.
+    sign: "<=", ">=" or ">".
+    limit: of what was measured.
+    """
+
+    what: str
+    title: str
+    measured: Callable[[Tables], float | None]
+    sign: str
+    limit: float
+
+    def met(self, value: float) -> bool:
+        return {"<=": value <= self.limit, ">=": value >= self.limit, ">": value > self.limit}[self.sign]
+
+
+def _bound(what: str, title: str, arm: str, to: str, sign: str, limit: float) -> Bound:
+    return Bound(f"{what}, {arm} / {to}", title, _ratio(title, arm, to), sign, limit)
+
+
+BOUNDS = (
+    _bound("SIGKILL", KILLED, "areal_ray", "tutorial", "<=", 0.25),
+    Bound("SIGSTOP, areal_ray, seconds beyond its SIGKILL", STOPPED, _stopped, "<=", 15.0),
+    _bound("node removed", NODE, "areal_ray", "tutorial", "<=", 0.25),
+    _bound("step time, standbys on / off", STANDBYS, "areal_ray", "areal_ray-no-standbys", "<=", 1.02),
+    _bound("throughput", STEADY, "areal_ray", "torchrun", ">=", 0.98),
+    _bound("start", START, "areal_ray", "tutorial", "<=", 0.6),
+    _bound("goodput", GOODPUT, "areal_ray", "tutorial", ">=", 1.4),
+    _bound("goodput", GOODPUT, "areal_ray", "torchrun-dcp", ">", 1.0),
+    _bound("blocked per save", BLOCKED, "areal_ray", "tutorial", "<=", 0.15),
+    _bound("effective stall per save", STALL, "areal_ray", "tutorial", "<=", 0.35),
+    _bound("staged to committed", COMMITTED, "areal_ray", PLAIN_WRITE, ">=", 0.6),
+)
+
+
+def judge(results: list[dict[str, Any]]) -> list[str]:
+    """A line for each promise about which something was measured."""
+    tables = {result["title"]: result for result in results}
+    lines = []
+    for bound in BOUNDS:
+        value = bound.measured(tables) if bound.title in tables else None
+        if value is not None:
+            verdict = "met" if bound.met(value) else "NOT met"
+            lines.append(f"  {bound.what:<56} {value:>8.3f}   {bound.sign:>2} {bound.limit:<5g}  {verdict}")
+    return lines
