@@ -69,6 +69,9 @@ def _runtime_env(config: Config) -> dict[str, Any]:
         # A process that does not answer at all for so long is stopped, or its node is, whatever it was about: a
         # watchdog in it stands still, too.
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+        # How long workers that were decided upon are waited for until there is room for them. In a range fewer are
+        # tried then; of a fixed number there is nothing else to try.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60" if len(config.usable_sizes) == 1 else "10",
         "TOKENIZERS_PARALLELISM": "false",
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}

@@ -38,7 +38,7 @@ def _watch(address: str, say: Callable[[str], None], lost: Callable[[], None], e
     answered, said = time.monotonic(), False
     while not ended.wait(_LOOK_S):
         now = time.monotonic()
-        if _answers(address):
+        if answers(address):
             if said:
                 say("the head node answers again")
             answered, said = now, False
@@ -50,7 +50,8 @@ def _watch(address: str, say: Callable[[str], None], lost: Callable[[], None], e
             say(f"the head node ({address}) does not answer; training goes on for now")
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether somebody listens there: host:port, of the head node's store or of any node's raylet."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_LOOK_S).close()

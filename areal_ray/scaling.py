@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -17,12 +18,14 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 
 from areal_ray.console import say
 from areal_ray.control import Control
+from areal_ray.head import answers
 from areal_ray.rundir import RunDir
 from areal_ray.storage import storage_at
 
 _LOOK_S = 5.0  # between two looks for more machines
 _REMIND_S = 30.0  # between two lines about machines that are missing
 _PAUSE_S = 0.5  # between two looks while nothing runs
+_ASK_AT_ONCE = 64  # nodes
 _REFUSED_S = 300.0  # for so long fewer workers are tried, after some could not be started
 _AWAY = (ray.exceptions.RayError, ConnectionError)  # what calls to the head node raise while it is away
 
@@ -64,7 +67,7 @@ class WorkerCount(ElasticScalingPolicy):
             if self._control.asked() == "stop":
                 raise StoppedWhileWaiting("asked to stop while waiting for machines")
             self._control.done()
-            room = self._room()
+            room = self._room(ask=True)
         except _AWAY as error:
             say(f"the head node does not answer: {error}")
             time.sleep(_LOOK_S)
@@ -117,11 +120,20 @@ class WorkerCount(ElasticScalingPolicy):
         """Start no workers for so long."""
         self._not_before = time.monotonic() + seconds
 
-    def _room(self) -> int:
-        """How many workers the live nodes are large enough for, whoever else is there."""
+    def _room(self, ask: bool = False) -> int:
+        """How many workers the live nodes are large enough for, whoever else is there.
+
+        Args:
+            ask: the nodes themselves. The head node takes up to half a minute to notice that one has died without a
+                word, and workers would be decided upon that cannot be placed.
+        """
         leaving = ray._private.state.state.get_draining_nodes()
-        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        return int(self._count_possible_workers({name: r for name, r in nodes.items() if name not in leaving}))
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        if ask:
+            with ThreadPoolExecutor(_ASK_AT_ONCE) as pool:
+                there = pool.map(answers, [f"{n['NodeManagerAddress']}:{n['NodeManagerPort']}" for n in nodes])
+            nodes = [node for node, answer in zip(nodes, there, strict=True) if answer]
+        return int(self._count_possible_workers({node["NodeID"]: node["Resources"] for node in nodes}))
 
     def _free(self) -> int:
         """For how many more there is room beside everything that runs now."""

@@ -46,7 +46,7 @@ def main(change: str, arguments: list[str]) -> int:
         if change == "add":
             cluster.add_node(num_cpus=1)
         elif change == "remove":
-            cluster.remove_node(second)
+            cluster.remove_node(second, allow_graceful=False)
         else:
             deadline = int((time.time() + DEADLINE_S) * 1000)
             client = ray._raylet.GcsClient(address=cluster.address)

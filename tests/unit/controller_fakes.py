@@ -34,7 +34,7 @@ class Count(WorkerCount):
 
     def _maybe_send_resource_request(self): ...
 
-    def _room(self):
+    def _room(self, ask=False):
         return self.room
 
     def _free(self):

@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from ray.train import ScalingConfig
 
 from areal_ray import scaling
 from areal_ray.rundir import RunDir
-from areal_ray.scaling import StoppedWhileWaiting
+from areal_ray.scaling import StoppedWhileWaiting, WorkerCount
 from areal_ray.storage import LocalStorage
 
 from .controller_fakes import Control, Count
@@ -119,3 +120,25 @@ def test_the_smallest_number_is_tried_again_and_again(count):
     assert count.start() == 1
     count.not_placed()
     assert count.start() == 1
+
+
+def test_nodes_that_died_without_a_word_are_not_counted_on(monkeypatch, control, run):
+    def node(name, alive=True):
+        place = {"NodeManagerAddress": f"host-{name}", "NodeManagerPort": 7}
+        return {"NodeID": name, "Alive": alive, "Resources": {"CPU": 2.0}, **place}
+
+    asked = []
+
+    def answers(address):
+        asked.append(address)
+        return address != "host-gone:7"
+
+    nodes = [node("here"), node("gone"), node("known to be gone", alive=False), node("leaving"), node("there")]
+    monkeypatch.setattr(scaling.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(scaling.ray._private.state.state, "get_draining_nodes", lambda: {"leaving": 0})
+    monkeypatch.setattr(scaling, "answers", answers)
+    count = WorkerCount(ScalingConfig(num_workers=(1, 9)), range(1, 10), control, run.storage.recipe)
+    assert count._room() == 6
+    assert asked == []
+    assert count._room(ask=True) == 4
+    assert sorted(asked) == ["host-gone:7", "host-here:7", "host-there:7"]
