@@ -83,14 +83,14 @@ def test_rewinding_takes_back_the_lines_after_the_step(run):
     for step in (0, 10, 20, 30):
         run.log_metrics(step, {"loss": 1.0 / 3 + step})
     kept = run.metrics()[:3]
-    run.rewind(20, 0)
+    assert run.rewind(20, 0) == 30
     assert run.metrics() == kept
     run.log_metrics(30, {"loss": 7.0})
     assert run.metrics() == [*kept, {"step": 30, "loss": 7.0}]
 
 
 def test_rewinding_without_metrics_makes_none(run):
-    run.rewind(10, 0)
+    assert run.rewind(10, 0) == 0
     assert run.storage.names() == []
 
 
