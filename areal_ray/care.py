@@ -50,8 +50,8 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
         with suppress(OSError):
             attempt = max((event["attempt"] for event in run.events("attempt")), default=0)
         name = f"stacks.a{attempt}.rank{ranks.rank}.txt"
-        fields = {"phase": what.phase, "seconds": round(what.seconds, 2), "where": what.where, "waiting": what.waiting}
-        run.note("stuck", say, attempt=attempt, rank=ranks.rank, **fields, stacks=name)
+        fields = {"phase": what.phase, "step": what.step, "seconds": round(what.seconds, 2), "where": what.where}
+        run.note("stuck", say, attempt=attempt, rank=ranks.rank, **fields, waiting=what.waiting, stacks=name)
         with suppress(OSError):  # it is in the log, too
             run.storage.replace(name, what.stacks.encode())
 

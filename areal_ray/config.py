@@ -51,7 +51,7 @@ class Watch:
 
     factor: float = 10.0  # so many times the usual time of a step, or of an evaluation's batch, without progress
     floor_s: float = 10.0  # but at least so long
-    patience_s: float = 1800.0  # for all else: start, restore, the first steps, saves (storage may be slow)
+    patience_s: float = 1800.0  # for all else: start, restore, the first step, saves (storage may be slow)
 
 
 @dataclass(frozen=True)

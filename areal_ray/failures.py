@@ -140,6 +140,19 @@ def step_of(errors: dict[int, Exception]) -> int | None:
     return max((each["step"] for each in marks if each["step"] is not None), default=None)
 
 
+def hung_at(run: RunDir) -> int | None:
+    """The step that a watchdog of the newest attempt ended, if one did."""
+    steps = [event.get("step") for event in _stuck(run).values()]
+    return max((step for step in steps if step is not None), default=None)
+
+
+def _stuck(run: RunDir) -> dict[int, dict[str, Any]]:
+    """What the watchdogs of the newest attempt saw, by rank."""
+    events = run.events()
+    attempt = max((event["attempt"] for event in events if event["event"] == "attempt"), default=None)
+    return {event["rank"]: event for event in events if event["event"] == "stuck" and event["attempt"] == attempt}
+
+
 def _detection_s(errors: dict[int, Exception]) -> float | None:
     """How long ago the failure was, by what the first of the surviving workers saw of it."""
     times = [error.areal_ray["time"] for error in errors.values() if hasattr(error, "areal_ray")]
@@ -153,13 +166,8 @@ def _hung(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
         run: its ledger has what the watchdogs saw.
         errors: of the ranks; those that could say something were no more stopped than those with a watchdog.
     """
-    events = run.events()
-    attempts = [event for event in events if event["event"] == "attempt"]
-    if not attempts:
-        return None
-    failed = max((event["time"] for event in events if event["event"] == "failure"), default=0.0)
-    stuck = [event for event in events if event["event"] == "stuck" and event["time"] > failed]
-    latest = {event["rank"]: event for event in stuck if event["attempt"] == attempts[-1]["attempt"]}
+    failed = max((event["time"] for event in run.events("failure")), default=0.0)
+    latest = {rank: event for rank, event in _stuck(run).items() if event["time"] > failed}
     if not latest:
         return None
     for rank, event in sorted(latest.items()):
@@ -167,7 +175,7 @@ def _hung(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
             text = f"no progress for {event['seconds']:.0f} s in phase {event['phase']}"
             return Cause(rank, _STUCK, text, event["where"], infrastructure=True)
     alive = set(latest) | {rank for rank, error in errors.items() if hasattr(error, "areal_ray")}
-    silent = sorted(set(range(attempts[-1]["world_size"])) - alive)
+    silent = sorted(set(range(run.events("attempt")[-1]["world_size"])) - alive)
     if len(silent) == 1:
         return Cause(silent[0], _STOPPED, "no sign of life while the others waited for it", infrastructure=True)
     # With more of them it is not known which had no time to say anything, because they were ended with the first.
@@ -217,14 +225,15 @@ class Reporter(UserCallback):
             say(f"could not write down a failure: {type(error).__name__}: {error}")
 
     def _report(self, worker_exceptions: dict[int, Exception]) -> None:
-        run, cause = self._run, root_cause(worker_exceptions)
+        run, cause, step = self._run, root_cause(worker_exceptions), step_of(worker_exceptions)
         try:
             cause = _hung(run, worker_exceptions) or cause
+            step = hung_at(run) if step is None else step
         except OSError as error:
             say(f"could not read the ledger: {error}")
         say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
         what = {"rank": cause.rank, "cause": cause.kind, "error": cause.message[:500], "where": cause.where}
-        seen = {"ranks": sorted(worker_exceptions), "step": step_of(worker_exceptions)}
+        seen = {"ranks": sorted(worker_exceptions), "step": step}
         run.note("failure", say, **what, **seen, detection_s=_detection_s(worker_exceptions))
 
 

@@ -11,7 +11,8 @@ from areal_ray.rundir import RunDir
 _PHASES = {
     "detection_s": "failure",  # from what the first survivor saw to the controller
     "teardown_s": "group",
-    "processes_s": "group",  # resources, new processes (or spares) and what they import
+    "start_s": "group",  # until the nodes have room
+    "imports_s": "group",  # of new processes, with their start; of spares next to nothing
     "process_group_s": "group",
     "build_s": "training",  # model, optimizer
     "data_s": "training",  # text, and the other objects of a rank

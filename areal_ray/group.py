@@ -32,16 +32,31 @@ _CALM_S = 8.0  # after the start of the workers; what it starts then is not in t
 
 
 class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.reached["ready"] = time.time()
+        super().on_start(worker_group, backend_config)
+
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Nothing: the processes end next. Ray would have each leave its process group, and wait for one that hangs."""
 
 
 class GroupTorchConfig(TorchConfig):
-    """Ray's, but for its end."""
+    """Ray's, but for its end, and timed."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
         return _Backend
+
+
+class _TimedHandle(DefaultPlacementGroupHandle):
+    def __init__(self, reserved: PlacementGroup, reached: dict[str, float]) -> None:
+        super().__init__(reserved)
+        self._reached = reached
+
+    def wait(self, timeout_seconds: float = 30) -> bool:
+        there = super().wait(timeout_seconds)
+        self._reached["placed"] = time.time()
+        return there
 
 
 class NamedGroup(WorkerGroup):
@@ -49,9 +64,14 @@ class NamedGroup(WorkerGroup):
 
     And it gives it back itself when the workers die while they start: Ray's forgets a group that was half up, and the
     next one waits for resources that nobody uses.
+
+    Attributes:
+        reached: when the start in progress came how far: "placed", there is room; "ready", processes with everything
+            imported, that can form a process group.
     """
 
     def _start(self) -> None:
+        self.reached: dict[str, float] = {}
         try:
             super()._start()
         except Exception:
@@ -68,7 +88,7 @@ class NamedGroup(WorkerGroup):
             name=f"{_prefix(self._train_run_context)}{uuid.uuid4().hex}",
             bundle_label_selector=wanted.label_selector,
         )
-        return DefaultPlacementGroupHandle(reserved)
+        return _TimedHandle(reserved, self.reached)
 
 
 def _prefix(context: TrainRunContext) -> str:
@@ -120,18 +140,18 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         self._workers = workers
-        self._times["processes"] = time.time()
         return {}
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._times["process_group"] = time.time()
+        self._times |= {**worker_group.reached, "process_group": time.time()}
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._replenish_at = time.monotonic() + _CALM_S
         at = self._times
         phases = {
-            "processes_s": at["processes"] - at["begin"],
-            "process_group_s": at["process_group"] - at["processes"],
+            "start_s": at["placed"] - at["begin"],
+            "imports_s": at["ready"] - at["placed"],
+            "process_group_s": at["process_group"] - at["ready"],
         }
         if "end" in at:
             phases["teardown_s"] = at.pop("end") - at.pop("failed")

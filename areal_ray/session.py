@@ -91,14 +91,17 @@ class RaySession:
             time.sleep(_LISTEN_S)
 
     def enter(self, phase: str) -> None:
-        self.computing = None
+        self._enter(phase, None)
+
+    def _enter(self, phase: str, step: int | None) -> None:
+        self.computing = step
         if self._watchdog:
-            self._watchdog.beat(phase)
+            self._watchdog.beat(phase, step)
 
     def before_step(self, step: int) -> None:
         self.check()
-        self.enter("step")
-        self._step = self.computing = step
+        self._enter("step", step)
+        self._step = step
         self._steps += 1
         if self._standbys and self._steps > _CALM_STEPS and time.monotonic() - self._began > _CALM_S:
             self._standbys.replenish()

@@ -27,6 +27,7 @@ _REGULAR = ("step", "evaluate")  # take much the same time again and again; a sa
 _STORAGE, _STORAGE_FACTOR = ("save", "finish"), 4
 _TICK_S = 0.25
 _ENOUGH = 3  # durations of a phase from which on it is known what is usual
+_EARLY = 6  # times the floor, before that: the first steps compile, allocate and connect
 _GRACE_S = 1.5  # a rank that waits for others lets them say first what is the matter
 _LAST_RESORT_S = 10.0  # after the limit, should the interpreter itself be stuck
 _WAITING = re.compile(r"/torch/distributed/")
@@ -39,6 +40,7 @@ class Stuck:
 
     Args:
         phase: what it does.
+        step: that it computes; None if it computes none.
         seconds: for how long.
         where: "file:line in function", the innermost frame of the user's code (else of any).
         waiting: whether it waits for other ranks, and so is not the cause.
@@ -46,6 +48,7 @@ class Stuck:
     """
 
     phase: str
+    step: int | None
     seconds: float
     where: str
     waiting: bool
@@ -66,6 +69,7 @@ class Watchdog:
         self._watched = threading.get_ident()
         self._usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self._phase, self._since = "start", time.monotonic()
+        self._step: int | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -80,11 +84,11 @@ class Watchdog:
         self._arm()
         self._thread.start()
 
-    def beat(self, phase: str) -> None:
-        """The watched thread is alive and begins this phase: step, evaluate, save, ..."""
+    def beat(self, phase: str, step: int | None = None) -> None:
+        """The watched thread is alive and begins this phase: step, evaluate, save, ...; in a step, which one."""
         now = time.monotonic()
         self._usual[self._phase].append(now - self._since)
-        self._phase, self._since = phase, now
+        self._phase, self._since, self._step = phase, now, step
         self._arm()
 
     def stop(self) -> None:
@@ -96,11 +100,13 @@ class Watchdog:
 
     def limit(self) -> float:
         """Seconds without a beat after which this phase counts as stuck."""
-        usual = self._usual[self._phase]
-        if self._phase not in _REGULAR or len(usual) < _ENOUGH:
+        usual, limits = self._usual[self._phase], self._limits
+        if self._phase not in _REGULAR or not usual:
             # A save that was cut off would begin again, and never be finished.
-            return self._limits.patience_s * (_STORAGE_FACTOR if self._phase in _STORAGE else 1)
-        return max(self._limits.floor_s, self._limits.factor * statistics.median(usual), 2 * max(usual))
+            return limits.patience_s * (_STORAGE_FACTOR if self._phase in _STORAGE else 1)
+        if len(usual) < _ENOUGH:
+            return min(limits.patience_s, max(_EARLY * limits.floor_s, limits.factor * max(usual)))
+        return max(limits.floor_s, limits.factor * statistics.median(usual), 2 * max(usual))
 
     def _arm(self) -> None:
         # A thread in C: it ends the process even if no Python thread runs any more, with the stacks in its log.
@@ -114,14 +120,14 @@ class Watchdog:
             if now - last > 4 * _TICK_S:  # this process was stopped as a whole, and goes on now: no fault of training
                 self._since += now - last
             last = now
-            phase, since, limit = self._phase, self._since, self.limit()
+            phase, since, step, limit = self._phase, self._since, self._step, self.limit()
             if now - since < limit:
                 continue
             where, waiting = _place(sys._current_frames().get(self._watched))
             if waiting and now - since < limit + _GRACE_S:
                 continue
             if since == self._since:
-                self._stuck(Stuck(phase, now - since, where, waiting, _stacks()))
+                self._stuck(Stuck(phase, step, now - since, where, waiting, _stacks()))
                 self._end(EXIT_STATUS)
                 return
 

@@ -18,8 +18,8 @@ def test_a_stopped_and_a_hanging_worker_are_told_ended_and_change_nothing(undist
 
     # A stopped process can say nothing, and the other says that it waits; one that hangs says where.
     stopped, hung = run.events("failure")
-    assert (stopped["rank"], stopped["cause"]) == (1, "stopped")
-    assert (hung["rank"], hung["cause"]) == (0, "stuck")
+    assert (stopped["rank"], stopped["cause"], stopped["step"]) == (1, "stopped", 6)
+    assert (hung["rank"], hung["cause"], hung["step"]) == (0, "stuck", 12)
     assert "faults.py:" in hung["where"]
     stuck = {(event["attempt"], event["rank"]): event for event in run.events("stuck")}
     assert set(stuck) >= {(1, 0), (2, 0)}

@@ -174,7 +174,7 @@ def test_a_failure_is_written_down_when_it_is_noticed(run, tmp_path):
     }
 
 
-HUNG = {"attempt": 2, "phase": "step", "seconds": 12.3, "where": "/home/me/model.py:7 in forward"}
+HUNG = {"attempt": 2, "phase": "step", "step": 9, "seconds": 12.3, "where": "/home/me/model.py:7 in forward"}
 DIED = {0: ActorDiedError(), 1: ActorDiedError(), 2: ActorDiedError()}
 
 
@@ -196,7 +196,7 @@ def failure(run):
 def test_of_ranks_that_hung_the_one_that_waited_for_nobody_is_named(failure, capsys):
     event = failure({"rank": 0, "waiting": True}, {"rank": 2, "waiting": False}, {"rank": 1, "waiting": True})
     assert (event["rank"], event["cause"], event["where"]) == (2, "stuck", "/home/me/model.py:7 in forward")
-    assert event["error"] == "no progress for 12 s in phase step"
+    assert (event["error"], event["step"]) == ("no progress for 12 s in phase step", 9)
     assert "worker 2 failed: stuck: no progress for 12 s" in capsys.readouterr().out
 
 

@@ -49,7 +49,7 @@ def test_a_run_that_never_was(run):
     assert goodput(run)["attempts"] == []
 
 
-START = {"processes_s": 5.0, "process_group_s": 1.0}
+START = {"start_s": 0.5, "imports_s": 4.5, "process_group_s": 1.0}
 WORK = {"build_s": 0.5, "data_s": 0.25, "load_s": 0.75, "first_step_s": 2.0}
 FIRST = [
     (1, "submitted"),
@@ -59,7 +59,7 @@ FIRST = [
     (5, "training", {"step": 1, **WORK}),
 ]
 FAILED = {"rank": 1, "cause": "it died", "step": 13, "detection_s": 0.3}
-AGAIN = {"teardown_s": 0.1, "processes_s": 0.4, "process_group_s": 0.2}
+AGAIN = {"teardown_s": 0.1, "start_s": 0.1, "imports_s": 0.3, "process_group_s": 0.2}
 
 
 def test_every_start_has_its_reason_its_phases_and_the_steps_that_were_lost(run):
@@ -97,5 +97,5 @@ def test_leaving_on_request_is_a_reason(run):
 def test_the_table_has_a_line_for_every_start(run):
     ledger(run, *FIRST)
     header, line = table(goodput(run)).splitlines()
-    assert header.startswith("attempt  after      detection  teardown  processes  process group  build")
-    assert line.split() == ["1", "submitted", "-", "-", "5.0", "1.0", "0.5", "0.2", "0.8", "2.0", "-"]
+    assert header.startswith("attempt  after      detection  teardown  start  imports  process group  build")
+    assert line.split() == ["1", "submitted", "-", "-", "0.5", "4.5", "1.0", "0.5", "0.2", "0.8", "2.0", "-"]

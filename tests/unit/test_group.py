@@ -79,10 +79,10 @@ def test_the_phases_of_a_start_stand_in_the_ledger(run, killed, monkeypatch):
     def start(seconds):
         with timed.on_worker_group_start():
             timed.before_worker_group_start(None)
-            now[0] += seconds
+            reached = {"placed": now[0] + 0.5, "ready": now[0] + seconds}
             timed.before_init_train_context([worker("a")])
-            now[0] += 0.5
-            timed.after_worker_group_start(None)
+            now[0] += seconds + 1.0
+            timed.after_worker_group_start(SimpleNamespace(reached=reached))
             timed.after_worker_group_training_start(None)
 
     start(4.0)
@@ -92,8 +92,8 @@ def test_the_phases_of_a_start_stand_in_the_ledger(run, killed, monkeypatch):
     start(1.0)
     phases = [{k: v for k, v in event.items() if k.endswith("_s")} for event in run.events("group")]
     assert phases == [
-        {"processes_s": 4.0, "process_group_s": 0.5},
-        {"processes_s": 1.0, "process_group_s": 0.5, "teardown_s": 0.25},
+        {"start_s": 0.5, "imports_s": 3.5, "process_group_s": 1.0},
+        {"start_s": 0.5, "imports_s": 0.5, "process_group_s": 1.0, "teardown_s": 0.25},
     ]
     assert killed == ["a"]
 

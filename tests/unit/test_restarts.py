@@ -198,6 +198,14 @@ class TestPoisonSteps:
             (6, "the worker process died")
         ]
 
+    def test_so_do_hangs(self, make, run):
+        restarts, death = make(skip=True), failed(ActorDiedError(), ActorDiedError())
+        for attempt in (1, 2, 3):
+            run.event("attempt", attempt=attempt, world_size=2)
+            run.event("stuck", attempt=attempt, rank=1, step=8, phase="step", waiting=False)
+            assert decide(restarts, death) == [RETRY]
+            assert [event["step"] for event in run.events("poison_step")] == [8] * (attempt == 3)
+
     def test_before_the_first_step_there_is_none_to_leave_out(self, make, run):
         assert decide(make(skip=True), *[failed(ValueError("mine"), step=None)] * 2) == [RETRY, RAISE]
         assert run.events("poison_step") == []

@@ -92,10 +92,24 @@ def go_through(dog, clock, *phases):
 def test_until_it_is_known_what_is_usual_there_is_patience(make, clock):
     dog = make(LIMITS)
     assert dog.limit() == 100.0
-    go_through(dog, clock, ("step", 1.0), ("step", 1.0))
+    dog.beat("step")
     assert dog.limit() == 100.0
-    go_through(dog, clock, ("step", 1.0))
-    assert dog.limit() < 100.0
+
+
+@pytest.mark.parametrize(("seconds", "limit", "usual"), [(1.0, 48.0, 10.0), (6.0, 60.0, 12.0), (30.0, 100.0, 60.0)])
+def test_the_first_steps_have_a_floor_of_their_own(make, clock, seconds, limit, usual):
+    # The second one, after a first that compiled, perhaps; the third; and the fourth, when it is known what is usual.
+    for durations, expected in (([seconds], limit), ([seconds, 1.0], limit), ([seconds, 1.0, 1.0], usual)):
+        dog = make(LIMITS)
+        go_through(dog, clock, *(("step", each) for each in durations))
+        assert dog.limit() == pytest.approx(expected)
+
+
+def test_it_says_which_step_it_was(make, clock):
+    dog = make(LIMITS)
+    dog.beat("step", 7)
+    watch(dog, clock, 1000)
+    assert dog.seen[0].step == 7
 
 
 @pytest.mark.parametrize(
