@@ -33,6 +33,7 @@ def chaos(
     folder: Path,
     minutes: float,
     seed: int,
+    only: Sequence[str] = (),
     storage_process: int | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[list[Injected], list[Check]]:
@@ -43,6 +44,7 @@ def chaos(
         folder: an empty directory for the runs and their logs.
         minutes: of disturbed training.
         seed: of order, targets and moments of the faults.
+        only: kinds of faults; all that are possible if none is named.
         storage_process: of the storage server, on this machine, to be stopped now and then.
         say: prints a line for the user.
 
@@ -51,6 +53,7 @@ def chaos(
 
     Raises:
         ConfigError: if the experiment is wrong.
+        RuntimeError: if a kind of fault is unknown, or not possible here.
         NotSurvived: if the run did not come back after a fault.
     """
     given = load(path, overrides)
@@ -63,12 +66,14 @@ def chaos(
         disk = chaos_faults.small_disk(folder / "disk", stack) if not _elsewhere(overrides) else None
         if disk:  # it is gone with the block, and what was lost on it could not be looked into
             stack.callback(lambda: None if _kept(checks) else shutil.copytree(disk, folder / "runs"))
+        workers = given.usable_sizes[-1]
+        kinds = chaos_faults.possible(workers, disk, storage_process, only)
         own = [
             *([] if _elsewhere(overrides) else [f"run.storage_path={disk or folder / 'runs'}"]),
             "run.name=chaos",
             "train.steps=1000000",
             "logging.sample_ids=true",
-            f"cluster.num_workers={given.usable_sizes[-1]}",
+            f"cluster.num_workers={workers}",
             *([] if given.checkpoint.keep.last else ["checkpoint.keep.last=3"]),
         ]
         all_overrides = [*overrides, *own]
@@ -80,7 +85,7 @@ def chaos(
         began = time.monotonic()
         while time.monotonic() - began < 60 * minutes:
             time.sleep(draw.uniform(*_PAUSE_S))
-            deck = deck or chaos_faults.deck(world, draw)
+            deck = deck or draw.sample(kinds, len(kinds))
             kind = deck.pop()
             hits = world.hits
             chaos_faults.KINDS[kind](world, draw)
@@ -95,7 +100,7 @@ def chaos(
         assert world.driver is not None
         world.driver.terminate()
         status = world.driver.wait(timeout=BACK_S)
-        checks = chaos_checks.check(world, status, path, overrides, folder, given.usable_sizes[-1])
+        checks = chaos_checks.check(world, status, path, overrides, folder, workers)
     return injected, checks
 
 

@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,26 @@ _STAGES = {  # of a commit: what is there in the directory of the checkpoint
 }
 
 
-def deck(world: World, draw: random.Random) -> list[str]:
-    """All kinds that this world can suffer, in random order."""
+def possible(workers: int, disk: Path | None, storage_process: int | None, only: Sequence[str]) -> list[str]:
+    """The kinds that can be tried, of those that are named, if any are.
+
+    Args:
+        workers: in the run; one of several is on a node of its own.
+        disk, storage_process: as for World.
+        only: names.
+
+    Raises:
+        RuntimeError: if one that is named is not among them.
+    """
     without = {
-        *([] if world.disk else ["the disk is full"]),
-        *([] if world.storage_process else ["the storage server stops"]),
-        *([] if world.has_nodes else ["a node is lost"]),
+        *([] if disk else ["the disk is full"]),
+        *([] if storage_process else ["the storage server stops"]),
+        *([] if workers > 1 else ["a node is lost"]),
     }
     kinds = [kind for kind in KINDS if kind not in without]
-    draw.shuffle(kinds)
-    return kinds
+    if unknown := set(only) - set(kinds):
+        raise RuntimeError(f"no such faults here: {', '.join(sorted(unknown))}; there are: {', '.join(kinds)}")
+    return [kind for kind in kinds if kind in only] if only else kinds
 
 
 def has_gone_on(world: World, since: float) -> bool:

@@ -20,9 +20,9 @@ from ray.cluster_utils import Cluster
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config
 from areal_ray.rundir import RunDir
-from areal_ray.storage import Storage, storage_at
+from areal_ray.storage import LocalStorage, Storage, storage_at
 
-_LOOK_S = 0.01
+_LOOK_S, _LOOK_FAR_S = 0.01, 0.1  # between two looks; into a bucket each is a request, which the run's own wait for
 BACK_S = 300.0  # a run that has not gone on by then has not survived
 
 
@@ -54,6 +54,7 @@ class World:
         self._folder, self.storage_process, self.disk = folder, storage_process, disk
         self.storage: Storage = storage_at(config.run.storage_path, vars(config.run.s3)).sub(config.run.name)
         self.run, self.catalog = RunDir(self.storage), Catalog(self.storage)
+        self._look_s = _LOOK_S if isinstance(self.storage, LocalStorage) else _LOOK_FAR_S
         self._workers = config.usable_sizes[-1]
         self.driver: subprocess.Popen[bytes] | None = None
         self.damaged: set[str] = set()  # checkpoints
@@ -128,7 +129,7 @@ class World:
                 raise NotSurvived(f"waited {BACK_S:.0f} s for {what}; see {self.log}")
             if self.driver is not None and self.driver.poll() is not None:
                 raise NotSurvived(f"the driver ended with status {self.driver.returncode}; see {self.log}")
-            time.sleep(_LOOK_S)
+            time.sleep(self._look_s)
         return value
 
     def change_node(self) -> None:
@@ -138,16 +139,12 @@ class World:
         self.cluster.remove_node(self._second, allow_graceful=False)
         self._second = self.cluster.add_node(num_cpus=self._workers - max(1, self._workers // 2))
 
-    @property
-    def has_nodes(self) -> bool:
-        return self._second is not None
-
     def newest(self) -> str | None:
         return self.catalog.last_committed()
 
     def _watch(self) -> None:
         # The ledger does not know a checkpoint whose rank 0 was killed between the commit and the line about it.
-        while not self._ended.wait(_LOOK_S):
+        while not self._ended.wait(self._look_s):
             with suppress(OSError):
                 newest = self.newest()
                 if newest is not None:

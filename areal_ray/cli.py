@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chaos.add_argument(
         "--storage-process", type=int, metavar="PID", help="of a storage server on this machine, to stop"
     )
+    chaos.add_argument("--only", action="append", metavar="KIND", help="only faults of this kind; may be repeated")
     chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
     arguments = parser.parse_args(argv)
@@ -91,7 +92,8 @@ def _chaos(arguments: argparse.Namespace) -> int:
         from areal_ray.chaos import chaos
 
         places = arguments.config, arguments.overrides, folder
-        injected, checks = chaos(*places, arguments.minutes, arguments.seed, arguments.storage_process)
+        only, storage = arguments.only or (), arguments.storage_process
+        injected, checks = chaos(*places, arguments.minutes, arguments.seed, only, storage)
         print(f"\n{len(injected)} faults of {len({fault.kind for fault in injected})} kinds")
         return checks
 
