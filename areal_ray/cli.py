@@ -130,9 +130,21 @@ def _driver_train(config: Any, overrides: Sequence[str]) -> int:
         from areal_ray.cluster import use_token
 
         use_token()
+    from areal_ray.template import template_for
+
+    # What has Ray already may have a cluster, too.
+    template = template_for(config) if "ray" not in sys.modules else None
+    try:
+        return _drive(config, overrides, template)
+    finally:
+        if template:
+            template.close()
+
+
+def _drive(config: Any, overrides: Sequence[str], template: Any) -> int:
     from areal_ray.driver import train  # imports Ray and torch: seconds that a typing error need not wait for
 
-    return train(config, overrides)
+    return train(config, overrides, template)
 
 
 def _with_config(arguments: argparse.Namespace, run: Callable[[Any], int]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 # Ray reads RAY_AUTH_MODE when it is imported, so nothing here imports it at the top.
 from areal_ray.config import Config
+from areal_ray.template import Template, template_for
 
 
 def use_token() -> None:
@@ -26,17 +27,22 @@ def use_token() -> None:
 
 
 @contextmanager
-def cluster(config: Config) -> Iterator[None]:
+def cluster(config: Config, template: Template | None = None) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
 
     A connection that the caller has already is used and left alone.
+
+    Args:
+        config: of the run.
+        template: that is there for it already, closed by who made it.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config)}
+    made = None if template else template_for(config)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config, template or made)}
     if not os.environ.get("RAY_ADDRESS"):
         # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
         workers = config.worker_range[1]
@@ -46,11 +52,13 @@ def cluster(config: Config) -> Iterator[None]:
             print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
         # "local", or it would find a cluster that happens to run here.
         options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
-    ray.init(**options)
     try:
+        ray.init(**options)
         yield
     finally:
         ray.shutdown()
+        if made:
+            made.close()
 
 
 def resources(config: Config) -> dict[str, float]:
@@ -58,7 +66,7 @@ def resources(config: Config) -> dict[str, float]:
     return {"CPU": 1, **({"GPU": 1} if config.cluster.use_gpu else {}), **config.cluster.resources_per_worker}
 
 
-def _runtime_env(config: Config) -> dict[str, Any]:
+def _runtime_env(config: Config, template: Template | None) -> dict[str, Any]:
     from areal_ray import standby
 
     settings = {
@@ -75,4 +83,5 @@ def _runtime_env(config: Config) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
-    return {"env_vars": {**chosen, **standby.job_environment(config)}}
+    executable = {"py_executable": template.executable} if template else {}
+    return {"env_vars": {**chosen, **standby.job_environment(config)}, **executable}

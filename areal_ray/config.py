@@ -62,6 +62,7 @@ class Cluster:
     max_failures: int = -1  # before the run is given up; -1: no limit, but the same error twice at one step
     watchdog: Watch | None = field(default_factory=Watch)  # null: none
     standbys: Any = "auto"  # warm spare processes per node, for quick restarts: auto (one a worker), off, or a number
+    template: bool = True  # one process per node imports everything, the others are forked from it: quick starts
     collective_timeout_s: float = 600.0  # longest wait of a rank for the others before it counts as failed
 
 

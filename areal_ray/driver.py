@@ -27,14 +27,16 @@ from areal_ray.preflight import prepare
 from areal_ray.rundir import RunDir
 from areal_ray.scaling import StoppedWhileWaiting
 from areal_ray.supervisor import supervise
+from areal_ray.template import Template
 
 
-def train(config: Config, overrides: Sequence[str] = ()) -> int:
+def train(config: Config, overrides: Sequence[str] = (), template: Template | None = None) -> int:
     """Run an experiment to its end.
 
     Args:
         config: as loaded.
         overrides: what was typed beside the file, for the record.
+        template: for the job's processes, if one has been started.
 
     Returns:
         The exit status: 0 when the run reached its last step, 1 when training failed.
@@ -57,7 +59,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     print(f"run directory: {run.storage.location}", flush=True)
     submission = secrets.token_hex(8)
     control = Control(submission)
-    with Console() as console, cluster(config), ExitStack() as stack:
+    with Console() as console, cluster(config, template), ExitStack() as stack:
         try:
             # Who loses the lease asks the workers to leave, so that there must be a cluster first.
             stack.enter_context(driving(run.storage, lambda: control.ask("stop"), _print))

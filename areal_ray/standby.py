@@ -24,8 +24,8 @@ import psutil
 import ray
 
 from areal_ray.config import Config, ConfigError, Model, redact
+from areal_ray.launch import MODEL
 
-_WARM = "AREAL_RAY_WARM"  # the model to get ready for, in the environment of training workers and their spares only
 _HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # Ray's: a function that a new process runs before anything else
 _KEEP_S = 30 * 24 * 3600  # how long the raylet lets a spare wait
 _CALL_S = 10.0  # time limit of the call
@@ -68,7 +68,7 @@ def worker_environment(config: Config) -> dict[str, str]:
     # The check for GPUs goes without a CUDA context: which GPU is its own, a spare does not know yet.
     return {
         _HOOK: f"{__name__}.warm",
-        _WARM: json.dumps(redact(asdict(config.model))),
+        MODEL: json.dumps(redact(asdict(config.model))),
         "PYTHONPATH": _import_path(),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }
@@ -90,7 +90,7 @@ def warm() -> None:
         import_module("ray.train.torch")
         import_module("areal_ray.worker")  # and with it everything that a worker imports
         if not late.is_set():  # beside real training a rehearsal would meet its process group
-            rehearse(Model(**json.loads(os.environ[_WARM])))
+            rehearse(Model(**json.loads(os.environ[MODEL])))
 
     _get_ready("worker", work)
 

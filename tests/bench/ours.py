@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
 LOG = "log"  # beside the run.storage_path
 
 
@@ -27,12 +24,13 @@ def main(*arguments: Any) -> Any:
 
 def note_steps(folder: Path) -> None:
     import torch.distributed as dist
+    from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
     from tests.bench.peers.common import StepLog
 
     log = StepLog(folder, dist.get_rank())
 
-    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def note(optimizer: Optimizer, *_: Any) -> None:
         if optimizer.param_groups[0]["lr"] == 0.0:  # the engine makes the optimizer's state by a step that is none
             return
         log.step(int(next(iter(optimizer.state.values()))["step"]))
@@ -40,9 +38,17 @@ def note_steps(folder: Path) -> None:
     register_optimizer_step_post_hook(note)
 
 
-if __name__ == "__main__":
-    from areal_ray import cli, supervisor
+def drive(*arguments: Any) -> int:
+    """What the command does when it has started what it starts first."""
+    from areal_ray import supervisor
 
     assert supervisor.worker.main
     supervisor.worker = importlib.import_module("tests.bench.ours")  # by name, or it would be pickled with the function
+    return own_drive(*arguments)
+
+
+if __name__ == "__main__":
+    from areal_ray import cli
+
+    own_drive, cli._drive = cli._drive, drive
     sys.exit(cli.main(["train", *sys.argv[1:]]))

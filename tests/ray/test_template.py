@@ -1,0 +1,58 @@
+"""Processes of a Ray job that are copies of a template: still two different ones, and Ray notices their ends."""
+
+import os
+import signal
+import sys
+
+import psutil
+import pytest
+import ray
+
+from areal_ray import template
+
+pytestmark = pytest.mark.ray
+
+LIMIT_S = 60
+
+
+@ray.remote(num_cpus=0)
+class Process:
+    def __init__(self):
+        self.imported = "transformers" in sys.modules
+
+    def say(self):
+        from ray._raylet import WorkerID
+
+        parent = psutil.Process().parent()
+        return {
+            "pid": os.getpid(),
+            "parent": parent.cmdline() if parent else [],
+            "imported": self.imported,
+            "id": ray.get_runtime_context().get_worker_id(),
+            "next": WorkerID.from_random().hex(),  # Ray's C++ part draws random numbers of its own
+        }
+
+
+def test_the_processes_of_a_job_are_copies_that_know_who_they_are(ray_cluster):
+    one, other = ray.get([process.say.remote() for process in (Process.remote(), Process.remote())])
+    for process in (one, other):
+        assert template.__file__ in process["parent"]
+        assert process["imported"]
+    for what in ("pid", "id", "next"):
+        assert one[what] != other[what]
+
+
+def test_the_end_of_one_is_noticed(ray_cluster):
+    process = Process.remote()
+    pid = ray.get(process.say.remote())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(process.say.remote(), timeout=LIMIT_S)
+
+
+def test_one_that_ray_ends_is_gone(ray_cluster):
+    process = Process.remote()
+    copy = psutil.Process(ray.get(process.say.remote())["pid"])
+    ray.kill(process)
+    _, alive = psutil.wait_procs([copy], timeout=LIMIT_S)
+    assert alive == []
