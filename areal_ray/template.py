@@ -46,8 +46,9 @@ _ANSWER_S = 5.0  # for a request that has begun
 # Keys of a job's runtime environment that bring an interpreter of their own.
 _EXECUTABLE = ("py_executable", "pip", "uv", "conda", "container", "image_uri", "nsight", "rocprof_sys")
 # Names of variables that are read when a library is loaded or imported.
-_AT_IMPORT = re.compile(r"(LD|GLIBC|MALLOC|OMP|MKL|OPENBLAS|KMP|GOMP|HF|TRANSFORMERS|TORCH|PYTORCH|CUDA|NCCL|GLOO)_")
+_AT_IMPORT = re.compile(r"(LD|GLIBC|MALLOC|OMP|MKL|OPENBLAS|KMP|GOMP|HF|TRANSFORMERS|TORCH|PYTORCH|CUDA)_")
 _MAY_DIFFER = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"}  # set again in each process
+_OF_ACTORS = ("RAY_TRAIN_", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")  # read when they run
 _BEFORE = (
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
@@ -115,6 +116,7 @@ class Template:
 
 def template_for(config: Config) -> Template | None:
     """Start one, unless the job has processes of another kind, or this system has not what it takes."""
+    # Under `uv run` Ray chooses the interpreter itself.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     if not config.cluster.template or any(key in job for key in _EXECUTABLE) or "UV" in os.environ:
         return None
@@ -294,7 +296,8 @@ class Server:
 
 def _import_all(model: Model | None) -> None:
     _import(_BEFORE)
-    if model is not None and not model.factory:  # a factory's module may import Ray
+    # A factory's module may import Ray, and a name on the hub may be asked for over the network.
+    if model is not None and not model.factory and (not model.path or os.path.isdir(model.path)):
         with suppress(ConfigError):  # said elsewhere, to the user
             import_module("areal_ray.models").build_model(model)
     assert "ray" not in sys.modules, "something imports Ray before it knows the job"
@@ -338,8 +341,9 @@ def _import(names: Sequence[str]) -> None:
 
 
 def _of_ray(environment: dict[str, str]) -> dict[str, str]:
-    """What Ray has read when it is imported. What Ray Train adds for its workers is read when they run."""
-    return {k: v for k, v in environment.items() if k.startswith("RAY_") and not k.startswith("RAY_TRAIN_")}
+    """What Ray has read when it is imported; not what is added for single actors (by Ray Train, and in trainer.py)."""
+    ours = {name: value for name, value in environment.items() if name.startswith("RAY_")}
+    return {name: value for name, value in ours.items() if not name.startswith(_OF_ACTORS)}
 
 
 def _at_import(environment: dict[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import sys
 import psutil
 import pytest
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 
 from areal_ray import template
 
@@ -34,7 +35,10 @@ class Process:
 
 
 def test_the_processes_of_a_job_are_copies_that_know_who_they_are(ray_cluster):
-    one, other = ray.get([process.say.remote() for process in (Process.remote(), Process.remote())])
+    # As trainer.py starts the controller, with variables of its own.
+    variables = {"env_vars": {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", "RAY_TRAIN_X": "1"}}
+    processes = Process.remote(), Process.options(runtime_env=variables).remote()
+    one, other = ray.get([process.say.remote() for process in processes])
     for process in (one, other):
         assert template.__file__ in process["parent"]
         assert process["imported"]
