@@ -61,6 +61,12 @@ def started():
                 stream.close()
 
 
+def until_there(name, process):
+    """Wait for it: who asks before would start another one, which would have the pipes of a test."""
+    while f"@areal_ray-{name}" not in Path("/proc/net/unix").read_text():
+        assert process.poll() is None
+
+
 @pytest.fixture
 def serve(started):
     """Start a template that has imported little; its name and its process."""
@@ -70,8 +76,7 @@ def serve(started):
         code = SERVER.format(root=str(ROOT), before=before, idle=idle, name=name, owner=str(owner or os.getpid()))
         process = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE)
         started(process)
-        while f"@areal_ray-{name}" not in Path("/proc/net/unix").read_text():  # or who asks would start another one
-            assert process.poll() is None
+        until_there(name, process)
         return name, process
 
     return serve
@@ -265,6 +270,7 @@ def test_a_stopped_copy_ends_with_what_ray_has_started(serve, run, tmp_path, sta
 @pytest.fixture
 def own():
     made = Template(Model(config={"model_type": "llama"}))
+    until_there(made._name, made._process)
     yield made
     made.close()
 
