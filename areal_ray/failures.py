@@ -7,6 +7,7 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,16 +135,14 @@ def check_travels(error: Exception) -> None:
         raise plain from None
 
 
-def step_of(errors: dict[int, Exception]) -> int | None:
-    """The step at which workers failed, if any of them could still say."""
-    marks = [error.areal_ray for error in errors.values() if hasattr(error, "areal_ray")]
-    return max((each["step"] for each in marks if each["step"] is not None), default=None)
-
-
-def hung_at(run: RunDir) -> int | None:
-    """The step that a watchdog of the newest attempt ended, if one did."""
-    steps = [event.get("step") for event in _stuck(run).values()]
-    return max((step for step in steps if step is not None), default=None)
+def step_of(errors: dict[int, Exception], run: Callable[[], RunDir]) -> int | None:
+    """The step at which workers failed, if any of them could still say, or its watchdog."""
+    marks = [error.areal_ray["step"] for error in errors.values() if hasattr(error, "areal_ray")]
+    steps = [step for step in marks if step is not None]
+    if not steps:
+        with suppress(OSError):  # then it is not known
+            steps = [event["step"] for event in _stuck(run()).values() if event.get("step") is not None]
+    return max(steps, default=None)
 
 
 def _stuck(run: RunDir) -> dict[int, dict[str, Any]]:
@@ -225,15 +224,14 @@ class Reporter(UserCallback):
             say(f"could not write down a failure: {type(error).__name__}: {error}")
 
     def _report(self, worker_exceptions: dict[int, Exception]) -> None:
-        run, cause, step = self._run, root_cause(worker_exceptions), step_of(worker_exceptions)
+        run, cause = self._run, root_cause(worker_exceptions)
         try:
             cause = _hung(run, worker_exceptions) or cause
-            step = hung_at(run) if step is None else step
         except OSError as error:
             say(f"could not read the ledger: {error}")
         say(f"worker {cause.rank} failed: {cause.kind}: {cause.message[:200]}")
         what = {"rank": cause.rank, "cause": cause.kind, "error": cause.message[:500], "where": cause.where}
-        seen = {"ranks": sorted(worker_exceptions), "step": step}
+        seen = {"ranks": sorted(worker_exceptions), "step": step_of(worker_exceptions, lambda: run)}
         run.note("failure", say, **what, **seen, detection_s=_detection_s(worker_exceptions))
 
 

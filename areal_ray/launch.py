@@ -43,7 +43,7 @@ def address(name: str) -> str:
 
 def template_command(name: str, owner: int) -> list[str]:
     """What starts a template, which ends with the process `owner`."""
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "template.py")
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "template_process.py")
     return [sys.executable, "-P", script, name, str(owner)]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +23,7 @@ from ray.train.v2._internal.execution.failure_handling.default import (
 from areal_ray.checkpoint import Catalog
 from areal_ray.console import say
 from areal_ray.control import is_planned
-from areal_ray.failures import Cause, hung_at, root_cause, step_of
+from areal_ray.failures import Cause, root_cause, step_of
 from areal_ray.guard import BadStepError
 from areal_ray.recover import TooManyFailedSaves
 from areal_ray.rundir import RunDir
@@ -79,11 +78,7 @@ class Restarts(DefaultFailurePolicy):
             return FailureDecision.RAISE
         self._look_for_progress()
         if workers:
-            step = step_of(workers)
-            if step is None:
-                with suppress(OSError):  # then it is not known
-                    step = hung_at(self._run)
-            if self._is_final(root_cause(workers), step):
+            if self._is_final(root_cause(workers), step_of(workers, lambda: self._run)):
                 return FailureDecision.RAISE
         elif isinstance(trouble, RETRYABLE_CONTROLLER_ERRORS):
             self._not_started(trouble)

@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 
-from areal_ray import template
+from areal_ray import template_process
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +40,7 @@ def test_the_processes_of_a_job_are_copies_that_know_who_they_are(ray_cluster):
     processes = Process.remote(), Process.options(runtime_env=variables).remote()
     one, other = ray.get([process.say.remote() for process in processes])
     for process in (one, other):
-        assert template.__file__ in process["parent"]
+        assert template_process.__file__ in process["parent"]
         assert process["imported"]
     for what in ("pid", "id", "next"):
         assert one[what] != other[what]

@@ -24,10 +24,10 @@ ROOT = Path(template.__file__).parents[1]
 SERVER = """
 import sys
 sys.path.insert(0, {root!r})
-from areal_ray import template
-template._BEFORE, template._IDLE_S = {before!r}, {idle!r}
-template._import_ray = lambda: template._import(["smtplib"])
-template.main({name!r}, {owner!r})
+from areal_ray import template_fit, template_process
+template_fit._BEFORE, template_process._IDLE_S = {before!r}, {idle!r}
+template_fit.import_ray = lambda: template_fit._import(["smtplib"])
+template_process.main({name!r}, {owner!r})
 """
 SAY = """
 import json, os, random, resource, signal, sys
