@@ -84,6 +84,19 @@ def receive_number(connection: socket.socket) -> int:
     return number
 
 
+def send_request(connection: socket.socket, request: bytes, wait: int) -> None:
+    """What `receive_request` takes.
+
+    Args:
+        connection: to a template.
+        request: see `_own`, as JSON.
+        wait: file descriptor where the word to begin comes from.
+    """
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [*_STREAMS, wait]))]
+    connection.sendmsg([_NUMBER.pack(len(request))], rights)
+    connection.sendall(request)
+
+
 def receive_request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """A request (see `_own`), and as file descriptors the standard streams and where the word to begin comes from."""
     size, descriptors, *_ = socket.recv_fds(connection, _NUMBER.size, len(_STREAMS) + 1)
@@ -159,9 +172,7 @@ def _hand_over(name: str, command: list[str]) -> tuple[socket.socket, int]:
     request = json.dumps(_own(command)).encode()
     # The copy begins when it reads a word from here, and ends when this process has closed it before.
     wait, go = os.pipe()
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [*_STREAMS, wait]))]
-    connection.sendmsg([_NUMBER.pack(len(request))], rights)
-    connection.sendall(request)
+    send_request(connection, request, wait)
     os.close(wait)
     connection.settimeout(max(_LOOK_S, deadline - time.monotonic()))
     number = receive_number(connection)

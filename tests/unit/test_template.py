@@ -6,15 +6,17 @@ import resource
 import secrets
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from areal_ray import launch, template
-from areal_ray.config import Config, Model
+from areal_ray.config import Cluster, Config, Model
 from areal_ray.template import Template, template_for
 
 pytestmark = pytest.mark.unit
@@ -71,10 +73,10 @@ def until_there(name, process):
 def serve(started):
     """Start a template that has imported little; its name and its process."""
 
-    def serve(before=("torch",), idle=600.0, owner=None):
+    def serve(before=("torch", "numpy.random"), idle=600.0, owner=None, **options):
         name = secrets.token_hex(8)
         code = SERVER.format(root=str(ROOT), before=before, idle=idle, name=name, owner=str(owner or os.getpid()))
-        process = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE, **options)
         started(process)
         until_there(name, process)
         return name, process
@@ -239,6 +241,59 @@ def test_where_there_is_none_one_is_started(run):
             left.kill()
 
 
+def test_one_that_may_more_than_the_template_is_no_copy(serve, run):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    less = hard - 1 if hard > 0 else 4096
+    name, _ = serve(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, less), less)))
+    assert not said(run(name, SAY, "0"))["copy"]
+
+
+def test_signals_reach_the_copy(serve, run):
+    name, _ = serve()
+    process = run(
+        name,
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(600)\n",
+    )
+    first_number(process)
+    process.terminate()
+    assert process.wait(LIMIT_S) == 5
+
+
+def test_of_another_user_nothing_is_taken(monkeypatch):
+    one, other = socket.socketpair()
+    with one, other:
+        launch.check_peer(one)
+        monkeypatch.setattr(launch.os, "getuid", lambda: 1 + os.geteuid())
+        with pytest.raises(PermissionError, match="another user"):
+            launch.check_peer(one)
+
+
+def test_containers_that_share_a_network_have_templates_of_their_own():
+    spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("mnt", "pid")]
+    assert launch.address("name") == "\0areal_ray-name-" + "-".join(spaces)
+
+
+def test_a_copy_begins_with_a_word_and_not_before(serve, tmp_path, started):
+    name, _ = serve()
+    script, log = tmp_path / "once.py", tmp_path / "log"
+    script.write_text(f"open({str(log)!r}, 'a').write('x')")
+    for word, text in ((b"", ""), (launch.GO, "x")):
+        log.write_text("")
+        wait, go = os.pipe()
+        with launch._connect(name, time.monotonic() + LIMIT_S) as connection:
+            request = json.dumps(launch._own([str(script)])).encode()
+            launch.send_request(connection, request, wait)
+            copy = psutil.Process(launch.receive_number(connection))
+            os.close(wait)
+            os.write(go, word)
+            os.close(go)
+            psutil.wait_procs([copy], timeout=LIMIT_S)
+            assert log.read_text() == text
+
+
 def test_a_copy_does_nothing_if_who_asked_has_waited_no_longer(serve, run, tmp_path, started):
     name, server = serve()
     assert said(run(name, SAY, "0"))["copy"]
@@ -302,6 +357,15 @@ def test_where_nothing_of_it_is_found_ray_has_its_own_python(own, tmp_path, monk
     monkeypatch.setattr(launch, "__file__", str(tmp_path / "elsewhere.py"))
     done = through_ray(own.executable, script, "--a", "b c")
     assert done.stdout == f"{tmp_path}/bin/python3 ['--a', 'b c']\n"
+
+
+def test_there_may_be_none(monkeypatch):
+    monkeypatch.setattr(template, "Template", lambda model: "made")
+    monkeypatch.delenv("UV", raising=False)
+    assert template_for(Config()) == "made"
+    assert template_for(Config(cluster=Cluster(template=False))) is None
+    monkeypatch.setenv("UV", "/bin/uv")
+    assert template_for(Config()) is None
 
 
 @pytest.mark.parametrize("environment", [{"pip": ["x"]}, {"py_executable": "other"}, {"image_uri": "x"}])
