@@ -245,7 +245,9 @@ def test_one_that_may_more_than_the_template_is_no_copy(serve, run):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     less = hard - 1 if hard > 0 else 4096
     name, _ = serve(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, less), less)))
-    assert not said(run(name, SAY, "0"))["copy"]
+    process = said(run(name, SAY, "0"))
+    assert not process["copy"]
+    assert process["files"] == [soft, hard]
 
 
 def test_signals_reach_the_copy(serve, run):
