@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -56,6 +57,9 @@ def started():
     processes = []
     yield processes.append
     for process in processes:
+        with suppress(psutil.NoSuchProcess):  # a template's copies outlive it
+            for copy in psutil.Process(process.pid).children(recursive=True):
+                copy.kill()
         process.kill()
         process.wait()
         for stream in (process.stdout, process.stdin, process.stderr):
