@@ -43,5 +43,7 @@ def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     across = data_parallel(mesh)
     for unit in units:
-        fully_shard(unit, mesh=across, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    fully_shard(model, mesh=across, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+        # Backward begins with the last unit and with the rest: given up, they would be gathered again at once.
+        reshard = config.reshard_after_forward and unit is not units[-1]
+        fully_shard(unit, mesh=across, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=across, mp_policy=policy, reshard_after_forward=False)
