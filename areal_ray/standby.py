@@ -14,6 +14,7 @@ import os
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -179,6 +180,7 @@ def rehearse(model: Model) -> None:
     """Build the model without memory, and train, save and load a tiny one, so that whatever is lazy has happened."""
     import torch
     import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from areal_ray import models
     from areal_ray.engine import FSDPEngine, SaveLoadMeta
@@ -190,10 +192,10 @@ def rehearse(model: Model) -> None:
     config = Config(model=Model(config=_TINY))
     ids = torch.ones(2, 4, dtype=torch.long)
     engine = FSDPEngine(config, device="cpu")
-    # Of its own, whatever a scheduler has put into MASTER_ADDR.
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    # Not gloo: its threads wake up a hundred times a second, and what DTensor caches keeps them alive for ever.
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
+        warnings.filterwarnings("ignore", "Set timeout is now only supported for either nccl or gloo")
         engine.initialize()
         # The first backward pass of a CUDA build counts the devices, on a CPU model too, and those that a process may
         # use are not chosen yet: it would keep to the wrong ones.

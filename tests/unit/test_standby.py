@@ -1,6 +1,8 @@
 """Spare processes: none where none are wanted, and whatever goes wrong with them, training goes on."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -99,3 +101,22 @@ def test_as_many_as_are_wanted(wanted, count):
 def test_the_environments_differ_or_ray_s_own_actors_would_take_the_workers_spares():
     config = Config()
     assert job_environment(config)[standby._HOOK] != worker_environment(config)[standby._HOOK]
+
+
+REHEARSE = """
+import warnings
+from pathlib import Path
+import torch
+import torch.distributed
+import areal_ray.worker
+from areal_ray import standby
+warnings.simplefilter("error")
+before = {path.name for path in Path("/proc/self/task").iterdir()}
+standby.rehearse(standby.Model(config=standby._TINY))
+print([path.joinpath("comm").read_text() for path in Path("/proc/self/task").iterdir() if path.name not in before])
+"""
+
+
+def test_a_spare_that_has_rehearsed_has_no_group_and_no_thread_that_would_disturb_the_training():
+    said = subprocess.run([sys.executable, "-c", REHEARSE], capture_output=True, text=True, timeout=60)
+    assert (said.stdout, said.stderr, said.returncode) == ("[]\n", "", 0)
