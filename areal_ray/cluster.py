@@ -12,7 +12,7 @@ from typing import Any
 
 # Ray reads RAY_AUTH_MODE when it is imported, so nothing here imports it at the top.
 from areal_ray.config import Config
-from areal_ray.template import Template, template_for
+from areal_ray.template import MALLOC, Template, template_for
 
 
 def use_token() -> None:
@@ -81,6 +81,7 @@ def _runtime_env(config: Config, template: Template | None) -> dict[str, Any]:
         # tried then; of a fixed number there is nothing else to try.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60" if len(config.usable_sizes) == 1 else "10",
         "TOKENIZERS_PARALLELISM": "false",
+        **MALLOC,
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
     executable = {"py_executable": template.executable} if template else {}

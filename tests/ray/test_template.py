@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 
-from areal_ray import template_process
+from areal_ray import template, template_process
 
 pytestmark = pytest.mark.ray
 
@@ -29,6 +29,7 @@ class Process:
             "pid": os.getpid(),
             "parent": parent.cmdline() if parent else [],
             "imported": self.imported,
+            "malloc": {name: os.environ.get(name) for name in template.MALLOC},
             "id": ray.get_runtime_context().get_worker_id(),
             "next": WorkerID.from_random().hex(),  # Ray's C++ part draws random numbers of its own
         }
@@ -42,6 +43,7 @@ def test_the_processes_of_a_job_are_copies_that_know_who_they_are(ray_cluster):
     for process in (one, other):
         assert template_process.__file__ in process["parent"]
         assert process["imported"]
+        assert process["malloc"] == template.MALLOC
     for what in ("pid", "id", "next"):
         assert one[what] != other[what]
 

@@ -236,6 +236,7 @@ def test_where_there_is_none_one_is_started(run):
     one, other = run(name, WAIT), run(name, WAIT)
     copies = [psutil.Process(first_number(process)) for process in (one, other)]
     (server,) = {copy.parent() for copy in copies}
+    assert server.pid != os.getpid()
     try:
         assert server.cmdline()[-2:] == [name, str(os.getpid())]  # which started the launcher, as the raylet does
         assert server.parent().pid not in {process.pid for process in (one, other)}
@@ -345,7 +346,8 @@ def test_the_driver_s_ends_when_it_is_closed(own):
 def through_ray(executable, script, *arguments):
     """As Ray's agent on a node starts a process."""
     command = ["bash", "-c", f"exec {executable} {shlex.quote(str(script))} {shlex.join(arguments)}"]
-    return subprocess.run(command, input="", capture_output=True, text=True, timeout=LIMIT_S)
+    environment = {**template.MALLOC, **os.environ}  # as cluster.py has Ray set it
+    return subprocess.run(command, input="", capture_output=True, text=True, timeout=LIMIT_S, env=environment)
 
 
 def test_the_command_for_ray_reaches_it(own, tmp_path):
