@@ -20,7 +20,8 @@ def next_token_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         batch: input_ids and attention_mask of shape (B, S); a token counts if it is attended to.
     """
     targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    targets = F.pad(targets, (0, 1), value=-100)  # and not one position less of the logits, which would copy them all
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
     return total / predicted_tokens(batch).clamp(min=1)
 
 
