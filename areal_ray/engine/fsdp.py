@@ -19,6 +19,7 @@ from areal_ray import models
 from areal_ray.checkpoint import DCPState, hf, load, save
 from areal_ray.config import Config
 from areal_ray.engine.base import SaveLoadMeta, finite
+from areal_ray.engine.overlap import overlap
 from areal_ray.engine.parallelize import parallelize
 from areal_ray.mesh import build_mesh, data_parallel_group, init_distributed
 from areal_ray.objectives import Batch, LossFn, LossWeightFn
@@ -62,6 +63,7 @@ class FSDPEngine:
         self._dp_group = data_parallel_group(self.mesh)
         self.model = models.build_model(config.model)
         parallelize(self.model, models.shard_units(self.model, config.model.shard_units), self.mesh, config.engine)
+        self._late = overlap(self.model, self.mesh)
         models.materialise(self.model, self.device)
         self._ranks = Ranks()
         if weights and not config.model.path:
@@ -90,21 +92,25 @@ class FSDPEngine:
         micro_batches = self._split(batch)
         weights = [loss_weight_fn(micro).to(self.device, torch.float32) for micro in micro_batches]
         total = torch.stack(weights).sum()
-        dist.all_reduce(total, group=self._dp_group)
-        total = torch.where(total > 0, total, 1.0)  # a batch without a token to predict changes nothing
+        summed = dist.all_reduce(total, group=self._dp_group, async_op=True)
         loss_sum = torch.zeros((), device=self.device)
         for micro, weight in zip(micro_batches, weights, strict=True):
             # Gradients are summed locally and leave the rank once, with the last micro-batch.
             self.model.set_requires_gradient_sync(micro is micro_batches[-1])  # type: ignore[operator]
-            loss = loss_fn(self._logits(micro), micro) * (weight / total)
+            logits = self._logits(micro)
+            summed.wait()
+            # A batch without a token to predict changes nothing.
+            loss = loss_fn(logits, micro) * (weight / torch.where(total > 0, total, 1.0))
             # FSDP averages over the parts of the batch; the mean here is over the weights of all of them.
             (loss * self.dp_size).backward()
             loss_sum += loss.detach()
-        dist.all_reduce(loss_sum, group=self._dp_group)
+        self._late.wait()
+        summed = dist.all_reduce(loss_sum, group=self._dp_group, async_op=True)
         grad_norm = clip_grad_norm(self.model.parameters(), self._config.optim.clip_grad_norm)
         lr = self._schedule.lr()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        summed.wait()
         accepted = self.accept(*torch.stack([loss_sum, grad_norm]).tolist())  # waits for the device, once a step
         if self._ranks.size > self.dp_size:  # ranks of one tensor group may differ in the last bit of what they sum
             accepted = bool(self._ranks.number(accepted))

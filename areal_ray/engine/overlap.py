@@ -1,0 +1,69 @@
+"""Communication beside computation on a device without streams, where FSDP's own waits for each collective at once.
+
+There the ranks meet several times a layer, and whatever holds up one of them for a moment holds up all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+
+class LateReduceScatter:
+    """What `FSDPModule.set_custom_reduce_scatter` takes: each is started only, and gradients are there after `wait`.
+
+    FSDP must do nothing with the output during the backward pass but make views of it. It would also cast it to
+    another dtype, add it to gradients of an earlier backward pass, or sum it over replicas.
+    """
+
+    def __init__(self) -> None:
+        self._started: list[Any] = []
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        self._started.append(self._start(output_tensor, input_tensor, op=op, group=group))
+
+    def wait(self) -> None:
+        """To be called after the backward pass, before anything reads a gradient."""
+        for work in self._started:
+            work.wait()
+        self._started.clear()
+
+    def _start(self, output: torch.Tensor, input: torch.Tensor, **how: Any) -> Any:
+        return dist.reduce_scatter_tensor(output, input, async_op=True, **how)
+
+
+def overlap(model: nn.Module, mesh: DeviceMesh) -> LateReduceScatter:
+    """Gather the next unit beside the backward pass of this one, and reduce its gradients beside that of the next.
+
+    Where FSDP has streams for that, or would do more than make views of the gradients, all is left as it is.
+
+    Args:
+        model: sharded over this mesh.
+        mesh: see `build_mesh`.
+
+    Returns:
+        What is to be waited for after every backward pass; at once, if nothing was changed.
+    """
+    late = LateReduceScatter()
+    whole = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    if mesh.device_type == "cpu" and mesh.mesh_dim_names == ("shard",) and whole:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(late)  # type: ignore[arg-type]
+                module._set_unshard_async_op(True)
+    return late

@@ -1,0 +1,85 @@
+"""Gradients that are there after the backward pass only: the same bits as when FSDP waits for each of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from areal_ray.engine.overlap import LateReduceScatter
+from tests.distributed.ranks import run_ranks
+from tests.distributed.small import VARIANTS, snapshot, start_engine, train
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 3
+
+
+class Latest(LateReduceScatter):
+    """There is nothing at all in the output before it is waited for, so that whoever reads it reads that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = 0
+
+    def _start(self, output: torch.Tensor, input: torch.Tensor, **how: Any) -> Any:
+        output.fill_(torch.nan)
+        self.counted += 1
+        return SimpleNamespace(wait=lambda: dist.reduce_scatter_tensor(output, input, **how))
+
+
+class AtOnce(LateReduceScatter):
+    def _start(self, output: torch.Tensor, input: torch.Tensor, **how: Any) -> Any:
+        dist.reduce_scatter_tensor(output, input, **how)
+        return SimpleNamespace(wait=lambda: None)
+
+
+def train_in_three_ways(rank: int, names: list[str]) -> dict[str, Any]:
+    return {name: [_train(VARIANTS[name], late) for late in (None, Latest(), AtOnce())] for name in names}
+
+
+def _train(overrides: list[str], late: LateReduceScatter | None) -> tuple[dict[str, torch.Tensor], list[float], int]:
+    engine = start_engine(*overrides)
+    if late:
+        engine._late = late
+        for module in engine.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(late)
+    losses = [train(engine, seed)["loss"] for seed in range(STEPS)]
+    return snapshot(engine), losses, getattr(late, "counted", 0)
+
+
+def test_late_gradients_are_the_same_to_the_bit() -> None:
+    for of_rank in run_ranks(train_in_three_ways, 2, ["plain", "keep_gathered", "recompute", "bfloat16"]):
+        for name, ((ours, losses, _), (latest, last, counted), (at_once, first, _)) in of_rank.items():
+            assert counted == STEPS * 3, name  # two layers and the rest, once a step whatever the micro-batches
+            assert losses == last == first, name
+            assert ours.keys() == latest.keys() == at_once.keys()
+            for key, value in ours.items():
+                assert torch.equal(value, latest[key]), (name, key)
+                assert torch.equal(value, at_once[key]), (name, key)
+
+
+def who_reduces(rank: int, overrides: list[list[str]]) -> list[bool]:
+    """Whether the engine's own is what all units reduce with."""
+    found = []
+    for each in overrides:
+        engine = start_engine(*each)
+        units = [module for module in engine.model.modules() if isinstance(module, FSDPModule)]
+        groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+        assert groups
+        mine = {group._reduce_scatter_comm is engine._late for group in groups}
+        found.append(mine == {True})
+        assert len(mine) == 1
+    return found
+
+
+def test_where_gradients_are_summed_over_replicas_too_fsdp_does_it() -> None:
+    assert (
+        run_ranks(who_reduces, 2, [VARIANTS["plain"], VARIANTS["hsdp"], VARIANTS["tensor"]])
+        == [[True, False, False]] * 2
+    )
