@@ -38,7 +38,7 @@ def workers(job: Job) -> list[int]:
     """The training processes that are there now, ready or not, by age."""
     found: list[psutil.Process] = []
     if job.cluster is not None:
-        found = [p for p in job.cluster.processes() if title(p).startswith("ray::RayTrainWorker")]
+        found = [p for p in job.processes() if title(p).startswith("ray::RayTrainWorker")]
     else:
         with suppress(psutil.NoSuchProcess):
             found = psutil.Process(job.process.pid).children()

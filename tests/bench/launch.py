@@ -188,6 +188,33 @@ class Job:
         later = [line for line in self.events("step") if line["time"] > before["time"]]
         return next((line for line in later if line["pid"] != before["pid"]), None)
 
+    def processes(self) -> list[psutil.Process]:
+        """All that there are of it, those of a cluster of its own too."""
+        cluster = self.cluster.processes() if self.cluster else []
+        return list(dict.fromkeys([*tree(self.process.pid), *cluster]))
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """As long as the block lasts nothing of it runs.
+
+        Raises:
+            RuntimeError: if a rank would run on.
+        """
+        stopped = self.processes()
+        there = {process.pid for process in stopped}
+        for path in (self.folder / "log").glob("*.jsonl"):
+            if (pid := read_log(path.parent, int(path.stem.split("-")[1]))[-1]["pid"]) not in there:
+                raise RuntimeError(f"process {pid}, which trains, is none of the {len(there)} that were started")
+        try:
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            yield
+        finally:
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
     def printed(self) -> str:
         return (self.folder / "output").read_text(errors="replace")[-3000:]
 
