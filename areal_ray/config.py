@@ -106,7 +106,7 @@ class Mesh:
 class Engine:
     mesh: Mesh = field(default_factory=Mesh)
     precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool = True  # but for the last unit and the rest, with which the backward pass begins
     activation_checkpointing: bool = False
     compile: bool = False
 

@@ -195,8 +195,9 @@ def rehearse(model: Model) -> None:
     # Not gloo: its threads wake up a hundred times a second, and what DTensor caches keeps them alive for ever.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
-        warnings.filterwarnings("ignore", "Set timeout is now only supported for either nccl or gloo")
-        engine.initialize()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Set timeout is now only supported for either nccl or gloo")
+            engine.initialize()
         # The first backward pass of a CUDA build counts the devices, on a CPU model too, and those that a process may
         # use are not chosen yet: it would keep to the wrong ones.
         if torch.version.cuda is None:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from areal_ray.engine.overlap import LateReduceScatter
+from areal_ray.engine.overlap import LateReduceScatter, overlap
+from areal_ray.mesh import init_distributed
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import VARIANTS, snapshot, start_engine, train
 
@@ -76,6 +79,24 @@ def who_reduces(rank: int, overrides: list[list[str]]) -> list[bool]:
         found.append(mine == {True})
         assert len(mine) == 1
     return found
+
+
+def cast_gradients(rank: int, dtypes: list[torch.dtype]) -> list[bool]:
+    """Whether overlap has anything to do with a layer of each dtype."""
+    found = []
+    init_distributed(60, "cpu")
+    for dtype in dtypes:
+        layer = nn.Linear(4, 4, dtype=dtype)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
+        fully_shard(layer, mesh=mesh)
+        late = overlap(layer, mesh)
+        (group,) = layer._get_fsdp_state()._fsdp_param_groups
+        found.append(group._reduce_scatter_comm is late)
+    return found
+
+
+def test_gradients_that_would_be_cast_are_left_to_fsdp() -> None:
+    assert run_ranks(cast_gradients, 2, [torch.float32, torch.bfloat16]) == [[True, False]] * 2
 
 
 def test_where_gradients_are_summed_over_replicas_too_fsdp_does_it() -> None:
