@@ -104,3 +104,17 @@ def test_where_gradients_are_summed_over_replicas_too_fsdp_does_it() -> None:
         run_ranks(who_reduces, 2, [VARIANTS["plain"], VARIANTS["hsdp"], VARIANTS["tensor"]])
         == [[True, False, False]] * 2
     )
+
+
+def who_gives_up(rank: int, overrides: list[list[str]]) -> list[list[bool]]:
+    """Of the rest and of each layer, whether they are gathered again for the backward pass."""
+    found = []
+    for each in overrides:
+        units = [module for module in start_engine(*each).model.modules() if isinstance(module, FSDPModule)]
+        found.append([unit._get_fsdp_state()._fsdp_param_groups[0]._reshard_after_forward for unit in units])
+    return found
+
+
+def test_what_the_backward_pass_begins_with_is_not_gathered_again() -> None:
+    plain, kept = [False, True, False], [False, False, False]
+    assert run_ranks(who_gives_up, 2, [VARIANTS["plain"], VARIANTS["keep_gathered"]]) == [[plain, kept]] * 2
