@@ -13,6 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+# torch 2.13 has given it another name, and warns of the old one.
+reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class LateReduceScatter:
     """What `FSDPModule.set_custom_reduce_scatter` takes: each is started only, and gradients are there after `wait`.
@@ -44,7 +47,7 @@ class LateReduceScatter:
         self._started.clear()
 
     def _start(self, output: torch.Tensor, input: torch.Tensor, **how: Any) -> Any:
-        return dist.reduce_scatter_tensor(output, input, async_op=True, **how)
+        return reduce_scatter(output, input, async_op=True, **how)
 
 
 def overlap(model: nn.Module, mesh: DeviceMesh) -> LateReduceScatter:
