@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,16 +127,18 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
 
 
 def _driver_train(config: Any, overrides: Sequence[str]) -> int:
-    if os.environ.get("RAY_ADDRESS"):
-        from areal_ray.cluster import use_token
-
-        use_token()
+    from areal_ray.cluster import cluster, use_token
     from areal_ray.template import template_for
 
+    running = bool(os.environ.get("RAY_ADDRESS"))
+    if running:
+        use_token()
     # What has Ray already may have a cluster, too.
     template = template_for(config) if "ray" not in sys.modules else None
     try:
-        return _drive(config, overrides, template)
+        # A cluster that runs is asked for the first processes before this one imports what it needs itself.
+        with cluster(config, template) if running else nullcontext():
+            return _drive(config, overrides, template)
     finally:
         if template:
             template.close()

@@ -14,6 +14,9 @@ from typing import Any
 from areal_ray.config import Config
 from areal_ray.template import MALLOC, Template, template_for
 
+# What Ray Train starts one after the other: its controller, and two actors beside every group of workers.
+_FIRST = 3
+
 
 def use_token() -> None:
     """Show the cluster the token that `ray start` made it ask for.
@@ -30,7 +33,8 @@ def use_token() -> None:
 def cluster(config: Config, template: Template | None = None) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
 
-    A connection that the caller has already is used and left alone.
+    The first processes of the job begin to start at once. A connection that the caller has already is used and left
+    alone.
 
     Args:
         config: of the run.
@@ -54,11 +58,25 @@ def cluster(config: Config, template: Template | None = None) -> Iterator[None]:
         options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
     try:
         ray.init(**options)
+        _start_ahead(config)
         yield
     finally:
         ray.shutdown()
         if made:
             made.close()
+
+
+def _start_ahead(config: Config) -> None:
+    """Have processes start, which takes seconds, while the driver gets ready to use them."""
+    from areal_ray import standby
+
+    if not config.standbys(1):
+        return
+    try:
+        standby.prestart(_FIRST)
+    except Exception as error:  # noqa: BLE001  (the call is internal to Ray; without it they start when they are used)
+        text = " ".join(str(error).split())[:200]
+        print(f"no processes are started ahead: {type(error).__name__}: {text}", flush=True)
 
 
 def resources(config: Config) -> dict[str, float]:
@@ -80,9 +98,11 @@ def _runtime_env(config: Config, template: Template | None) -> dict[str, Any]:
         # How long workers that were decided upon are waited for until there is room for them. In a range fewer are
         # tried then; of a fixed number there is nothing else to try.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60" if len(config.usable_sizes) == 1 else "10",
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as the controller of Ray Train wants it
         "TOKENIZERS_PARALLELISM": "false",
         **MALLOC,
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
+    chosen |= {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
     executable = {"py_executable": template.executable} if template else {}
     return {"env_vars": {**chosen, **standby.job_environment(config)}, **executable}

@@ -52,6 +52,7 @@ class WorkerCount(ElasticScalingPolicy):
         self._reminded = self._looked = self._refused = self._not_before = float("-inf")
         self._asked = self._seen = self._tried = 0
         self._limit = self._sizes[-1]  # so many could be placed, for all that is known
+        self._requested = False
 
     @cached_property
     def _run(self) -> RunDir:
@@ -60,14 +61,27 @@ class WorkerCount(ElasticScalingPolicy):
     def _get_num_workers_for_resource_request(self) -> int:
         return self._sizes[-1]
 
+    def _send_resource_request(self) -> None:
+        """Not when the controller starts: it would wait for Ray's actor for requests, which may never be needed."""
+
+    def _request_machines(self) -> None:
+        """Tell an autoscaler, if there is one, how many there should be."""
+        self._requested = True
+        self._maybe_send_resource_request()
+
+    def _cancel_resource_request(self) -> None:
+        if self._requested:  # or the actor would be started for it
+            super()._cancel_resource_request()
+
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._asked = self._seen = 0
-        self._maybe_send_resource_request()  # for an autoscaler, if there is one
         try:
             if self._control.asked() == "stop":
                 raise StoppedWhileWaiting("asked to stop while waiting for machines")
             self._control.done()
             room = self._room(ask=True)
+            if room < self._sizes[-1]:
+                self._request_machines()
         except _AWAY as error:
             say(f"the head node does not answer: {error}")
             time.sleep(_LOOK_S)
@@ -90,12 +104,10 @@ class WorkerCount(ElasticScalingPolicy):
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
         running, now = worker_group_state.num_workers, time.monotonic()
-        self._maybe_send_resource_request()
-        if (
-            running == self._sizes[-1]
-            or self._asked
-            or now - max(self._looked, worker_group_state.start_time) < _LOOK_S
-        ):
+        if running == self._sizes[-1]:
+            return NoopDecision()
+        self._request_machines()
+        if self._asked or now - max(self._looked, worker_group_state.start_time) < _LOOK_S:
             return NoopDecision()
         self._looked = now
         try:

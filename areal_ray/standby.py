@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -34,16 +32,6 @@ _WARM_S = 120.0  # time limit for spares to get warm
 _LOOK_S = 0.5
 _FREE = 0.1  # share of a node's memory that must be left when the spares are there
 _MEMORY = 600e6  # bytes that one takes, before one has been measured
-_TINY = {
-    "model_type": "qwen3",
-    "vocab_size": 8,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
 
 
 def _import_path() -> str:
@@ -90,8 +78,10 @@ def warm() -> None:
     def work(late: threading.Event) -> None:
         import_module("ray.train.torch")
         import_module("areal_ray.worker")  # and with it everything that a worker imports
+        with suppress(ConfigError):  # a factory on the driver's path, which Ray tells a process with its work only
+            import_module("areal_ray.models").build_model(Model(**json.loads(os.environ[MODEL])))
         if not late.is_set():  # beside real training a rehearsal would meet its process group
-            rehearse(Model(**json.loads(os.environ[MODEL])))
+            import_module("areal_ray.rehearsal").rehearse()
 
     _get_ready("worker", work)
 
@@ -174,40 +164,6 @@ class Standbys:
                 if process.cmdline()[:1] == ["ray::IDLE"]:
                     found.append(process)
         return found
-
-
-def rehearse(model: Model) -> None:
-    """Build the model without memory, and train, save and load a tiny one, so that whatever is lazy has happened."""
-    import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from areal_ray import models
-    from areal_ray.engine import FSDPEngine, SaveLoadMeta
-    from areal_ray.objectives import next_token_loss, predicted_tokens
-
-    torch.set_num_threads(1)
-    with suppress(ConfigError):  # a factory on the driver's path, which Ray tells a process with its work only
-        models.build_model(model)
-    config = Config(model=Model(config=_TINY))
-    ids = torch.ones(2, 4, dtype=torch.long)
-    engine = FSDPEngine(config, device="cpu")
-    # Not gloo: its threads wake up a hundred times a second, and what DTensor caches keeps them alive for ever.
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Set timeout is now only supported for either nccl or gloo")
-            engine.initialize()
-        # The first backward pass of a CUDA build counts the devices, on a CPU model too, and those that a process may
-        # use are not chosen yet: it would keep to the wrong ones.
-        if torch.version.cuda is None:
-            engine.train_batch({"input_ids": ids, "attention_mask": ids}, next_token_loss, predicted_tokens)
-        with tempfile.TemporaryDirectory() as folder:
-            meta = SaveLoadMeta(f"{folder}/checkpoint")
-            engine.save(meta)
-            engine.load(meta)
-    finally:
-        dist.destroy_process_group()
 
 
 def prestart(count: int) -> None:

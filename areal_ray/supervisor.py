@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-from areal_ray import failures, snapshot, standby, worker
+from areal_ray import failures, snapshot, standby
 from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import resources
 from areal_ray.config import Config
@@ -20,6 +21,7 @@ from areal_ray.storage import Storage
 from areal_ray.storage_s3 import filesystem
 from areal_ray.trainer import Trainer
 
+_WORKER = "areal_ray.worker"  # not imported here: what only workers need takes the driver half a second
 _TROUBLES = 6  # deaths of the controller in a row, without a new checkpoint, before they end the run
 _LONGEST_WAIT_S = 60.0
 _START_S = 300.0  # limit of a start at least: with cold imports from a slow disk
@@ -67,13 +69,14 @@ def supervise(config: Config, run: RunDir, submission: str) -> dict[str, Any]:
 
 def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:
     recipe = storage.recipe
-    root, files = config.run.storage_path, None
+    root, files, module = config.run.storage_path, None, _WORKER
     if "s3" in recipe:
         root, files = root.removeprefix("s3://"), filesystem(recipe["s3"])
 
     def work() -> dict[str, Any]:
         # Not as train_loop_config, which Ray shows on its dashboard, with credentials if there are any.
-        return worker.main(config, recipe, submission)
+        outcome: dict[str, Any] = import_module(module).main(config, recipe, submission)
+        return outcome
 
     wanted = config.cluster
     beside = standby.Standbys("plain", _BESIDE, lambda *_: None, lambda _: None) if config.standbys(1) else None

@@ -50,13 +50,24 @@ _AFTER = (
 )
 
 
-def import_all(model: Model | None) -> None:
+def get_ready(model: Model | None) -> None:
+    """Do once what every copy would have to do, but for what is Ray's."""
     _import(_BEFORE)
     # A factory's module may import Ray, and a name on the hub may be asked for over the network.
     if model is not None and not model.factory and (not model.path or os.path.isdir(model.path)):
         with suppress(ConfigError):  # said elsewhere, to the user
             import_module("areal_ray.models").build_model(model)
+    rehearse()
     assert "ray" not in sys.modules, "something imports Ray before it knows the job"
+
+
+def rehearse() -> None:
+    """Do here what every spare and every worker would do. Where it cannot be done each of them says so."""
+    torch = sys.modules["torch"]
+    threads = torch.get_num_threads()
+    with suppress(Exception):
+        import_module("areal_ray.rehearsal").rehearse()
+    torch.set_num_threads(threads)
 
 
 def import_ray() -> None:

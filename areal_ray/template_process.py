@@ -61,7 +61,7 @@ class Server:
         except OSError:  # another one was faster
             return None
         self._listener.listen(64)
-        self._try(lambda: template_fit.import_all(self._model))
+        self._try(lambda: template_fit.get_ready(self._model))
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, self._asked)
         self._selector.register(self._owner, selectors.EVENT_READ, None)

@@ -100,7 +100,10 @@ class Trainer(TorchTrainer):
         """Start the controller on this node and wait for its end. RayError if it dies."""
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
-        actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(Controller)
+        known = ray.get_runtime_context().runtime_env.get("env_vars", {})
+        # With an environment of its own it could be none of the processes that have been started ahead, see cluster.py.
+        own = {} if environment.items() <= known.items() else {"runtime_env": {"env_vars": environment}}
+        actor = ray.remote(num_cpus=0, label_selector=here, **own)(Controller)
         controller = actor.remote(**options)
         if threading.current_thread() is threading.main_thread():
             self._register_sigint_handler(controller)

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of every arm in turn")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="of the parts' arms")
     parser.add_argument("--seconds", type=float, default=300.0, help="of a run under kills (goodput)")
-    parser.add_argument("--json", default="/tmp/areal_ray_bench.json", metavar="FILE")
+    parser.add_argument("--json", default=report.DEFAULT_PATH, metavar="FILE")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+DEFAULT_PATH = "/tmp/areal_ray_bench.json"
 LOWER, HIGHER, NEITHER = "lower is better", "higher is better", ""
 
 

@@ -30,9 +30,10 @@ class Count(WorkerCount):
 
     def __init__(self, control, recipe, sizes=(1, 2, 4)):
         super().__init__(ScalingConfig(num_workers=(sizes[0], sizes[-1])), sizes, control, recipe)
-        self.room, self.free = 0, 8
+        self.room, self.free, self.requests = 0, 8, 0
 
-    def _maybe_send_resource_request(self): ...
+    def _maybe_send_resource_request(self):
+        self.requests += 1
 
     def _room(self, ask=False):
         return self.room

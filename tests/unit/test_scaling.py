@@ -142,3 +142,26 @@ def test_nodes_that_died_without_a_word_are_not_counted_on(monkeypatch, control,
     assert asked == []
     assert count._room(ask=True) == 4
     assert sorted(asked) == ["host-gone:7", "host-here:7", "host-there:7"]
+
+
+@pytest.mark.parametrize(("room", "requests"), [(0, 1), (2, 1), (4, 0), (9, 0)])
+def test_an_autoscaler_is_asked_for_machines_that_are_missing(count, room, requests):
+    count.room = room
+    count.start()
+    assert count.requests == requests
+    count.look(running=2)
+    assert count.requests == requests + 1
+    count.look(running=4)
+    assert count.requests == requests + 1
+
+
+@pytest.mark.parametrize(("room", "calls"), [(2, ["cancel"]), (4, [])])
+def test_ray_s_actor_for_requests_is_not_started_for_nothing(count, room, calls):
+    done = []
+    count.after_controller_start(SimpleNamespace(run_id="run"))
+    count._coordinator_client = SimpleNamespace(cancel_resource_request=lambda: done.append("cancel"))
+    count.room = room
+    count.start()
+    count.before_controller_abort()
+    assert done == calls
+    assert count.requests == len(calls)

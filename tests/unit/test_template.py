@@ -29,6 +29,7 @@ import sys
 sys.path.insert(0, {root!r})
 from areal_ray import template_fit, template_process
 template_fit._BEFORE, template_process._IDLE_S = {before!r}, {idle!r}
+template_fit.rehearse = lambda: None
 template_fit.import_ray = lambda: template_fit._import(["smtplib"])
 template_process.main({name!r}, {owner!r})
 """
