@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,10 @@ def _driver_train(config: Any, overrides: Sequence[str]) -> int:
     template = template_for(config) if "ray" not in sys.modules else None
     try:
         # A cluster that runs is asked for the first processes before this one imports what it needs itself.
-        with cluster(config, template) if running else nullcontext():
+        with ExitStack() as stack:
+            if running:
+                with suppress(ConnectionError):  # it comes again where it is said, after mistakes in the configuration
+                    stack.enter_context(cluster(config, template))
             return _drive(config, overrides, template)
     finally:
         if template:

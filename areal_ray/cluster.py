@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -56,12 +57,16 @@ def cluster(config: Config, template: Template | None = None) -> Iterator[None]:
             print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
         # "local", or it would find a cluster that happens to run here.
         options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
+    from ray._private import worker
+
+    shown, worker._worker_logs_enabled = worker._worker_logs_enabled, False  # see console.py, which comes and goes
     try:
         ray.init(**options)
         _start_ahead(config)
         yield
     finally:
         ray.shutdown()
+        worker._worker_logs_enabled = shown
         if made:
             made.close()
 
@@ -104,5 +109,8 @@ def _runtime_env(config: Config, template: Template | None) -> dict[str, Any]:
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
     chosen |= {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+    # What a submitted job's own runtime environment has is there already; Ray refuses to be told twice.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    chosen = {name: value for name, value in chosen.items() if name not in (job.get("env_vars") or {})}
     executable = {"py_executable": template.executable} if template else {}
     return {"env_vars": {**chosen, **standby.job_environment(config)}, **executable}

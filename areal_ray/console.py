@@ -52,13 +52,13 @@ class Console:
         self._ended = threading.Event()
         self._dumped: set[str] = set()  # processes that have crashed
         # Ray's own printing, of worker output and of the raylet's accounts of dead workers.
-        ray_worker._worker_logs_enabled = False
+        self._shown, ray_worker._worker_logs_enabled = ray_worker._worker_logs_enabled, False
         global_worker_stdstream_dispatcher.add_handler(_HANDLER, self._show)
         return self
 
     def __exit__(self, *_: object) -> None:
         global_worker_stdstream_dispatcher.remove_handler(_HANDLER)
-        ray_worker._worker_logs_enabled = True
+        ray_worker._worker_logs_enabled = self._shown
 
     def wait_for_end(self, timeout_s: float = 5.0) -> None:
         """Let lines that are under way arrive before the driver says its last."""

@@ -42,9 +42,10 @@ def rehearse() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Set timeout is now only supported for either nccl or gloo")
             engine.initialize()
-        # The first backward pass of a CUDA build counts the devices, on a CPU model too, and those that a process may
-        # use are not chosen yet: it would keep to the wrong ones.
-        if torch.version.cuda is None:
+        # The first backward pass of a build for GPUs counts the devices, on a CPU model too, and those that a process
+        # may use are not chosen yet: it would keep to the wrong ones. And it starts a thread for each, after which no
+        # copy of the process could train.
+        if torch.accelerator.current_accelerator() is None:
             engine.train_batch({"input_ids": ids, "attention_mask": ids}, next_token_loss, predicted_tokens)
         with tempfile.TemporaryDirectory() as folder:
             meta = SaveLoadMeta(f"{folder}/checkpoint")

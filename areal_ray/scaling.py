@@ -62,7 +62,7 @@ class WorkerCount(ElasticScalingPolicy):
         return self._sizes[-1]
 
     def _send_resource_request(self) -> None:
-        """Not when the controller starts: it would wait for Ray's actor for requests, which may never be needed."""
+        """Nothing: Ray calls this when the controller starts, and waits for an actor; see `_request_machines`."""
 
     def _request_machines(self) -> None:
         """Tell an autoscaler, if there is one, how many there should be."""
@@ -104,10 +104,10 @@ class WorkerCount(ElasticScalingPolicy):
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
         running, now = worker_group_state.num_workers, time.monotonic()
-        if running == self._sizes[-1]:
+        if now - worker_group_state.start_time < _LOOK_S:
             return NoopDecision()
-        self._request_machines()
-        if self._asked or now - max(self._looked, worker_group_state.start_time) < _LOOK_S:
+        self._request_machines()  # also those that it has: an autoscaler adds up what all jobs ask for
+        if running == self._sizes[-1] or self._asked or now - self._looked < _LOOK_S:
             return NoopDecision()
         self._looked = now
         try:

@@ -3,13 +3,16 @@
 import os
 import signal
 import sys
+import threading
+import time
+from contextlib import suppress
 
 import psutil
 import pytest
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 
-from areal_ray import template, template_process
+from areal_ray import standby, template, template_process
 
 pytestmark = pytest.mark.ray
 
@@ -62,3 +65,38 @@ def test_one_that_ray_ends_is_gone(ray_cluster):
     ray.kill(process)
     _, alive = psutil.wait_procs([copy], timeout=LIMIT_S)
     assert alive == []
+
+
+def copies():
+    """Process ids of the copies of templates that Ray knows."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            parent = process.parent()
+            if parent and template_process.__file__ in parent.cmdline() and process.cmdline()[0].startswith("ray::"):
+                found.add(process.pid)
+    return found
+
+
+def test_the_controller_takes_a_process_that_was_started_ahead(ray_cluster, run):
+    before = copies()
+    standby.prestart(1)
+    give_up = time.monotonic() + LIMIT_S
+    while not (ahead := copies() - before) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    (process,) = (psutil.Process(pid) for pid in ahead)
+    titles, over = set(), threading.Event()
+
+    def watch():
+        with suppress(psutil.NoSuchProcess):
+            while not over.wait(0.02):
+                titles.update(process.cmdline()[:1])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert run.train("train.stop_at=2") == 0
+    finally:
+        over.set()
+        watcher.join()
+    assert any("Controller" in title for title in titles)
