@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,20 +127,16 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
 
 
 def _driver_train(config: Any, overrides: Sequence[str]) -> int:
-    from areal_ray.cluster import cluster, use_token
+    from areal_ray.cluster import answering, cluster, use_token
     from areal_ray.template import template_for
 
-    running = bool(os.environ.get("RAY_ADDRESS"))
-    if running:
+    if os.environ.get("RAY_ADDRESS"):
         use_token()
     # What has Ray already may have a cluster, too.
     template = template_for(config) if "ray" not in sys.modules else None
     try:
         # A cluster that runs is asked for the first processes before this one imports what it needs itself.
-        with ExitStack() as stack:
-            if running:
-                with suppress(ConnectionError):  # it comes again where it is said, after mistakes in the configuration
-                    stack.enter_context(cluster(config, template))
+        with cluster(config, template) if answering() else nullcontext():
             return _drive(config, overrides, template)
     finally:
         if template:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 
 # Ray reads RAY_AUTH_MODE when it is imported, so nothing here imports it at the top.
 from areal_ray.config import Config
+from areal_ray.head import answers
 from areal_ray.template import MALLOC, Template, template_for
 
-# What Ray Train starts one after the other: its controller, and two actors beside every group of workers.
-_FIRST = 3
+BESIDE = 2  # actors that Ray Train starts beside every group: for synchronisation, and to hear of preemption
 
 
 def use_token() -> None:
@@ -28,6 +28,12 @@ def use_token() -> None:
     have = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if have or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def answering() -> bool:
+    """Whether RAY_ADDRESS is host:port of a cluster that runs: one that does not is waited for, a minute, by Ray."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return re.fullmatch(r"[^/]+:\d+", address) is not None and answers(address)
 
 
 @contextmanager
@@ -57,6 +63,8 @@ def cluster(config: Config, template: Template | None = None) -> Iterator[None]:
             print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
         # "local", or it would find a cluster that happens to run here.
         options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
+    # What a submitted job's own runtime environment has, ours may have too; Ray would refuse to be told twice.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     from ray._private import worker
 
     shown, worker._worker_logs_enabled = worker._worker_logs_enabled, False  # see console.py, which comes and goes
@@ -78,7 +86,7 @@ def _start_ahead(config: Config) -> None:
     if not config.standbys(1):
         return
     try:
-        standby.prestart(_FIRST)
+        standby.prestart(1 + BESIDE)  # Ray Train's controller first
     except Exception as error:  # noqa: BLE001  (the call is internal to Ray; without it they start when they are used)
         text = " ".join(str(error).split())[:200]
         print(f"no processes are started ahead: {type(error).__name__}: {text}", flush=True)
@@ -109,8 +117,5 @@ def _runtime_env(config: Config, template: Template | None) -> dict[str, Any]:
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
     chosen |= {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-    # What a submitted job's own runtime environment has is there already; Ray refuses to be told twice.
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
-    chosen = {name: value for name, value in chosen.items() if name not in (job.get("env_vars") or {})}
     executable = {"py_executable": template.executable} if template else {}
     return {"env_vars": {**chosen, **standby.job_environment(config)}, **executable}

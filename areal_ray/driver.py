@@ -42,7 +42,7 @@ def train(config: Config, overrides: Sequence[str] = (), template: Template | No
         The exit status: 0 when the run reached its last step, 1 when training failed.
 
     Raises:
-        ConfigError: before anything is started.
+        ConfigError: before anything is trained or written.
     """
     run, config = prepare(config)
     done = Catalog(run.storage).newest()

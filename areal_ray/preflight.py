@@ -1,4 +1,4 @@
-"""Everything that can be checked before anything is started."""
+"""Everything that can be checked before anything is trained or written."""
 
 from __future__ import annotations
 

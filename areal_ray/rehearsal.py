@@ -28,7 +28,7 @@ _TINY = {
 
 @cache
 def rehearse() -> None:
-    """Do so once in a process; a copy of one that has done so, made by fork, has done so too.
+    """Train, save and load a tiny model. The second call does nothing, in the same process or in a fork of it.
 
     It leaves no process group and no thread, and PyTorch with one thread for its operations.
     """

@@ -12,7 +12,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 
 from areal_ray import failures, snapshot, standby
 from areal_ray.checkpoint import Catalog
-from areal_ray.cluster import resources
+from areal_ray.cluster import BESIDE, resources
 from areal_ray.config import Config
 from areal_ray.control import Control
 from areal_ray.group import GroupLife, GroupTorchConfig
@@ -25,7 +25,6 @@ _WORKER = "areal_ray.worker"  # not imported here: what only workers need takes 
 _TROUBLES = 6  # deaths of the controller in a row, without a new checkpoint, before they end the run
 _LONGEST_WAIT_S = 60.0
 _START_S = 300.0  # limit of a start at least: with cold imports from a slow disk
-_BESIDE = 2  # actors that Ray Train starts beside every group: for synchronisation, and to hear of preemption
 
 
 def supervise(config: Config, run: RunDir, submission: str) -> dict[str, Any]:
@@ -79,7 +78,7 @@ def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:
         return outcome
 
     wanted = config.cluster
-    beside = standby.Standbys("plain", _BESIDE, lambda *_: None, lambda _: None) if config.standbys(1) else None
+    beside = standby.Standbys("plain", BESIDE, lambda *_: None, lambda _: None) if config.standbys(1) else None
     backend = "cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"
     return Trainer(
         work,

@@ -62,7 +62,7 @@ def get_ready(model: Model | None) -> None:
 
 
 def rehearse() -> None:
-    """Do here what every spare and every worker would do. Where it cannot be done each of them says so."""
+    """Do once what each worker would do. If it fails, each tries again, see standby.warm, and logs why it could not."""
     torch = sys.modules["torch"]
     threads = torch.get_num_threads()
     with suppress(Exception):

@@ -1,5 +1,6 @@
 """A real `ray job submit` to a head node of the test's own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,18 @@ def test_submitted_job_gives_the_same_checkpoint(head, undisturbed, tmp_path):
         == []
     )
     assert run.result()["restarts"] == 1
+
+
+def test_a_job_s_own_environment_may_have_what_ours_has(head, tmp_path):
+    run = Run(tmp_path, "own")
+    variables = {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(tmp_path)}
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
+    options = ["--runtime-env-json", json.dumps({"env_vars": variables}), "--", "python", "jobs/train.py"]
+    train = ["--config", os.path.relpath(EXPERIMENT, ROOT), *run.arguments, "train.stop_at=2", "cluster.standbys=auto"]
+    env = {**head, "RAY_AUTH_MODE": "token"}  # as `areal-ray submit` finds out by itself
+    done = subprocess.run([*submit, *options, *train], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run.result()["step"] == 2
 
 
 def test_a_config_error_is_found_before_anything_is_uploaded(head):

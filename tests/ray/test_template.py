@@ -32,6 +32,7 @@ class Process:
             "pid": os.getpid(),
             "parent": parent.cmdline() if parent else [],
             "imported": self.imported,
+            "rehearsed": sys.modules["areal_ray.rehearsal"].rehearse.cache_info().currsize,
             "malloc": {name: os.environ.get(name) for name in template.MALLOC},
             "id": ray.get_runtime_context().get_worker_id(),
             "next": WorkerID.from_random().hex(),  # Ray's C++ part draws random numbers of its own
@@ -46,6 +47,7 @@ def test_the_processes_of_a_job_are_copies_that_know_who_they_are(ray_cluster):
     for process in (one, other):
         assert template_process.__file__ in process["parent"]
         assert process["imported"]
+        assert process["rehearsed"] == 1
         assert process["malloc"] == template.MALLOC
     for what in ("pid", "id", "next"):
         assert one[what] != other[what]

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from areal_ray import head
+from areal_ray.cluster import answering
 from areal_ray.head import watching
 
 pytestmark = pytest.mark.unit
@@ -84,3 +85,16 @@ def test_of_one_that_answers_nothing_is_said():
             server.accept()[0].close()
     server.close()
     assert said.lines == []
+
+
+@pytest.mark.parametrize("address", ["", "auto", "local", "ray://127.0.0.1:{port}", "127.0.0.1:{other}"])
+def test_only_a_cluster_that_answers_is_joined_early(monkeypatch, address):
+    server, there = listen()
+    gone, elsewhere = listen()
+    gone.close()
+    monkeypatch.setenv("RAY_ADDRESS", there)
+    assert answering()
+    ports = {"port": there.rpartition(":")[2], "other": elsewhere.rpartition(":")[2]}
+    monkeypatch.setenv("RAY_ADDRESS", address.format(**ports))
+    assert not answering()
+    server.close()

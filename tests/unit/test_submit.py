@@ -1,6 +1,5 @@
 """`areal-ray submit` with secrets on its command line: refused before anything leaves, and shown nowhere."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -89,16 +88,3 @@ def test_credentials_in_an_address_are_refused(submitted, capfd):
     assert "run.storage_path" in err
     assert SECRET not in out + err
     assert submitted == []
-
-
-def test_what_a_job_s_own_environment_says_is_not_said_again(monkeypatch):
-    from areal_ray.cluster import _runtime_env
-    from areal_ray.config import Config
-
-    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
-    assert _runtime_env(Config(), None)["env_vars"]["RAY_TRAIN_V2_ENABLED"] == "1"
-    job = {"runtime_env": {"env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "true"}}}
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    variables = _runtime_env(Config(), None)["env_vars"]
-    assert not {"RAY_TRAIN_V2_ENABLED", "TOKENIZERS_PARALLELISM"} & set(variables)
-    assert "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC" in variables
