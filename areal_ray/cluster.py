@@ -16,7 +16,7 @@ from areal_ray.config import Config
 from areal_ray.head import answers
 from areal_ray.template import MALLOC, Template, template_for
 
-BESIDE = 2  # actors that Ray Train starts beside every group: for synchronisation, and to hear of preemption
+BESIDE = 1  # actors that Ray Train starts beside every group: for synchronisation
 
 
 def use_token() -> None:

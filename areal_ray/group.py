@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import ray
-from ray._raylet import PlacementGroupID
+from ray.train._internal.utils import get_address_and_port
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -21,9 +20,11 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
     DefaultPlacementGroupHandle,
     PlacementGroupHandle,
 )
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from areal_ray.console import say
+from areal_ray.reservation import Reservations, release
 from areal_ray.rundir import RunDir
 from areal_ray.standby import Standbys
 from areal_ray.storage import storage_at
@@ -31,10 +32,43 @@ from areal_ray.storage import storage_at
 _CALM_S = 8.0  # after the start of the workers; what it starts then is not in their way
 
 
+@cache  # one process serves one group
+def serve() -> TCPStore:
+    """The store that a process group meets at, in the process of rank 0, open to those that connect."""
+    return TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+
+
+def _address() -> tuple[str, int]:
+    return serve().host, serve().port
+
+
+class _ServedFirst:
+    """A group of workers whose rank 0 has its store open before the others are told where it is.
+
+    Ray looks for a free port and tells it to all ranks at once. Those that are there before rank 0 are refused, and
+    wait half a second before they try again; and the port may be somebody else's by then. A store that is made for the
+    same port afterwards, in the same process, is this one (torch's `multi_tenant`).
+    """
+
+    def __init__(self, workers: Any) -> None:
+        self._workers = workers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._workers, name)
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def execute_single(self, rank: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._workers.execute_single(
+            rank, _address if function is get_address_and_port else function, *args, **kwargs
+        )
+
+
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.reached["ready"] = time.time()
-        super().on_start(worker_group, backend_config)
+        super().on_start(_ServedFirst(worker_group), backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Nothing: the processes end next. Ray would have each leave its process group, and wait for one that hangs."""
@@ -48,30 +82,48 @@ class GroupTorchConfig(TorchConfig):
         return _Backend
 
 
-class _TimedHandle(DefaultPlacementGroupHandle):
+class _Handle(DefaultPlacementGroupHandle):
+    """Ray's, but timed.
+
+    Attributes:
+        kept: somebody else sees to what is reserved.
+    """
+
     def __init__(self, reserved: PlacementGroup, reached: dict[str, float]) -> None:
         super().__init__(reserved)
-        self._reached = reached
+        self._reached, self.kept = reached, False
 
     def wait(self, timeout_seconds: float = 30) -> bool:
         there = super().wait(timeout_seconds)
         self._reached["placed"] = time.time()
         return there
 
+    def shutdown(self) -> None:
+        if not self.kept:
+            super().shutdown()
 
-class NamedGroup(WorkerGroup):
-    """Ray's, with a name on what it reserves, so that it can be given back when the controller has died.
 
-    And it gives it back itself when the workers die while they start: Ray's forgets a group that was half up, and the
+class Group(WorkerGroup):
+    """Ray's, with reservations that outlive it.
+
+    And it gives its own back when the workers die while they start: Ray's forgets a group that was half up, and the
     next one waits for resources that nobody uses.
+
+    Args:
+        reservations: where to get room for the workers.
+        options: as for WorkerGroup.
 
     Attributes:
         reached: when the start in progress came how far: "placed", there is room; "ready", processes with everything
             imported, that can form a process group.
     """
 
-    def _start(self) -> None:
+    def __init__(self, reservations: Reservations, **options: Any) -> None:
+        super().__init__(**options)
+        self._reservations = reservations
         self.reached: dict[str, float] = {}
+
+    def _start(self) -> None:
         try:
             super()._start()
         except Exception:
@@ -81,25 +133,41 @@ class NamedGroup(WorkerGroup):
             raise
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
-        wanted = worker_group_context
-        reserved = placement_group(
-            bundles=[wanted.resources_per_worker] * wanted.num_workers,
-            strategy=wanted.placement_strategy,
-            name=f"{_prefix(self._train_run_context)}{uuid.uuid4().hex}",
-            bundle_label_selector=wanted.label_selector,
-        )
-        return _TimedHandle(reserved, self.reached)
+        return _Handle(self._reservations.take(self._train_run_context, worker_group_context), self.reached)
+
+    def shutdown(self) -> None:
+        """End the workers. What they had stays reserved for those that come next."""
+        if not self.has_started():
+            super().shutdown()
+            return
+        handle, wanted = self._worker_group_state.placement_group_handle, self._worker_group_context
+        handle.kept = True
+        try:
+            super().shutdown()
+        except BaseException:
+            handle.kept = False
+            raise
+        self._reservations.keep(handle.placement_group, wanted)
 
 
-def _prefix(context: TrainRunContext) -> str:
-    return f"areal_ray-{context.run_id}-"
+class Groups:
+    """Makes one group after the other, for Ray's controller, which takes this for their class.
 
+    Args:
+        reservations: for all of them.
+    """
 
-def release(context: TrainRunContext) -> None:
-    """Give back what the groups of a controller held that is dead; Ray does so only at the end of the whole job."""
-    for identity, entry in placement_group_table().items():
-        if entry["name"].startswith(_prefix(context)) and entry["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(identity)))
+    def __init__(self, reservations: Reservations) -> None:
+        self._reservations = reservations
+
+    def create(self, **options: Any) -> Group:
+        group = Group(self._reservations, **options)
+        try:
+            group._start()
+        except Exception:
+            self._reservations.give_back()  # what comes next may be to wait, for hours
+            raise
+        return group
 
 
 class GroupLife(WorkerGroupCallback, ControllerCallback):

@@ -89,6 +89,11 @@ class Restarts(DefaultFailurePolicy):
             return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
 
+    @property
+    def troubled(self) -> bool:
+        """Whether failures come one right after the other, without a checkpoint in between."""
+        return self._quick > 1  # one that comes right after another may be its echo
+
     def _look_for_progress(self) -> None:
         try:
             newest = Catalog(self._run.storage).last_committed()
@@ -143,7 +148,7 @@ class Restarts(DefaultFailurePolicy):
         now = time.monotonic()
         self._quick = self._quick + 1 if now - self._at < _QUICK_S else 0
         self._at = now
-        if self._quick > 1:  # one that comes right after another may be its echo
+        if self.troubled:
             wait = min(_LONGEST_WAIT_S, 2.0 ** min(self._quick - 2, 10))
             self._at += wait
             say(f"{self._quick + 1} failures without a new checkpoint: starting again in {wait:.0f} s")

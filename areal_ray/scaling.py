@@ -5,9 +5,11 @@ Ray's own counts nodes that have died, tears workers down without notice, and wa
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +26,7 @@ from areal_ray.storage import storage_at
 
 _LOOK_S = 5.0  # between two looks for more machines
 _REMIND_S = 30.0  # between two lines about machines that are missing
+_OTHERS_S = 20.0  # between two looks for other jobs that ask for machines
 _PAUSE_S = 0.5  # between two looks while nothing runs
 _ASK_AT_ONCE = 64  # nodes
 _REFUSED_S = 300.0  # for so long fewer workers are tried, after some could not be started
@@ -57,6 +60,10 @@ class WorkerCount(ElasticScalingPolicy):
     @cached_property
     def _run(self) -> RunDir:
         return RunDir(storage_at(**self._recipe))
+
+    @cached_property
+    def _others(self) -> _Others:
+        return _Others()
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self._sizes[-1]
@@ -104,13 +111,15 @@ class WorkerCount(ElasticScalingPolicy):
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
         running, now = worker_group_state.num_workers, time.monotonic()
-        if now - worker_group_state.start_time < _LOOK_S:
-            return NoopDecision()
-        self._request_machines()  # also those that it has: an autoscaler adds up what all jobs ask for
-        if running == self._sizes[-1] or self._asked or now - self._looked < _LOOK_S:
+        if now - worker_group_state.start_time < _LOOK_S or now - self._looked < _LOOK_S:
             return NoopDecision()
         self._looked = now
         try:
+            # With all that it wants, too, once others ask: an autoscaler adds up what all jobs have asked for.
+            if running < self._sizes[-1] or self._others.ask:
+                self._request_machines()
+            if running == self._sizes[-1] or self._asked:
+                return NoopDecision()
             room = min(self._room(), running + self._free())
             better = max((size for size in self._sizes if running < size <= room), default=0)
             if better and better == self._seen:  # twice in a row: a node that has just come may not have come to stay
@@ -162,3 +171,25 @@ class WorkerCount(ElasticScalingPolicy):
         if self._reminded == float("-inf"):
             self._run.note("waiting", say, room=room, needed=self._sizes[0])
         self._reminded = now
+
+
+class _Others:
+    """Whether other jobs ask an autoscaler for machines; looked at in the background, as the head node may be away."""
+
+    def __init__(self) -> None:
+        self.ask = False
+        self._thread = threading.Thread(target=self._look, name="others", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self.ask:
+            self.ask = _somebody_asks()
+            time.sleep(_OTHERS_S)
+
+
+def _somebody_asks() -> bool:
+    """Whether there is the actor by which jobs ask."""
+    with suppress(ValueError, *_AWAY):  # ValueError: there is none
+        ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")  # as Ray Data names it
+        return True
+    return False

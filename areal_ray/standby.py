@@ -24,10 +24,10 @@ import ray
 
 from areal_ray.config import Config, ConfigError, Model, redact
 from areal_ray.launch import MODEL
+from areal_ray.raylet import CALL_S, raylet
 
 _HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # Ray's: a function that a new process runs before anything else
 _KEEP_S = 30 * 24 * 3600  # how long the raylet lets a spare wait
-_CALL_S = 10.0  # time limit of the call
 _WARM_S = 120.0  # time limit for spares to get warm
 _LOOK_S = 0.5
 _FREE = 0.1  # share of a node's memory that must be left when the spares are there
@@ -67,7 +67,7 @@ def warm_plain() -> None:
     """Get a process ready for one of Ray Train's own actors; Ray calls it in every new process of the job."""
 
     def work(late: threading.Event) -> None:
-        import_module("ray.train.v2._internal.execution.preemption")
+        import_module("ray.train.v2._internal.execution.checkpoint.sync_actor")
 
     _get_ready("plain", work)
 
@@ -172,8 +172,7 @@ def prestart(count: int) -> None:
     Raises:
         grpc.RpcError: if the raylet refuses.
     """
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+    from ray.core.generated import common_pb2, node_manager_pb2
 
     context = ray.get_runtime_context()
     node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
@@ -184,8 +183,5 @@ def prestart(count: int) -> None:
         num_workers=count,
     )
     request.runtime_env_info.serialized_runtime_env = context.get_runtime_env_string()
-    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
-    try:
-        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_CALL_S)
-    finally:
-        channel.close()
+    with raylet(node) as service:
+        service.PrestartWorkers(request, timeout=CALL_S)

@@ -44,7 +44,7 @@ _BEFORE = (
 )
 _AFTER = (
     "ray.train.torch",
-    "ray.train.v2._internal.execution.preemption",
+    "ray.train.v2._internal.execution.checkpoint.sync_actor",
     "areal_ray.trainer",
     "areal_ray.worker",
 )

@@ -15,13 +15,16 @@ from ray.train import FailureConfig, Result
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.util import ObjectRefWrapper
 
 from areal_ray.console import say
 from areal_ray.control import Control
-from areal_ray.group import NamedGroup, release
+from areal_ray.group import Groups
+from areal_ray.preemption import Preemption
+from areal_ray.reservation import Reservations, release
 from areal_ray.restarts import Restarts
 from areal_ray.scaling import WorkerCount
 
@@ -34,10 +37,12 @@ class Controller(TrainController):
         options: as for TrainController.
     """
 
-    worker_group_cls = NamedGroup
-
     def __init__(self, policies: tuple[WorkerCount, Restarts], **options: Any) -> None:
         super().__init__(scaling_policy=policies[0], failure_policy=policies[1], **options)
+        self._reservations = Reservations()
+        self.worker_group_cls = Groups(self._reservations)
+        callbacks = self._worker_group_callbacks_to_propagate
+        callbacks[:] = [Preemption() if isinstance(each, PreemptionCallback) else each for each in callbacks]
         write = self._checkpoint_manager._write_state_to_storage
 
         def try_to_write() -> None:
@@ -48,6 +53,17 @@ class Controller(TrainController):
                 say(f"could not write Ray's list of checkpoints: {error}")
 
         self._checkpoint_manager._write_state_to_storage = try_to_write
+
+    def _start_worker_group(self, *args: Any, **kwargs: Any) -> None:
+        if self._failure_policy.troubled:  # one of these nodes may be why
+            self._reservations.give_back()
+        super()._start_worker_group(*args, **kwargs)
+
+    async def _shutdown(self) -> Any:
+        try:
+            return await super()._shutdown()
+        finally:
+            self._reservations.give_back()
 
 
 class Trainer(TorchTrainer):

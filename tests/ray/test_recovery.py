@@ -1,6 +1,8 @@
 """Workers are really killed, and the run comes back to the same bits."""
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group_table
 
 pytestmark = pytest.mark.ray
 SYNC = "checkpoint.async_save=false"  # where it matters that a save is committed before the fault that comes after it
@@ -20,8 +22,14 @@ def test_undisturbed_run_leaves_what_it_promises(undisturbed):
     assert held_out[-1] < held_out[0]
 
 
+def reservations() -> dict[str, str]:
+    """All that there have been on this cluster, by name, and their state."""
+    return {entry["name"]: entry["state"] for entry in placement_group_table().values()}
+
+
 def test_kills_at_two_steps_change_nothing(undisturbed, run, capfd):
     faults = "faults=[{kind: sigkill, rank: 1, step: 6}, {kind: sigkill, rank: 0, step: 11}]"
+    before = set(reservations())
     assert run.train(SYNC, faults) == 0
     assert run.digest() == undisturbed.digest()
     assert run.metrics() == undisturbed.metrics()
@@ -31,6 +39,13 @@ def test_kills_at_two_steps_change_nothing(undisturbed, run, capfd):
     out = capfd.readouterr().out
     assert "restored step-00000004.a1, going on with step 5" in out
     assert "restored step-00000008.a2, going on with step 9" in out
+    assert "could not be asked" not in out
+    # The three attempts had the same places, which are given back.
+    (reserved,) = set(reservations()) - before
+    assert reservations()[reserved] == "REMOVED"
+    kinds = {entry["ActorClassName"] for entry in ray._private.state.actors().values()}
+    assert "SynchronizationActor" in kinds
+    assert not kinds & {"PreemptionWatcher", "_AutoscalingCoordinatorActor"}
 
 
 def test_exit_and_exception_change_nothing(undisturbed, run):

@@ -47,5 +47,8 @@ class Count(WorkerCount):
 
     def look(self, running):
         self._looked = float("-inf")
+        self.poll(running)
+
+    def poll(self, running):
         state = SimpleNamespace(num_workers=running, start_time=float("-inf"))
         assert isinstance(self.make_decision_for_running_worker_group(state, None), NoopDecision)

@@ -1,13 +1,15 @@
 """The group of workers as the controller starts and ends it."""
 
 import threading
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from torch.distributed import TCPStore
 
-from areal_ray import group
-from areal_ray.group import GroupLife, NamedGroup
+from areal_ray import group, reservation
+from areal_ray.group import GroupLife, Groups, GroupTorchConfig
 from areal_ray.rundir import RunDir
 from areal_ray.storage import LocalStorage
 
@@ -98,22 +100,129 @@ def test_the_phases_of_a_start_stand_in_the_ledger(run, killed, monkeypatch):
     assert killed == ["a"]
 
 
+class Kept:
+    """In the place of Reservations."""
+
+    def __init__(self):
+        self.kept, self.removed, self.given_back = [], [], 0
+
+    def take(self, context, wanted):
+        return f"reserved for {wanted}"
+
+    def keep(self, reserved, wanted):
+        self.kept.append((reserved, wanted))
+
+    def give_back(self):
+        self.given_back += 1
+
+
+@pytest.fixture
+def reservations(monkeypatch):
+    made = Kept()
+    monkeypatch.setattr(
+        "ray.train.v2._internal.execution.worker_group.placement_group_handle.remove_placement_group",
+        made.removed.append,
+    )
+    return made
+
+
+@pytest.fixture
+def started(reservations, monkeypatch):
+    """Makes a group that has got its room; `fails`: what its start ends with."""
+
+    def init(self, worker_group_context):
+        self._worker_group_context, self._train_run_context = worker_group_context, None
+        self._worker_group_state, self._world_rank_to_ongoing_poll, self._callbacks = None, {}, []
+
+    def make(half_up=True, fails=None):
+        def start(self):
+            if half_up:
+                handle = self._create_placement_group(None, self._worker_group_context)
+                self._worker_group_state = SimpleNamespace(placement_group_handle=handle, shutdown=handle.shutdown)
+            if fails:
+                raise fails
+
+        monkeypatch.setattr(WorkerGroup, "__init__", init)
+        monkeypatch.setattr(WorkerGroup, "_start", start)
+        return Groups(reservations).create(worker_group_context="two")
+
+    return make
+
+
+def test_what_a_group_had_is_kept_for_the_next_one(started, reservations):
+    started().shutdown()
+    assert (reservations.kept, reservations.removed) == ([("reserved for two", "two")], [])
+    assert reservations.given_back == 0
+
+
+def test_what_a_group_had_that_is_aborted_is_given_back(started, reservations):
+    started().abort()
+    assert (reservations.kept, reservations.removed) == ([], ["reserved for two"])
+
+
 @pytest.mark.parametrize("half_up", [True, False])
-def test_a_group_that_was_half_up_gives_back_what_it_had_reserved(monkeypatch, half_up):
-    ended = []
-
-    def start(self):
-        if half_up:
-            self._worker_group_state = SimpleNamespace(shutdown=lambda: ended.append("state"))
-        raise RuntimeError("a worker died")
-
-    monkeypatch.setattr(WorkerGroup, "_start", start)
-    made = NamedGroup.__new__(NamedGroup)
-    made._worker_group_state, made._world_rank_to_ongoing_poll = None, {}
+def test_a_group_that_was_half_up_gives_back_what_it_had_reserved(started, reservations, half_up):
     with pytest.raises(RuntimeError, match="a worker died"):
-        made._start()
-    assert ended == (["state"] if half_up else [])
-    assert not made.has_started()
+        started(half_up, RuntimeError("a worker died"))
+    assert reservations.removed == (["reserved for two"] if half_up else [])
+    assert (reservations.kept, reservations.given_back) == ([], 1)
+
+
+def test_what_a_group_had_that_could_not_be_ended_is_given_back_by_its_abort(started, reservations, monkeypatch):
+    def shutdown(self):
+        raise RuntimeError("no end")
+
+    made = started()
+    monkeypatch.setattr(WorkerGroup, "shutdown", shutdown)
+    with pytest.raises(RuntimeError, match="no end"):
+        made.shutdown()
+    made.abort()
+    assert (reservations.kept, reservations.removed) == ([], ["reserved for two"])
+
+
+def test_when_there_was_room_is_noted(reservations, monkeypatch):
+    monkeypatch.setattr(group.time, "time", lambda: 7.0)
+    monkeypatch.setattr(group.DefaultPlacementGroupHandle, "wait", lambda self, seconds: True)
+    reached = {}
+    assert group._Handle(None, reached).wait(1)
+    assert reached == {"placed": 7.0}
+
+
+class Workers:
+    """Says what is done with them, and in which order."""
+
+    def __init__(self):
+        self.done, self.reached = [], {}
+
+    def __len__(self):
+        return 2
+
+    def execute_single(self, rank, function, *args, **kwargs):
+        self.done.append(function.__name__)
+        return function(*args, **kwargs)
+
+    def execute_single_async(self, rank, function, **kwargs):
+        self.done.append(f"{function.__name__} {rank}")
+
+    def execute(self, function, **kwargs):
+        self.done.append(f"{function.__name__} {kwargs}")
+
+
+def test_the_store_of_rank_0_is_open_before_the_ranks_meet_there(monkeypatch):
+    monkeypatch.setattr("ray.train.torch.config.ray.get", lambda futures: None)
+    monkeypatch.setattr(group.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(group, "serve", cache(group.serve.__wrapped__))
+    workers, chosen = Workers(), GroupTorchConfig(backend="gloo")
+    chosen.backend_cls().on_start(workers, chosen)
+    store = group.serve()
+    where = {"addr": store.host, "port": store.port}
+    assert workers.done[:2] == ["_address", f"set_env_vars {where}"]
+    assert workers.done[-2:] == ["_setup_torch_process_group 0", "_setup_torch_process_group 1"]
+    assert set(workers.reached) == {"ready"}
+    client = TCPStore(store.host, store.port, is_master=False)
+    client.set("here", "yes")
+    again = TCPStore(store.host, store.port, is_master=True, multi_tenant=True, wait_for_workers=False)
+    assert again.get("here") == b"yes"
 
 
 def test_only_what_this_controller_reserved_is_given_back(monkeypatch):
@@ -125,7 +234,7 @@ def test_only_what_this_controller_reserved_is_given_back(monkeypatch):
         "3" * 36: {"name": "", "state": "CREATED"},
     }
     removed = []
-    monkeypatch.setattr(group, "placement_group_table", lambda: entries)
-    monkeypatch.setattr(group, "remove_placement_group", lambda each: removed.append(each.id.hex()))
-    group.release(SimpleNamespace(run_id="mine"))
+    monkeypatch.setattr(reservation, "placement_group_table", lambda: entries)
+    monkeypatch.setattr(reservation, "remove_placement_group", lambda each: removed.append(each.id.hex()))
+    reservation.release(SimpleNamespace(run_id="mine"))
     assert removed == [identity]

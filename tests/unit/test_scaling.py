@@ -145,14 +145,49 @@ def test_nodes_that_died_without_a_word_are_not_counted_on(monkeypatch, control,
 
 
 @pytest.mark.parametrize(("room", "requests"), [(0, 1), (2, 1), (4, 0), (9, 0)])
-def test_an_autoscaler_is_asked_at_once_for_machines_that_are_missing_and_later_for_all(count, room, requests):
+def test_an_autoscaler_is_asked_for_machines_that_are_missing(count, room, requests):
+    count._others = SimpleNamespace(ask=False)
     count.room = room
     count.start()
     assert count.requests == requests
     count.look(running=2)
     assert count.requests == requests + 1
     count.look(running=4)
-    assert count.requests == requests + 2
+    assert count.requests == requests + 1
+
+
+def test_it_hears_of_a_job_that_lacks_nothing_once_others_ask(count):
+    count._others = SimpleNamespace(ask=False)
+    count.look(running=4)
+    assert count.requests == 0
+    count._others.ask = True
+    count.look(running=4)
+    assert count.requests == 1
+
+
+def test_it_is_not_asked_at_every_poll(count, monkeypatch):
+    monkeypatch.setattr(scaling, "_LOOK_S", 1000.0)
+    count._others = SimpleNamespace(ask=True)
+    for _ in range(3):
+        count.poll(running=4)
+    assert count.requests == 1
+
+
+def test_others_are_looked_for_until_they_ask(monkeypatch):
+    answers = [ValueError("no such actor"), ConnectionError("the head node is away"), None]
+    asked = []
+
+    def get_actor(name, namespace):
+        asked.append((name, namespace))
+        if answer := answers.pop(0):
+            raise answer
+
+    monkeypatch.setattr(scaling, "_OTHERS_S", 0.0)
+    monkeypatch.setattr(scaling.ray, "get_actor", get_actor)
+    others = scaling._Others()
+    others._thread.join(30)
+    assert others.ask
+    assert asked == [("AutoscalingCoordinator", "AutoscalingCoordinator")] * 3
 
 
 @pytest.mark.parametrize(("room", "calls"), [(2, ["cancel"]), (4, [])])

@@ -1,0 +1,95 @@
+"""What one group of workers had reserved, the next one gets: on a real cluster."""
+
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupContext
+from ray.util.placement_group import placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from areal_ray import reservation
+from areal_ray.reservation import Reservations
+
+pytestmark = pytest.mark.ray
+
+LIMIT_S = 60
+CONTEXT = SimpleNamespace(run_id="reserving")
+
+
+def wanted(workers: int) -> WorkerGroupContext:
+    return WorkerGroupContext(
+        run_attempt_id="1", train_fn_ref=None, num_workers=workers, resources_per_worker={"CPU": 0.5}
+    )
+
+
+@pytest.fixture
+def reservations(ray_cluster):
+    yield Reservations()
+    reservation.release(CONTEXT)
+
+
+def taken(reservations: Reservations, workers: int = 2):
+    group = reservations.take(CONTEXT, wanted(workers))
+    assert group.wait(LIMIT_S)
+    return group
+
+
+def state(group) -> str:
+    return placement_group_table(group)["state"]
+
+
+@ray.remote(num_cpus=0.5)
+class Resident:
+    def here(self) -> bool:
+        return True
+
+
+def resident(group) -> ray.actor.ActorHandle:
+    """A process in the second place of the group."""
+    place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1)
+    made = Resident.options(scheduling_strategy=place).remote()
+    assert ray.get(made.here.remote(), timeout=LIMIT_S)
+    return made
+
+
+def test_a_group_that_wants_the_same_gets_what_the_last_one_had(reservations):
+    first = taken(reservations)
+    ray.kill(resident(first))
+    reservations.keep(first, wanted(2))
+    second = taken(reservations)
+    assert second.id == first.id
+    assert state(second) == "CREATED"
+    assert taken(reservations).id != first.id  # it is kept once
+
+
+def test_one_that_wants_another_number_gets_its_own_and_the_kept_one_is_given_back(reservations):
+    first = taken(reservations)
+    reservations.keep(first, wanted(2))
+    assert taken(reservations, 1).id != first.id
+    assert state(first) == "REMOVED"
+
+
+def test_where_a_process_lives_on_nothing_is_kept(reservations, monkeypatch):
+    monkeypatch.setattr(reservation, "_GONE_S", 0.1)
+    first = taken(reservations)
+    staying = resident(first)
+    reservations.keep(first, wanted(2))
+    assert taken(reservations).id != first.id
+    assert state(first) == "REMOVED"
+    del staying
+
+
+def test_what_somebody_else_has_given_back_is_reserved_anew(reservations):
+    first = taken(reservations)
+    reservations.keep(first, wanted(2))
+    reservation.release(CONTEXT)
+    assert taken(reservations).id != first.id
+
+
+def test_what_is_kept_can_be_given_back(reservations):
+    first = taken(reservations)
+    reservations.keep(first, wanted(2))
+    reservations.give_back()
+    assert state(first) == "REMOVED"
+    reservations.give_back()
