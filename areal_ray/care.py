@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-import psutil
 import ray.train
 
 from areal_ray import models
@@ -22,22 +20,6 @@ from areal_ray.standby import Standbys
 from areal_ray.watchdog import Stuck, Watchdog
 
 _PACE_STEPS = 16  # between two comparisons of the ranks
-
-
-def wait_for_the_last(run: RunDir, ranks: Ranks, patience_s: float = 30.0) -> None:
-    """Wait until the workers of the attempt before are gone from this machine.
-
-    Ray gives a GPU to the next process while the one before still ends, and until it has ended its memory is not free.
-    """
-    last = ranks.on_first(lambda: run.events("attempt")[-1:])
-    here, ending = socket.gethostname(), []
-    for event in last:
-        for node, pid in zip(event["nodes"], event["pids"], strict=True):
-            with suppress(psutil.Error):
-                process = psutil.Process(pid)
-                if node == here and process.create_time() < event["time"]:  # or the number is another's by now
-                    ending.append(process)
-    psutil.wait_procs(ending, timeout=patience_s)
 
 
 def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) -> Standbys | None:

@@ -6,13 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import ray
-from ray.train._internal.utils import get_address_and_port
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
@@ -21,7 +18,6 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
     PlacementGroupHandle,
 )
 from ray.util.placement_group import PlacementGroup
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from areal_ray.console import say
 from areal_ray.reservation import Reservations, release
@@ -32,66 +28,17 @@ from areal_ray.storage import storage_at
 _CALM_S = 8.0  # after the start of the workers; what it starts then is not in their way
 
 
-@cache  # one process serves one group
-def serve() -> TCPStore:
-    """The store that a process group meets at, in the process of rank 0, open to those that connect."""
-    return TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False, multi_tenant=True)
-
-
-def _address() -> tuple[str, int]:
-    return serve().host, serve().port
-
-
-class _ServedFirst:
-    """A group of workers whose rank 0 has its store open before the others are told where it is.
-
-    Ray looks for a free port and tells it to all ranks at once. Those that are there before rank 0 are refused, and
-    wait half a second before they try again; and the port may be somebody else's by then. A store that is made for the
-    same port afterwards, in the same process, is this one (torch's `multi_tenant`).
-    """
-
-    def __init__(self, workers: Any) -> None:
-        self._workers = workers
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._workers, name)
-
-    def __len__(self) -> int:
-        return len(self._workers)
-
-    def execute_single(self, rank: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self._workers.execute_single(
-            rank, _address if function is get_address_and_port else function, *args, **kwargs
-        )
-
-
-class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.reached["ready"] = time.time()
-        super().on_start(_ServedFirst(worker_group), backend_config)
-
-    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Nothing: the processes end next. Ray would have each leave its process group, and wait for one that hangs."""
-
-
-class GroupTorchConfig(TorchConfig):
-    """Ray's, but for its end, and timed."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _Backend
-
-
 class _Handle(DefaultPlacementGroupHandle):
-    """Ray's, but timed.
+    """Ray's, but timed, and what it holds may be kept when it ends.
 
     Attributes:
-        kept: somebody else sees to what is reserved.
+        keep: to be called then instead of giving it back.
     """
 
     def __init__(self, reserved: PlacementGroup, reached: dict[str, float]) -> None:
         super().__init__(reserved)
-        self._reached, self.kept = reached, False
+        self._reached = reached
+        self.keep: Callable[[PlacementGroup], None] | None = None
 
     def wait(self, timeout_seconds: float = 30) -> bool:
         there = super().wait(timeout_seconds)
@@ -99,29 +46,41 @@ class _Handle(DefaultPlacementGroupHandle):
         return there
 
     def shutdown(self) -> None:
-        if not self.kept:
+        if self.keep:
+            self.keep(self.placement_group)
+        else:
             super().shutdown()
 
 
 class Group(WorkerGroup):
-    """Ray's, with reservations that outlive it.
+    """Ray's, with a reservation that outlives it, unless it is aborted.
 
-    And it gives its own back when the workers die while they start: Ray's forgets a group that was half up, and the
-    next one waits for resources that nobody uses.
+    And it gives that back when the workers die while they start: Ray's forgets a group that was half up, and the next
+    one waits for resources that nobody uses.
 
     Args:
         reservations: where to get room for the workers.
+        ending: process ids of the group before, by node id.
         options: as for WorkerGroup.
 
     Attributes:
+        ending: as above.
         reached: when the start in progress came how far: "placed", there is room; "ready", processes with everything
             imported, that can form a process group.
     """
 
-    def __init__(self, reservations: Reservations, **options: Any) -> None:
+    def __init__(self, reservations: Reservations, ending: dict[str, list[int]], **options: Any) -> None:
         super().__init__(**options)
-        self._reservations = reservations
+        self._reservations, self.ending = reservations, ending
         self.reached: dict[str, float] = {}
+
+    @property
+    def processes(self) -> dict[str, list[int]]:
+        """Process ids by node id; none before it has started."""
+        found: dict[str, list[int]] = {}
+        for worker in self.get_workers() if self.has_started() else ():
+            found.setdefault(worker.metadata.node_id, []).append(worker.metadata.pid)
+        return found
 
     def _start(self) -> None:
         try:
@@ -137,17 +96,15 @@ class Group(WorkerGroup):
 
     def shutdown(self) -> None:
         """End the workers. What they had stays reserved for those that come next."""
-        if not self.has_started():
-            super().shutdown()
-            return
-        handle, wanted = self._worker_group_state.placement_group_handle, self._worker_group_context
-        handle.kept = True
-        try:
-            super().shutdown()
-        except BaseException:
-            handle.kept = False
-            raise
-        self._reservations.keep(handle.placement_group, wanted)
+        if self.has_started():
+            wanted = self._worker_group_context
+            handle = self._worker_group_state.placement_group_handle
+            handle.keep = lambda reserved: self._reservations.keep(reserved, wanted)
+        super().shutdown()
+
+    def abort(self) -> None:
+        super().abort()
+        self._reservations.give_back()
 
 
 class Groups:
@@ -159,14 +116,12 @@ class Groups:
 
     def __init__(self, reservations: Reservations) -> None:
         self._reservations = reservations
+        self._ending: dict[str, list[int]] = {}
 
     def create(self, **options: Any) -> Group:
-        group = Group(self._reservations, **options)
-        try:
-            group._start()
-        except Exception:
-            self._reservations.give_back()  # what comes next may be to wait, for hours
-            raise
+        group = Group(self._reservations, self._ending, **options)
+        group._start()
+        self._ending = group.processes  # by the time that there is another one
         return group
 
 

@@ -1,4 +1,4 @@
-"""Questions to a node's raylet itself. The calls are internal to Ray; where they are refused the callers do without."""
+"""Questions to a node's raylet itself: calls that are internal to Ray. Where they are refused, callers do without."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-CALL_S = 10.0  # time limit of a call
+from ray._common.network_utils import build_address
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 
 
 @contextmanager
@@ -16,11 +19,8 @@ def raylet(node: Mapping[str, Any]) -> Iterator[Any]:
     Args:
         node: as in `ray.nodes()`.
     """
-    # With these comes Ray, which must not be imported before the job's token is set, see cluster.py.
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
-
-    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    address = build_address(node["NodeManagerAddress"], node["NodeManagerPort"])
+    channel = init_grpc_channel(address, options=GLOBAL_GRPC_OPTIONS)
     try:
         yield NodeManagerServiceStub(channel)
     finally:

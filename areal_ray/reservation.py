@@ -26,9 +26,9 @@ from areal_ray.raylet import raylet
 
 _GONE_S = 1.0  # so long the processes of the group before are waited for; it takes them milliseconds
 _LOOK_S = 0.01
-_ANSWER_S = 2.0  # of a raylet; one that takes longer is as good as dead
+_ANSWER_S = 2.0  # of a raylet: one that takes longer is as good as dead
 _ASK_AT_ONCE = 64  # nodes
-_NOT_DRAINING = -1
+_DEAD = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _AWAY = (ray.exceptions.RayError, ConnectionError)  # what calls to the head node raise while it is away
 
 
@@ -49,13 +49,17 @@ class Reservations:
         self._kept: _Kept | None = None
 
     def take(self, context: TrainRunContext, wanted: WorkerGroupContext) -> PlacementGroup:
-        """Reserve; whether there is room shows when one waits for what this returns."""
+        """Reserve; whether there is room shows when one waits for what this returns.
+
+        Raises:
+            RayError, ConnectionError: when the head node is away.
+        """
         if self._kept is not None:
             kept = self._kept.group
             if self._kept.what == _what(wanted) and _is_free(kept):
                 self._kept = None
                 return kept
-            self.give_back()
+            self._remove()
         # With a name, so that it can be given back when the controller has died.
         name = f"{_prefix(context)}{uuid.uuid4().hex}"
         bundles, strategy, labels = _what(wanted)
@@ -66,13 +70,15 @@ class Reservations:
         self._kept = _Kept(group, _what(wanted))
 
     def give_back(self) -> None:
-        """Keep nothing. If the head node is away, the next call tries again, and the job's end does it anyway."""
+        """Keep nothing. If the head node is away, the job's end gives it back."""
+        try:
+            self._remove()
+        except _AWAY as error:
+            say(f"could not give back what the workers had: {error}")
+
+    def _remove(self) -> None:
         if self._kept is not None:
-            try:
-                remove_placement_group(self._kept.group)
-            except _AWAY as error:
-                say(f"could not give back what the workers had: {error}")
-                return
+            remove_placement_group(self._kept.group)
             self._kept = None
 
 
@@ -113,11 +119,13 @@ def _is_free_on(node: Mapping[str, Any], group: str, until: float) -> bool:
         while True:
             try:
                 load = service.GetResourceLoad(GetResourceLoadRequest(), timeout=_ANSWER_S).resources
-            except grpc.RpcError:  # it is dead, or as good as that
-                return False
+            except grpc.RpcError as error:
+                if error.code() in _DEAD:
+                    return False
+                raise
             # Of every bundle the raylet has resources of its own, named after the group.
             shares = {name: total for name, total in load.resources_total.items() if name.endswith(group)}
-            if not shares or load.draining_deadline_timestamp_ms != _NOT_DRAINING:
+            if not shares or load.is_draining:
                 return False
             if all(load.resources_available[name] == total for name, total in shares.items()):
                 return True

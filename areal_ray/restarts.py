@@ -73,6 +73,7 @@ class Restarts(DefaultFailurePolicy):
         workers = getattr(training_failed_error, "worker_failures", {})
         trouble = getattr(training_failed_error, "controller_failure", None)
         if is_planned(workers):
+            self._quick = 0  # they have saved
             return FailureDecision.RETRY
         if any(isinstance(error, _FINAL) for error in workers.values()) or isinstance(trouble, StoppedWhileWaiting):
             return FailureDecision.RAISE

@@ -115,7 +115,7 @@ class WorkerCount(ElasticScalingPolicy):
             return NoopDecision()
         self._looked = now
         try:
-            # With all that it wants, too, once others ask: an autoscaler adds up what all jobs have asked for.
+            # With all that it wants, too, once others have asked: an autoscaler adds up what all jobs ask for.
             if running < self._sizes[-1] or self._others.ask:
                 self._request_machines()
             if running == self._sizes[-1] or self._asked:
@@ -174,7 +174,10 @@ class WorkerCount(ElasticScalingPolicy):
 
 
 class _Others:
-    """Whether other jobs ask an autoscaler for machines; looked at in the background, as the head node may be away."""
+    """Whether any job on this cluster has asked an autoscaler for machines yet: `ask`.
+
+    Looked at in the background, as the head node may be away.
+    """
 
     def __init__(self) -> None:
         self.ask = False
@@ -182,13 +185,13 @@ class _Others:
         self._thread.start()
 
     def _look(self) -> None:
-        while not self.ask:
-            self.ask = _somebody_asks()
+        while not (ask := _somebody_has_asked()):
             time.sleep(_OTHERS_S)
+        self.ask = ask
 
 
-def _somebody_asks() -> bool:
-    """Whether there is the actor by which jobs ask."""
+def _somebody_has_asked() -> bool:
+    """Whether there is the actor by which jobs ask; it outlives them."""
     with suppress(ValueError, *_AWAY):  # ValueError: there is none
         ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")  # as Ray Data names it
         return True

@@ -24,10 +24,11 @@ import ray
 
 from areal_ray.config import Config, ConfigError, Model, redact
 from areal_ray.launch import MODEL
-from areal_ray.raylet import CALL_S, raylet
+from areal_ray.raylet import raylet
 
 _HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # Ray's: a function that a new process runs before anything else
 _KEEP_S = 30 * 24 * 3600  # how long the raylet lets a spare wait
+_CALL_S = 10.0  # time limit of the call
 _WARM_S = 120.0  # time limit for spares to get warm
 _LOOK_S = 0.5
 _FREE = 0.1  # share of a node's memory that must be left when the spares are there
@@ -77,7 +78,8 @@ def warm() -> None:
 
     def work(late: threading.Event) -> None:
         import_module("ray.train.torch")
-        import_module("areal_ray.worker")  # and with it everything that a worker imports
+        import_module("areal_ray.process_group")
+        import_module("areal_ray.worker")  # and with it everything else that a worker imports
         with suppress(ConfigError):  # a factory on the driver's path, which Ray tells a process with its work only
             import_module("areal_ray.models").build_model(Model(**json.loads(os.environ[MODEL])))
         if not late.is_set():  # beside real training a rehearsal would meet its process group
@@ -184,4 +186,4 @@ def prestart(count: int) -> None:
     )
     request.runtime_env_info.serialized_runtime_env = context.get_runtime_env_string()
     with raylet(node) as service:
-        service.PrestartWorkers(request, timeout=CALL_S)
+        service.PrestartWorkers(request, timeout=_CALL_S)

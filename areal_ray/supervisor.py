@@ -15,7 +15,8 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import BESIDE, resources
 from areal_ray.config import Config
 from areal_ray.control import Control
-from areal_ray.group import GroupLife, GroupTorchConfig
+from areal_ray.group import GroupLife
+from areal_ray.process_group import GroupTorchConfig
 from areal_ray.rundir import RunDir
 from areal_ray.storage import Storage
 from areal_ray.storage_s3 import filesystem

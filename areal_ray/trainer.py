@@ -55,9 +55,13 @@ class Controller(TrainController):
         self._checkpoint_manager._write_state_to_storage = try_to_write
 
     def _start_worker_group(self, *args: Any, **kwargs: Any) -> None:
-        if self._failure_policy.troubled:  # one of these nodes may be why
+        if self._failure_policy.troubled:  # one of these nodes may be why; others are taken first if they are free
             self._reservations.give_back()
-        super()._start_worker_group(*args, **kwargs)
+        try:
+            super()._start_worker_group(*args, **kwargs)
+        except Exception:
+            self._reservations.give_back()  # what comes next may be to wait, for hours
+            raise
 
     async def _shutdown(self) -> Any:
         try:

@@ -75,8 +75,6 @@ def _train_watched(
 ) -> dict[str, Any]:
     clock = care.Stopwatch()
     catalog = Catalog(run.storage)
-    if config.cluster.use_gpu:
-        care.wait_for_the_last(run, ranks)
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
     engine.initialize(weights=not ranks.on_first(lambda: catalog.last_committed() is not None))

@@ -1,15 +1,13 @@
 """The group of workers as the controller starts and ends it."""
 
 import threading
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from torch.distributed import TCPStore
 
 from areal_ray import group, reservation
-from areal_ray.group import GroupLife, Groups, GroupTorchConfig
+from areal_ray.group import GroupLife, Groups
 from areal_ray.rundir import RunDir
 from areal_ray.storage import LocalStorage
 
@@ -138,15 +136,22 @@ def started(reservations, monkeypatch):
         def start(self):
             if half_up:
                 handle = self._create_placement_group(None, self._worker_group_context)
-                self._worker_group_state = SimpleNamespace(placement_group_handle=handle, shutdown=handle.shutdown)
+                self._worker_group_state = SimpleNamespace(
+                    placement_group_handle=handle, shutdown=handle.shutdown, workers=[member("n1", 7), member("n2", 8)]
+                )
             if fails:
                 raise fails
 
         monkeypatch.setattr(WorkerGroup, "__init__", init)
         monkeypatch.setattr(WorkerGroup, "_start", start)
-        return Groups(reservations).create(worker_group_context="two")
+        return groups.create(worker_group_context="two")
 
+    groups = Groups(reservations)
     return make
+
+
+def member(node, pid):
+    return SimpleNamespace(metadata=SimpleNamespace(node_id=node, pid=pid))
 
 
 def test_what_a_group_had_is_kept_for_the_next_one(started, reservations):
@@ -155,9 +160,17 @@ def test_what_a_group_had_is_kept_for_the_next_one(started, reservations):
     assert reservations.given_back == 0
 
 
+def test_a_group_knows_the_processes_of_the_one_before(started):
+    first = started()
+    assert first.ending == {}
+    first.shutdown()
+    assert started().ending == {"n1": [7], "n2": [8]}
+
+
 def test_what_a_group_had_that_is_aborted_is_given_back(started, reservations):
     started().abort()
     assert (reservations.kept, reservations.removed) == ([], ["reserved for two"])
+    assert reservations.given_back == 1  # what a group before it may have left
 
 
 @pytest.mark.parametrize("half_up", [True, False])
@@ -165,19 +178,19 @@ def test_a_group_that_was_half_up_gives_back_what_it_had_reserved(started, reser
     with pytest.raises(RuntimeError, match="a worker died"):
         started(half_up, RuntimeError("a worker died"))
     assert reservations.removed == (["reserved for two"] if half_up else [])
-    assert (reservations.kept, reservations.given_back) == ([], 1)
+    assert reservations.kept == []
 
 
-def test_what_a_group_had_that_could_not_be_ended_is_given_back_by_its_abort(started, reservations, monkeypatch):
+def test_what_a_group_had_is_kept_when_what_follows_its_end_fails(started, reservations, monkeypatch):
     def shutdown(self):
-        raise RuntimeError("no end")
+        self._worker_group_state.shutdown()
+        raise RuntimeError("a callback failed")
 
     made = started()
     monkeypatch.setattr(WorkerGroup, "shutdown", shutdown)
-    with pytest.raises(RuntimeError, match="no end"):
+    with pytest.raises(RuntimeError, match="a callback failed"):
         made.shutdown()
-    made.abort()
-    assert (reservations.kept, reservations.removed) == ([], ["reserved for two"])
+    assert (reservations.kept, reservations.removed) == ([("reserved for two", "two")], [])
 
 
 def test_when_there_was_room_is_noted(reservations, monkeypatch):
@@ -186,43 +199,6 @@ def test_when_there_was_room_is_noted(reservations, monkeypatch):
     reached = {}
     assert group._Handle(None, reached).wait(1)
     assert reached == {"placed": 7.0}
-
-
-class Workers:
-    """Says what is done with them, and in which order."""
-
-    def __init__(self):
-        self.done, self.reached = [], {}
-
-    def __len__(self):
-        return 2
-
-    def execute_single(self, rank, function, *args, **kwargs):
-        self.done.append(function.__name__)
-        return function(*args, **kwargs)
-
-    def execute_single_async(self, rank, function, **kwargs):
-        self.done.append(f"{function.__name__} {rank}")
-
-    def execute(self, function, **kwargs):
-        self.done.append(f"{function.__name__} {kwargs}")
-
-
-def test_the_store_of_rank_0_is_open_before_the_ranks_meet_there(monkeypatch):
-    monkeypatch.setattr("ray.train.torch.config.ray.get", lambda futures: None)
-    monkeypatch.setattr(group.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(group, "serve", cache(group.serve.__wrapped__))
-    workers, chosen = Workers(), GroupTorchConfig(backend="gloo")
-    chosen.backend_cls().on_start(workers, chosen)
-    store = group.serve()
-    where = {"addr": store.host, "port": store.port}
-    assert workers.done[:2] == ["_address", f"set_env_vars {where}"]
-    assert workers.done[-2:] == ["_setup_torch_process_group 0", "_setup_torch_process_group 1"]
-    assert set(workers.reached) == {"ready"}
-    client = TCPStore(store.host, store.port, is_master=False)
-    client.set("here", "yes")
-    again = TCPStore(store.host, store.port, is_master=True, multi_tenant=True, wait_for_workers=False)
-    assert again.get("here") == b"yes"
 
 
 def test_only_what_this_controller_reserved_is_given_back(monkeypatch):

@@ -12,27 +12,36 @@ from areal_ray import reservation
 pytestmark = pytest.mark.unit
 
 GROUP = "ab" * 18
-NOT_DRAINING = -1
+WANTED = SimpleNamespace(resources_per_worker={"CPU": 1}, num_workers=1, placement_strategy="PACK", label_selector=None)
+
+
+class Refusal(grpc.RpcError):
+    def __init__(self, code):
+        self._code = code
+
+    def code(self):
+        return self._code
+
+    def __str__(self):
+        return str(self._code)
 
 
 class Node:
     """A node, and what its raylet answers."""
 
-    def __init__(self, name, alive=True, draining=NOT_DRAINING, used=(), dead=False):
+    def __init__(self, name, alive=True, draining=False, used=(), refuses=None):
         self.entry = {"NodeID": name, "Alive": alive}
-        self._draining, self._used, self._dead = draining, list(used), dead
+        self._draining, self._used, self._refuses = draining, list(used), refuses
         self.asked = 0
 
     def GetResourceLoad(self, request, timeout):
         self.asked += 1
-        if self._dead:
-            raise grpc.RpcError
+        if self._refuses:
+            raise Refusal(self._refuses)
         total = {"CPU": 2.0, f"bundle_group_0_{GROUP}": 1000.0, f"CPU_group_0_{GROUP}": 1.0}
         used = self._used.pop(0) if self._used else 0.0
         free = {**total, "CPU": 0.0, f"CPU_group_0_{GROUP}": 1.0 - used}
-        answer = SimpleNamespace(
-            draining_deadline_timestamp_ms=self._draining, resources_total=total, resources_available=free
-        )
+        answer = SimpleNamespace(is_draining=self._draining, resources_total=total, resources_available=free)
         return SimpleNamespace(resources=answer)
 
 
@@ -55,7 +64,7 @@ def free(monkeypatch):
 
 
 def test_it_is_free_when_nobody_uses_it_on_any_of_its_nodes(free):
-    others = Node("c", alive=False), Node("d", dead=True)
+    others = Node("c", alive=False), Node("d", refuses=grpc.StatusCode.UNAVAILABLE)
     assert free(Node("a"), Node("b"), *others)
     assert [node.asked for node in others] == [0, 0]
 
@@ -70,15 +79,16 @@ def test_processes_that_are_about_to_be_gone_are_waited_for(free):
     "second",
     [
         {"alive": False},
-        {"dead": True},
-        {"draining": 0},
-        {"draining": 1_800_000_000_000},
+        {"refuses": grpc.StatusCode.UNAVAILABLE},
+        {"refuses": grpc.StatusCode.DEADLINE_EXCEEDED},
+        {"draining": True},
         {"used": [1.0] * 1000},
     ],
 )
-def test_it_is_not_when_a_node_is_gone_or_going_or_in_use(free, second, monkeypatch):
+def test_it_is_not_when_a_node_is_gone_or_going_or_in_use(free, second, monkeypatch, capsys):
     monkeypatch.setattr(reservation, "_GONE_S", 0.0)
     assert not free(Node("a"), Node("b", **second))
+    assert capsys.readouterr().out == ""
 
 
 def test_nor_when_the_head_node_has_taken_it_back_or_moves_it(free):
@@ -95,31 +105,45 @@ def test_nor_when_the_raylet_knows_nothing_of_it(free, monkeypatch):
     assert not free(node, places=("a",))
 
 
-def test_nor_when_it_cannot_be_asked(free, monkeypatch, capsys):
-    def raylet(entry):
-        raise RuntimeError("no such call")
-
-    assert free(Node("a"), places=("a",))
-    monkeypatch.setattr(reservation, "raylet", raylet)
-    assert not reservation._is_free(PlacementGroup(reservation.PlacementGroupID.from_hex(GROUP)))
-    assert "could not be asked: RuntimeError: no such call" in capsys.readouterr().out
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED])
+def test_nor_when_it_cannot_be_asked_which_is_said(free, code, capsys):
+    assert not free(Node("a"), Node("b", refuses=code))
+    assert f"reserving anew, as the nodes could not be asked: Refusal: {code}" in capsys.readouterr().out
 
 
-def test_what_the_head_node_does_not_take_back_now_it_is_given_later(monkeypatch, capsys):
-    away, removed = [True], []
+@pytest.fixture
+def kept(monkeypatch):
+    """Reservations that keep something, and a head node that is away once."""
+    away = [ConnectionError("away")]
+    removed = []
 
     def remove(group):
         if away:
-            raise away.pop() and ConnectionError("away")
+            raise away.pop()
         removed.append(group)
 
     monkeypatch.setattr(reservation, "remove_placement_group", remove)
     made = reservation.Reservations()
-    made.keep(
-        "group", SimpleNamespace(resources_per_worker={}, num_workers=1, placement_strategy="", label_selector=None)
-    )
-    made.give_back()
-    assert "could not give back" in capsys.readouterr().out
-    made.give_back()
-    made.give_back()
+    made.keep("group", WANTED)
+    return made, removed
+
+
+def test_what_the_head_node_does_not_take_back_now_is_given_back_later(kept, capsys):
+    reservations, removed = kept
+    reservations.give_back()
+    assert "could not give back what the workers had: away" in capsys.readouterr().out
+    reservations.give_back()
+    reservations.give_back()
     assert removed == ["group"]
+
+
+def test_nothing_is_reserved_beside_what_could_not_be_given_back(kept, monkeypatch):
+    reservations, removed = kept
+    made = []
+    monkeypatch.setattr(reservation, "placement_group", lambda **options: made.append(options) or "new")
+    more = SimpleNamespace(**{**vars(WANTED), "num_workers": 2})
+    with pytest.raises(ConnectionError):
+        reservations.take(SimpleNamespace(run_id="r"), more)
+    assert made == []
+    assert reservations.take(SimpleNamespace(run_id="r"), more) == "new"
+    assert (removed, [each["bundles"] for each in made]) == (["group"], [[{"CPU": 1}] * 2])

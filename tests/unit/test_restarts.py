@@ -1,6 +1,7 @@
 """What restarts the workers and what ends the run."""
 
 import pickle
+from copy import copy
 from types import SimpleNamespace
 
 import pytest
@@ -68,7 +69,7 @@ def make(clock, count, run):
 def raised(error, step):
     """The exception as the controller gets it from a worker that computed `step`."""
     try:
-        raise error
+        raise copy(error)  # some tests share one, and each raising would add to its notes
     except type(error) as caught:
         mark(caught, step)
         return pickle.loads(pickle.dumps(caught))  # noqa: S301
@@ -241,6 +242,15 @@ class TestFailuresInQuickSuccession:
     def test_leaving_on_request_is_not_waited_for(self, make, count):
         decide(make(), *[failed(PlannedRestart("resize"), RESET)] * 5)
         assert count.held == []
+
+    def test_trouble_is_known_as_such_until_the_workers_have_saved(self, make):
+        restarts, seen = make(), []
+        for _ in range(4):
+            decide(restarts, failed(ActorDiedError(), RESET))
+            seen.append(restarts.troubled)
+        assert seen == [False, False, True, True]
+        decide(restarts, failed(PlannedRestart("resize"), RESET))
+        assert not restarts.troubled
 
     def test_controller_troubles_are_waited_between_too(self, make, count):
         decide(make(), *[ControllerError(RuntimeError("init_process_group"))] * 4)

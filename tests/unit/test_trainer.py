@@ -83,3 +83,15 @@ def test_after_failures_in_a_row_the_workers_may_be_placed_elsewhere(controller,
     made._reservations.give_back = lambda: done.append("given back")
     made._start_worker_group(2, resources_per_worker={"CPU": 1})
     assert done == ["given back"] * troubled + [((2,), {"resources_per_worker": {"CPU": 1}})]
+
+
+def test_a_start_that_fails_keeps_nothing_reserved(controller, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no start")
+
+    monkeypatch.setattr(TrainController, "_start_worker_group", fail)
+    made, given_back = controller(None), []
+    made._reservations.give_back = lambda: given_back.append(True)
+    with pytest.raises(RuntimeError, match="no start"):
+        made._start_worker_group(2, resources_per_worker={"CPU": 1})
+    assert given_back == [True]

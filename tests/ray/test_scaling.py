@@ -1,0 +1,17 @@
+"""What the controller asks of a real cluster to decide how many workers there are."""
+
+import pytest
+import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+from areal_ray import scaling
+
+pytestmark = pytest.mark.ray
+
+
+def test_jobs_that_ask_an_autoscaler_for_machines_are_found(ray_cluster):
+    actor = get_or_create_autoscaling_coordinator()
+    try:
+        assert scaling._somebody_has_asked()
+    finally:
+        ray.kill(actor)
