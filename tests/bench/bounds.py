@@ -23,6 +23,12 @@ COMMITTED = "staged to committed, while training"
 PLAIN_WRITE = "one file and fsync, idle"
 STOPPED_ARM = "areal_ray, SIGSTOP"
 
+
+def goodput_beside(peer: str) -> str:
+    """The title of a table: one for each arm that areal_ray runs beside."""
+    return f"{GOODPUT}: areal_ray beside {peer}"
+
+
 Tables = Mapping[str, dict[str, Any]]
 
 
@@ -76,8 +82,8 @@ BOUNDS = (
     _bound("step time, standbys on / off", STANDBYS, "areal_ray", "areal_ray-no-standbys", "<=", 1.02),
     _bound("throughput", STEADY, "areal_ray", "torchrun", ">=", 0.98),
     _bound("start", START, "areal_ray", "tutorial", "<=", 0.6),
-    _bound("goodput", GOODPUT, "areal_ray", "tutorial", ">=", 1.4),
-    _bound("goodput", GOODPUT, "areal_ray", "torchrun-dcp", ">", 1.0),
+    _bound("goodput", goodput_beside("tutorial"), "areal_ray", "tutorial", ">=", 1.4),
+    _bound("goodput", goodput_beside("torchrun-dcp"), "areal_ray", "torchrun-dcp", ">", 1.0),
     _bound("blocked per save", BLOCKED, "areal_ray", "tutorial", "<=", 0.15),
     _bound("effective stall per save", STALL, "areal_ray", "tutorial", "<=", 0.35),
     _bound("staged to committed", COMMITTED, "areal_ray", PLAIN_WRITE, ">=", 0.6),

@@ -1,27 +1,40 @@
 """Tokens that count per second while workers are killed by the same Poisson schedule, mean 60 s.
 
-The clock runs from the first finished step. A kill that finds no worker process, because the group is being started
-again, finds nothing to kill, as on a real machine. What counts is the highest step that was reached, but not what is
-computed twice. A job that gives up keeps what it has reached, and its clock runs on.
+Every arm runs beside areal_ray and they take turns: while one runs, every process of the other is stopped, so that a
+machine which is slower now than some minutes ago does not pass for a difference. Each has a clock that runs in its own
+turns only, from the first finished step on, without the beginning of a turn, in which whatever fell due in the other's
+turn is done. By that clock the kills come. A kill that finds no worker process, because the group is being started
+again, finds nothing to kill, as on a real machine. A turn in which workers were killed lasts until they train again, if
+that is not too long for those who wait.
+
+What counts is the highest step that was reached, but not what is computed twice. A job that gives up keeps what it has
+reached, and its clock runs on.
 """
 
+from __future__ import annotations
+
 import random
-import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, suppress
 
 import psutil
 
 from . import arms, report
-from .bounds import GOODPUT
+from .bounds import goodput_beside
 from .launch import Job, kill, title
 from .options import Options
 
+OURS = "areal_ray"
 ARMS = (
-    "tutorial", "tutorial-async", "tutorial-best", "torchrun-dcp", "torchrun-async-thread-best", "hf-ddp", "areal_ray",
+    "tutorial", "tutorial-async", "tutorial-best", "torchrun-dcp", "torchrun-async-thread-best", "hf-ddp", OURS,
 )  # fmt: skip
 EVERY = 25  # steps between saves
 MEAN_S = 60.0
+SETTLE_S, TURN_S = 1.0, 8.0
+LONGEST_S = 16.0  # of a turn; who is stopped for longer may be taken for dead
+AGAIN_S = 1.0  # of training after a restart, before the turn may end
+LOOK_S = 0.05
 
 
 def schedule(seed: int, seconds: float) -> list[tuple[float, int]]:
@@ -45,49 +58,112 @@ def workers(job: Job) -> list[int]:
     return [p.pid for p in sorted(found, key=lambda p: p.create_time())]
 
 
-def ended(job: Job, until: float) -> bool:
-    """Wait until that time; whether the job has ended by itself."""
-    with suppress(subprocess.TimeoutExpired):
-        job.process.wait(max(0.0, until - time.time()))
-    return job.process.poll() is not None
+class Run:
+    """One arm under kills.
 
+    Args:
+        job: that trains.
+        kills: by its own clock.
+        seconds: at which that ends.
 
-def under_kills(job: Job, kills: list[tuple[float, int]], seconds: float) -> tuple[int, int, bool]:
-    """The highest step after so many seconds under these kills, how many of them hit, whether it was over before."""
-    began, hit = job.wait(lambda: job.events("step"))[0]["time"], 0
-    for at, rank in kills:
-        if ended(job, began + at):
-            break
-        if there := workers(job):
+    Attributes:
+        used: what its clock says.
+        hit: how many kills found somebody.
+        over: whether it has ended by itself.
+    """
+
+    def __init__(self, job: Job, kills: Sequence[tuple[float, int]], seconds: float) -> None:
+        self._job, self._kills, self._seconds = job, list(kills), seconds
+        self.used, self.hit, self.over = 0.0, 0, False
+        self._aside = self._made = self._highest = 0  # steps: made while the clock stood; made; reached
+
+    @property
+    def done(self) -> bool:
+        return self.over or self.used >= self._seconds
+
+    @property
+    def steps(self) -> int:
+        """That count: those that were reached, but for as many as were made while the clock stood."""
+        return self._highest - self._aside
+
+    def turn(self) -> None:
+        """Train for a while, and be killed if it is time."""
+        time.sleep(SETTLE_S)
+        self._aside += len(self._job.events("step")) - self._made
+        began, so_far, killed = time.time(), self.used, None
+        while not self.done:
+            time.sleep(LOOK_S)
+            now = time.time()
+            self.used = min(so_far + now - began, self._seconds)
+            self.over = self._job.process.poll() is not None
+            if self._kills and self.used >= self._kills[0][0]:
+                killed = self._kill(self._kills.pop(0)[1]) or killed
+            elif now - began > LONGEST_S or (now - began > TURN_S and self._trains(killed, now)):
+                break
+        made = [line["step"] for line in self._job.events("step")]
+        self._made, self._highest = len(made), max(made)
+
+    def _kill(self, rank: int) -> float | None:
+        """When, if there was anybody."""
+        if there := workers(self._job):
             with suppress(ProcessLookupError):
-                kill(there[rank % len(there)])
-                hit += 1
-    over = ended(job, began + seconds)
-    return max(line["step"] for line in job.events("step") if line["time"] <= began + seconds), hit, over
+                at = kill(there[rank % len(there)])
+                self.hit += 1
+                return at
+        return None
+
+    def _trains(self, killed: float | None, now: float) -> bool:
+        """Whether it does so since a while, if it was killed in this turn."""
+        if killed is None:
+            return True
+        pids = {line["pid"] for line in self._job.events("step") if line["time"] <= killed}
+        again = [line["time"] for line in self._job.events("step") if line["pid"] not in pids]
+        return bool(again) and now - again[0] > AGAIN_S
+
+
+def compete(names: tuple[str, str], task: arms.Task, seed: int, seconds: float) -> dict[str, Run]:
+    """Both arms until their clocks have run down."""
+    kills = schedule(seed, seconds)
+    with ExitStack() as stack:
+        jobs = [stack.enter_context(arms.started(name, task)) for name in names]
+        runs = [Run(job, kills, seconds) for job in jobs]
+        for job in jobs:
+            job.wait(lambda job=job: job.events("step"))
+        while not all(run.done for run in runs):
+            for run, other in zip(runs, reversed(jobs), strict=True):
+                if not run.done:
+                    with other.frozen() if other.process.poll() is None else nullcontext():
+                        run.turn()
+        for name, run, job in zip(names, runs, jobs, strict=True):
+            why = f"; over before its time:\n{job.printed()[-1000:]}" if run.over else ""
+            report.said(name, f"{run.steps} steps, {run.hit} of {len(kills)} kills hit{why}")
+    return dict(zip(names, runs, strict=True))
 
 
 def run(options: Options) -> list[dict]:
     names = arms.available(ARMS, options.only)
+    peers = [name for name in names if name != OURS]
+    if OURS not in names or not peers:
+        print(f"goodput compares {OURS} with another arm")
+        return []
     task = arms.Task(every=EVERY)
-    steps: dict[str, list[int]] = {name: [] for name in names}
-    hits: dict[str, list[float]] = {name: [] for name in names}
-    gone: dict[str, list[float]] = {name: [0] for name in names}
+    found: dict[str, list[dict[str, Run]]] = {peer: [] for peer in peers}
     for number in range(options.rounds):
-        kills = schedule(number + 1, options.seconds)
-        for name in options.order(names, number):
-            with arms.started(name, task) as job:
-                step, hit, over = under_kills(job, kills, options.seconds)
-                why = f"; over before its time:\n{job.printed()[-1000:]}" if over else ""
-            steps[name].append(step)
-            hits[name].append(hit)
-            gone[name][0] += over
-            report.said(name, f"step {step}, {hit} of {len(kills)} kills hit{why}")
-    rates = {name: [step * task.tokens / options.seconds for step in values] for name, values in steps.items()}
-    totals = {name: [float(sum(values))] for name, values in steps.items()}
+        for peer in options.order(peers, number):
+            found[peer].append(compete((peer, OURS), task, number + 1, options.seconds))
     print(f"\nkills every {MEAN_S:.0f} s on average, runs of {options.seconds:.0f} s")
-    return [
-        report.show(GOODPUT, "tokens/s", rates, "tutorial", report.HIGHER),
-        report.show("goodput under kills, all rounds together", "steps", totals, "tutorial", report.HIGHER),
-        report.show("kills that hit", "kills", hits, "tutorial", report.NEITHER),
-        report.show("runs that were over before their time", f"of {options.rounds} runs", gone, "tutorial"),
-    ]
+    shown = []
+    for peer in peers:
+        runs = {name: [each[name] for each in found[peer]] for name in (peer, OURS)}
+        rates = {name: [each.steps * task.tokens / options.seconds for each in runs[name]] for name in runs}
+        totals = {name: [float(sum(each.steps for each in runs[name]))] for name in runs}
+        hits = {name: [float(each.hit) for each in runs[name]] for name in runs}
+        gone = {name: [float(sum(each.over for each in runs[name]))] for name in runs}
+        beside = goodput_beside(peer)
+        shown += [
+            report.show(beside, "tokens/s", rates, peer, report.HIGHER),
+            report.show(f"{beside}, all rounds together", "steps", totals, peer, report.HIGHER),
+            report.show(f"{beside}: kills that hit", "kills", hits, peer, report.NEITHER),
+            report.show(f"{beside}: runs that were over before their time", f"of {options.rounds} runs", gone, peer),
+        ]
+    return shown

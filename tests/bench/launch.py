@@ -203,7 +203,8 @@ class Job:
         stopped = self.processes()
         there = {process.pid for process in stopped}
         for path in (self.folder / "log").glob("*.jsonl"):
-            if (pid := read_log(path.parent, int(path.stem.split("-")[1]))[-1]["pid"]) not in there:
+            pid = read_log(path.parent, int(path.stem.split("-")[1]))[-1]["pid"]
+            if pid not in there and psutil.pid_exists(pid):  # one that was killed does not
                 raise RuntimeError(f"process {pid}, which trains, is none of the {len(there)} that were started")
         try:
             for process in stopped:

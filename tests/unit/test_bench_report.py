@@ -6,6 +6,8 @@ import pytest
 
 from tests.bench import bounds, markdown, report
 
+pytestmark = pytest.mark.unit
+
 ABOUT = {"machine": "2 cores (a CPU), 24 GiB", "date": "2026-01-02", "revision": "abc", "versions": {"torch": "2.13"}}
 
 
