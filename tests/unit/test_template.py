@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from areal_ray import launch, template
+from areal_ray import launch, template, template_fit
 from areal_ray.config import Cluster, Config, Model
 from areal_ray.template import Template, template_for
 
@@ -117,7 +117,9 @@ def first_number(process):
 
 def test_a_copy_has_everything_from_the_one_that_started_it(serve, run, tmp_path):
     name, _ = serve()
-    own = {"PATH": os.environ["PATH"], "MINE": "1", "PYTHONPATH": "/mine:/yours"}
+    # What is read at import, as OPENBLAS_CORETYPE where that is set, must be the template's.
+    read = template_fit.at_import(dict(os.environ))
+    own = {**read, "PATH": os.environ["PATH"], "MINE": "1", "PYTHONPATH": "/mine:/yours"}
     folder = tmp_path / "folder"
     folder.mkdir()
     core = max(os.sched_getaffinity(0))
