@@ -10,6 +10,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 
 Reason = Literal["stop", "resize", "preempted"]
 _NAMESPACE = b"areal_ray"
+AWAY = (ray.exceptions.RayError, ConnectionError)  # what calls to the head node raise while it is away
 
 
 class PlannedRestart(Exception):
@@ -48,7 +49,7 @@ class Control:
 
     def close(self) -> None:
         """Forget everything, if the head node is still there to be told."""
-        with suppress(ray.exceptions.RayError, ConnectionError):
+        with suppress(*AWAY):
             for reason in ("stop", "resize"):
                 _internal_kv_del(self._key(reason), namespace=_NAMESPACE)
 

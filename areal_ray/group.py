@@ -76,9 +76,9 @@ class Group(WorkerGroup):
 
     @property
     def processes(self) -> dict[str, list[int]]:
-        """Process ids by node id; none before it has started."""
+        """Process ids by node id, of a group that has started."""
         found: dict[str, list[int]] = {}
-        for worker in self.get_workers() if self.has_started() else ():
+        for worker in self.get_workers():
             found.setdefault(worker.metadata.node_id, []).append(worker.metadata.pid)
         return found
 

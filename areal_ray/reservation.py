@@ -22,6 +22,7 @@ from ray.train.v2._internal.execution.worker_group.state import WorkerGroupConte
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from areal_ray.console import say
+from areal_ray.control import AWAY
 from areal_ray.raylet import raylet
 
 _GONE_S = 1.0  # so long the processes of the group before are waited for; it takes them milliseconds
@@ -29,7 +30,6 @@ _LOOK_S = 0.01
 _ANSWER_S = 2.0  # of a raylet: one that takes longer is as good as dead
 _ASK_AT_ONCE = 64  # nodes
 _DEAD = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-_AWAY = (ray.exceptions.RayError, ConnectionError)  # what calls to the head node raise while it is away
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Reservations:
         """Keep nothing. If the head node is away, the job's end gives it back."""
         try:
             self._remove()
-        except _AWAY as error:
+        except AWAY as error:
             say(f"could not give back what the workers had: {error}")
 
     def _remove(self) -> None:

@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Scalin
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from areal_ray.console import say
-from areal_ray.control import Control
+from areal_ray.control import AWAY, Control
 from areal_ray.head import answers
 from areal_ray.rundir import RunDir
 from areal_ray.storage import storage_at
@@ -30,7 +30,6 @@ _OTHERS_S = 20.0  # between two looks for other jobs that ask for machines
 _PAUSE_S = 0.5  # between two looks while nothing runs
 _ASK_AT_ONCE = 64  # nodes
 _REFUSED_S = 300.0  # for so long fewer workers are tried, after some could not be started
-_AWAY = (ray.exceptions.RayError, ConnectionError)  # what calls to the head node raise while it is away
 
 
 class StoppedWhileWaiting(RuntimeError):
@@ -89,7 +88,7 @@ class WorkerCount(ElasticScalingPolicy):
             room = self._room(ask=True)
             if room < self._sizes[-1]:
                 self._request_machines()
-        except _AWAY as error:
+        except AWAY as error:
             say(f"the head node does not answer: {error}")
             time.sleep(_LOOK_S)
             return NoopDecision()
@@ -127,7 +126,7 @@ class WorkerCount(ElasticScalingPolicy):
                 self._control.ask("resize")
                 self._asked, self._refused = better, float("-inf")  # what was too much once fits now
             self._seen = better
-        except _AWAY:  # the head node; training goes on without it, and the next look may find it
+        except AWAY:  # the head node; training goes on without it, and the next look may find it
             self._seen = 0
         return NoopDecision()
 
@@ -192,7 +191,7 @@ class _Others:
 
 def _somebody_has_asked() -> bool:
     """Whether there is the actor by which jobs ask; it outlives them."""
-    with suppress(ValueError, *_AWAY):  # ValueError: there is none
+    with suppress(ValueError, *AWAY):  # ValueError: there is none
         ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")  # as Ray Data names it
         return True
     return False

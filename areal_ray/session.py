@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-import ray
 from ray.train import Checkpoint, get_context, report
 from ray.train import CheckpointUploadMode as Upload
 from ray.train.v2._internal.execution import context as ray_context
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from areal_ray.checkpoint import Manifest
-from areal_ray.control import Control, Reason
+from areal_ray.control import AWAY, Control, Reason
 from areal_ray.faults import Faults
 from areal_ray.pace import Pace
 from areal_ray.ranks import Ranks
@@ -83,10 +82,7 @@ class RaySession:
         while self._asked is None:
             try:
                 self._asked = self._control.asked()
-            except (
-                ray.exceptions.RayError,
-                ConnectionError,
-            ) as error:  # the head node is away; when it is back, listen on
+            except AWAY as error:  # the head node is away; when it is back, listen on
                 logging.getLogger(__name__).warning("cannot hear requests: %s", error)
             time.sleep(_LISTEN_S)
 

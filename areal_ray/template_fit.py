@@ -45,6 +45,7 @@ _BEFORE = (
 _AFTER = (
     "ray.train.torch",
     "ray.train.v2._internal.execution.checkpoint.sync_actor",
+    "areal_ray.process_group",
     "areal_ray.trainer",
     "areal_ray.worker",
 )

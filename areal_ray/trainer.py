@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.util import ObjectRefWrapper
 
 from areal_ray.console import say
-from areal_ray.control import Control
+from areal_ray.control import AWAY, Control
 from areal_ray.group import Groups
 from areal_ray.preemption import Preemption
 from areal_ray.reservation import Reservations, release
@@ -106,7 +106,7 @@ class Trainer(TorchTrainer):
                 callbacks=self._create_default_callbacks(),
             )
         except ray.exceptions.RayError:
-            with suppress(ray.exceptions.RayError, ConnectionError):  # the head node may be why
+            with suppress(*AWAY):  # the head node may be why
                 release(self.train_run_context)
             raise
         finally:
@@ -131,7 +131,7 @@ class Trainer(TorchTrainer):
             ray.get(controller.run.remote())
             result: Result = ray.get(controller.get_result.remote())
         except ray.exceptions.RayError:
-            with suppress(ray.exceptions.RayError, ConnectionError):
+            with suppress(*AWAY):
                 ray.kill(controller)  # it may be out of reach only; there must not be two
             raise
         return result

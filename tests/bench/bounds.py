@@ -15,7 +15,6 @@ NODE = "a node with a worker removed to the next finished step"
 STANDBYS = "step time, no saves: areal_ray beside areal_ray-no-standbys"
 STEADY = "steady state, no saves: areal_ray beside torchrun"
 START = "command to first finished step, running cluster"
-GOODPUT = "goodput under kills"
 BLOCKED = "blocked time per save"
 STALL = "effective stall per save: (time with - time without) / saves"
 COMMITTED = "staged to committed, while training"
@@ -26,7 +25,7 @@ STOPPED_ARM = "areal_ray, SIGSTOP"
 
 def goodput_beside(peer: str) -> str:
     """The title of a table: one for each arm that areal_ray runs beside."""
-    return f"{GOODPUT}: areal_ray beside {peer}"
+    return f"goodput under kills: areal_ray beside {peer}"
 
 
 Tables = Mapping[str, dict[str, Any]]

@@ -34,7 +34,7 @@ MEAN_S = 60.0
 SETTLE_S, TURN_S = 1.0, 8.0
 LONGEST_S = 16.0  # of a turn; who is stopped for longer may be taken for dead
 AGAIN_S = 1.0  # of training after a restart, before the turn may end
-LOOK_S = 0.05
+LOOK_S = 0.1  # reading a log takes time from those who are measured
 
 
 def schedule(seed: int, seconds: float) -> list[tuple[float, int]]:
@@ -116,8 +116,9 @@ class Run:
         """Whether it does so since a while, if it was killed in this turn."""
         if killed is None:
             return True
-        pids = {line["pid"] for line in self._job.events("step") if line["time"] <= killed}
-        again = [line["time"] for line in self._job.events("step") if line["pid"] not in pids]
+        lines = self._job.events("step")
+        pids = {line["pid"] for line in lines if line["time"] <= killed}
+        again = [line["time"] for line in lines if line["pid"] not in pids]
         return bool(again) and now - again[0] > AGAIN_S
 
 

@@ -89,10 +89,17 @@ def living():
     process.wait()
 
 
-def test_processes_that_are_ending_on_this_node_are_waited_for(here, living):
+def test_processes_that_are_ending_on_this_node_are_waited_for(here, living, monkeypatch):
+    waiting, real = threading.Event(), process_group.psutil.wait_procs
+
+    def wait_procs(processes, timeout):
+        waiting.set()
+        return real(processes, timeout)
+
+    monkeypatch.setattr(process_group.psutil, "wait_procs", wait_procs)
     thread = threading.Thread(target=wait_for, args=({"this node": [living.pid]}, LIMIT_S))
     thread.start()
-    thread.join(0.3)
+    assert waiting.wait(LIMIT_S)
     assert thread.is_alive()
     living.send_signal(signal.SIGKILL)
     living.wait()
