@@ -34,6 +34,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of every arm in turn")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="of the parts' arms")
     parser.add_argument("--seconds", type=float, default=300.0, help="of a run under kills (goodput)")
+    parser.add_argument(
+        "--saves", nargs="+", type=_saves, default=[], metavar="ARM=STEPS", help="steps between two saves (goodput)"
+    )
     parser.add_argument("--json", default=report.DEFAULT_PATH, metavar="FILE")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
@@ -43,10 +46,19 @@ def main() -> int:
     os.environ.update(same)
     parts = {name: import_module(f".{name}", __package__) for name in arguments.parts}
     known = dict.fromkeys(arm for part in parts.values() for arm in _arms(part))
-    if unknown := [arm for arm in arguments.only if arm not in known]:
+    saves = dict(arguments.saves)
+    if unknown := [arm for arm in (*arguments.only, *saves) if arm not in known]:
         parser.error(f"no arm {', '.join(unknown)}; these parts have {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    return measure(parts, Options(arguments.rounds, tuple(arguments.only), arguments.seconds), arguments.json)
+    options = Options(arguments.rounds, tuple(arguments.only), arguments.seconds, saves)
+    return measure(parts, options, arguments.json)
+
+
+def _saves(text: str) -> tuple[str, int]:
+    arm, _, steps = text.partition("=")
+    if not steps.isdecimal() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: an arm and how many steps lie between its saves, as areal_ray=5")
+    return arm, int(steps)
 
 
 def _arms(part: ModuleType) -> tuple[str, ...]:

@@ -7,6 +7,9 @@ turn is done. By that clock the kills come. A kill that finds no worker process,
 again, finds nothing to kill, as on a real machine. A turn in which workers were killed lasts until they train again, if
 that is not too long for those who wait.
 
+All save equally often, if not asked otherwise (--saves): who pays less for a save would save more often (Young, "A First
+Order Approximation to the Optimum Checkpoint Interval", 1974).
+
 What counts is the highest step that was reached, but not what is computed twice. A job that gives up keeps what it has
 reached, and its clock runs on.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 
 import psutil
@@ -29,7 +32,7 @@ OURS = "areal_ray"
 ARMS = (
     "tutorial", "tutorial-async", "tutorial-best", "torchrun-dcp", "torchrun-async-thread-best", "hf-ddp", OURS,
 )  # fmt: skip
-EVERY = 25  # steps between saves
+EVERY = 25  # steps between saves, if nothing else is said
 MEAN_S = 60.0
 SETTLE_S, TURN_S = 1.0, 8.0
 LONGEST_S = 16.0  # of a turn; who is stopped for longer may be taken for dead
@@ -122,11 +125,11 @@ class Run:
         return bool(again) and now - again[0] > AGAIN_S
 
 
-def compete(names: tuple[str, str], task: arms.Task, seed: int, seconds: float) -> dict[str, Run]:
-    """Both arms until their clocks have run down."""
+def compete(tasks: Mapping[str, arms.Task], seed: int, seconds: float) -> dict[str, Run]:
+    """The two arms until their clocks have run down."""
     kills = schedule(seed, seconds)
     with ExitStack() as stack:
-        jobs = [stack.enter_context(arms.started(name, task)) for name in names]
+        jobs = [stack.enter_context(arms.started(name, task)) for name, task in tasks.items()]
         runs = [Run(job, kills, seconds) for job in jobs]
         for job in jobs:
             job.wait(lambda job=job: job.events("step"))
@@ -135,10 +138,17 @@ def compete(names: tuple[str, str], task: arms.Task, seed: int, seconds: float) 
                 if not run.done:
                     with other.frozen() if other.process.poll() is None else nullcontext():
                         run.turn()
-        for name, run, job in zip(names, runs, jobs, strict=True):
+        for name, run, job in zip(tasks, runs, jobs, strict=True):
             why = f"; over before its time:\n{job.printed()[-1000:]}" if run.over else ""
             report.said(name, f"{run.steps} steps, {run.hit} of {len(kills)} kills hit{why}")
-    return dict(zip(names, runs, strict=True))
+    return dict(zip(tasks, runs, strict=True))
+
+
+def saving(saves: Mapping[str, int], peer: str) -> str:
+    """What a title says of how often the two save; nothing where it is as for all."""
+    if {peer, OURS}.isdisjoint(saves):
+        return ""
+    return f", saves every {saves.get(peer, EVERY)} and (areal_ray) {saves.get(OURS, EVERY)} steps"
 
 
 def run(options: Options) -> list[dict]:
@@ -147,20 +157,20 @@ def run(options: Options) -> list[dict]:
     if OURS not in names or not peers:
         print(f"goodput compares {OURS} with another arm")
         return []
-    task = arms.Task(every=EVERY)
+    tasks = {name: arms.Task(every=options.saves.get(name, EVERY)) for name in names}
     found: dict[str, list[dict[str, Run]]] = {peer: [] for peer in peers}
     for number in range(options.rounds):
         for peer in options.order(peers, number):
-            found[peer].append(compete((peer, OURS), task, number + 1, options.seconds))
+            found[peer].append(compete({name: tasks[name] for name in (peer, OURS)}, number + 1, options.seconds))
     print(f"\nkills every {MEAN_S:.0f} s on average, runs of {options.seconds:.0f} s")
     shown = []
     for peer in peers:
         runs = {name: [each[name] for each in found[peer]] for name in (peer, OURS)}
-        rates = {name: [each.steps * task.tokens / options.seconds for each in runs[name]] for name in runs}
+        rates = {name: [each.steps * tasks[name].tokens / options.seconds for each in runs[name]] for name in runs}
         totals = {name: [float(sum(each.steps for each in runs[name]))] for name in runs}
         hits = {name: [float(each.hit) for each in runs[name]] for name in runs}
         gone = {name: [float(sum(each.over for each in runs[name]))] for name in runs}
-        beside = goodput_beside(peer)
+        beside = goodput_beside(peer) + saving(options.saves, peer)
         shown += [
             report.show(beside, "tokens/s", rates, peer, report.HIGHER),
             report.show(f"{beside}, all rounds together", "steps", totals, peer, report.HIGHER),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,11 +12,13 @@ class Options:
     rounds: of every arm in turn.
     only: names of arms, if not all.
     seconds: how long a run under kills lasts (goodput).
+    saves: steps between two saves of arms that do not save as often as the others (goodput).
     """
 
     rounds: int
     only: tuple[str, ...] = ()
     seconds: float = 300.0
+    saves: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
     def order(names: Sequence[str], number: int) -> list[str]:

@@ -1,10 +1,14 @@
 """How make bench counts under kills: a clock that stands between turns, steps that are paid for in its time."""
 
+import argparse
 from types import SimpleNamespace
 
 import pytest
 
 from tests.bench import goodput
+from tests.bench.__main__ import _saves
+from tests.bench.bounds import goodput_beside
+from tests.bench.options import Options
 
 pytestmark = pytest.mark.unit
 
@@ -102,3 +106,31 @@ def test_the_same_seed_gives_the_same_kills():
     assert goodput.schedule(1, 300.0) == goodput.schedule(1, 300.0)
     assert goodput.schedule(1, 100.0) == [kill for kill in goodput.schedule(1, 300.0) if kill[0] < 100.0]
     assert goodput.schedule(1, 300.0) != goodput.schedule(2, 300.0)
+
+
+@pytest.mark.parametrize(
+    ("saves", "said"),
+    [
+        ({}, ""),
+        ({"torchrun-dcp": 10}, ""),
+        ({goodput.OURS: 5}, ", saves every 25 and (areal_ray) 5 steps"),
+        ({goodput.OURS: 5, "tutorial": 15}, ", saves every 15 and (areal_ray) 5 steps"),
+    ],
+)
+def test_arms_save_as_often_as_asked_and_the_title_says_so(monkeypatch, saves, said):
+    asked = []
+
+    def compete(tasks, seed, seconds):
+        asked.append({name: task.every for name, task in tasks.items()})
+        return {name: SimpleNamespace(steps=100, hit=1, over=False) for name in tasks}
+
+    monkeypatch.setattr(goodput, "compete", compete)
+    shown = goodput.run(Options(rounds=1, only=("tutorial", goodput.OURS), saves=saves))
+    assert asked == [{"tutorial": saves.get("tutorial", 25), goodput.OURS: saves.get(goodput.OURS, 25)}]
+    assert shown[0]["title"] == goodput_beside("tutorial") + said
+
+
+@pytest.mark.parametrize("text", ["areal_ray", "areal_ray=", "areal_ray=0", "areal_ray=often", "areal_ray=-5"])
+def test_how_often_an_arm_saves_is_asked_in_whole_steps(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="as areal_ray=5"):
+        _saves(text)
