@@ -7,8 +7,8 @@ turn is done. By that clock the kills come. A kill that finds no worker process,
 again, finds nothing to kill, as on a real machine. A turn in which workers were killed lasts until they train again, if
 that is not too long for those who wait.
 
-All save equally often, if not asked otherwise (--saves): who pays less for a save would save more often (Young, "A First
-Order Approximation to the Optimum Checkpoint Interval", 1974).
+All save equally often, if not asked otherwise (--saves): who pays less for a save would save more often (Young, "A
+First Order Approximation to the Optimum Checkpoint Interval", 1974).
 
 What counts is the highest step that was reached, but not what is computed twice. A job that gives up keeps what it has
 reached, and its clock runs on.
