@@ -10,7 +10,7 @@ from types import ModuleType
 
 from . import bounds, report
 from .launch import environment
-from .options import Options
+from .options import Options, arm_and_steps
 
 PARTS = {
     "limits": "memory copy, sequential write with fsync, multipart PUT",
@@ -35,30 +35,32 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="of the parts' arms")
     parser.add_argument("--seconds", type=float, default=300.0, help="of a run under kills (goodput)")
     parser.add_argument(
-        "--saves", nargs="+", type=_saves, default=[], metavar="ARM=STEPS", help="steps between two saves (goodput)"
+        "--saves",
+        nargs="+",
+        type=arm_and_steps,
+        default=[],
+        metavar="ARM=STEPS",
+        help="steps between two saves (goodput)",
     )
     parser.add_argument("--json", default=report.DEFAULT_PATH, metavar="FILE")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    saves = dict(arguments.saves)
+    if saves and "goodput" not in arguments.parts:
+        parser.error("--saves is about the part goodput, which is not among these")
+    if idle := [arm for arm in saves if arguments.only and arm not in arguments.only]:
+        parser.error(f"--saves names {', '.join(idle)}, which --only leaves out")
     same = environment()  # for what runs in this process too; Ray reads some of it when it is imported
     os.environ.clear()
     os.environ.update(same)
     parts = {name: import_module(f".{name}", __package__) for name in arguments.parts}
     known = dict.fromkeys(arm for part in parts.values() for arm in _arms(part))
-    saves = dict(arguments.saves)
     if unknown := [arm for arm in (*arguments.only, *saves) if arm not in known]:
         parser.error(f"no arm {', '.join(unknown)}; these parts have {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     options = Options(arguments.rounds, tuple(arguments.only), arguments.seconds, saves)
     return measure(parts, options, arguments.json)
-
-
-def _saves(text: str) -> tuple[str, int]:
-    arm, _, steps = text.partition("=")
-    if not steps.isdecimal() or int(steps) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: an arm and how many steps lie between its saves, as areal_ray=5")
-    return arm, int(steps)
 
 
 def _arms(part: ModuleType) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,3 +25,11 @@ class Options:
     def order(names: Sequence[str], number: int) -> list[str]:
         """The arms of a round: there and back again, so that a machine that drifts favours none."""
         return list(names) if number % 2 == 0 else list(names)[::-1]
+
+
+def arm_and_steps(text: str) -> tuple[str, int]:
+    """Of one of --saves: an arm and how many steps lie between its saves."""
+    arm, _, steps = text.partition("=")
+    if not steps.isdecimal() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: an arm and how many steps lie between its saves, as areal_ray=5")
+    return arm, int(steps)

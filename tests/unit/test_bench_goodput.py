@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.bench import goodput
-from tests.bench.__main__ import _saves
+from tests.bench.__main__ import main
 from tests.bench.bounds import goodput_beside
-from tests.bench.options import Options
+from tests.bench.options import Options, arm_and_steps
 
 pytestmark = pytest.mark.unit
 
@@ -133,4 +133,19 @@ def test_arms_save_as_often_as_asked_and_the_title_says_so(monkeypatch, saves, s
 @pytest.mark.parametrize("text", ["areal_ray", "areal_ray=", "areal_ray=0", "areal_ray=often", "areal_ray=-5"])
 def test_how_often_an_arm_saves_is_asked_in_whole_steps(text):
     with pytest.raises(argparse.ArgumentTypeError, match="as areal_ray=5"):
-        _saves(text)
+        arm_and_steps(text)
+
+
+@pytest.mark.parametrize(
+    ("parts", "only", "why"),
+    [
+        (["restart"], ["areal_ray", "tutorial"], "the part goodput, which is not among these"),
+        (["goodput"], ["areal_ray", "torchrun-dcp"], "names tutorial, which --only leaves out"),
+    ],
+)
+def test_how_often_an_arm_saves_is_not_asked_in_vain(monkeypatch, capsys, parts, only, why):
+    monkeypatch.setattr("sys.argv", ["bench", *parts, "--saves", "tutorial=15", "--only", *only])
+    monkeypatch.setattr("tests.bench.__main__.environment", lambda: pytest.fail("went on"))
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert why in capsys.readouterr().err
