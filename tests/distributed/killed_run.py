@@ -131,6 +131,8 @@ def go_on(rank: int, root: str, stage: Stage | None, background: bool) -> None:
         trap.set = save == 1 or (stage is not None and stage.first)
         recover.dump(numbers.step, {})
         recover.settle()
+        if isinstance(saves, AsyncWriter):  # older ones are let go by its thread, after `settle` has returned
+            saves._thread.submit(lambda: None).result()
     recover.finish()
 
 
