@@ -74,9 +74,11 @@ def restores(run: RunDir, seen: Mapping[str, float], damaged: Collection[str]) -
         if event["event"] != "restored":
             continue
         count += 1
-        if event["checkpoint"] not in times:
+        # A copy in memory may be newer than all that was committed, and is in nobody's list.
+        if event["checkpoint"] is not None and event["checkpoint"] not in times:
             unknown.append(event["checkpoint"])
-        if before and Catalog.place(event["checkpoint"]) < max(map(Catalog.place, before)):
+        name = event["checkpoint"] or event["memory"]
+        if before and Catalog.place(name) < max(map(Catalog.place, before)):
             lost.append(max(before, key=Catalog.place))
     return [
         Check(_RUN, "restores of what was committed", str(count), str(count - len(unknown)), not unknown),

@@ -148,6 +148,7 @@ class Checkpoint:
     every_steps: int | None = 50
     every_seconds: float | None = None
     every_epochs: int | None = None
+    memory_every_steps: int | None = None  # copies in host memory (twice the state) that survive a killed worker
     async_save: bool = True  # training goes on while a process beside each rank writes
     when_busy: Literal["wait", "skip"] = "wait"  # if storage still writes the last one when the next is due
     max_failed_saves: int = 3  # in a row, after which the run stops

@@ -32,6 +32,7 @@ _POSITIVE = (
     "checkpoint.every_steps",
     "checkpoint.every_seconds",
     "checkpoint.every_epochs",
+    "checkpoint.memory_every_steps",
     "checkpoint.max_failed_saves",
     "checkpoint.keep.last",
     "checkpoint.keep.every_steps",

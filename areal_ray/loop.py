@@ -70,6 +70,7 @@ class Job:
         progress, tracker: where the run stands, and what is seen of it.
         evaluator, evaluate: how held-out loss is computed (None: never), and when.
         recover, save: how the run is dumped, and when.
+        remember: when it is only copied to memory.
         run: the job around the loop.
         last_step: where this invocation ends.
         total_steps: the length of the run.
@@ -87,6 +88,7 @@ class Job:
     evaluate: Cadence
     recover: RecoverHandler
     save: Cadence
+    remember: Cadence
     run: RunContext
     last_step: int
     total_steps: int
@@ -134,6 +136,9 @@ def train(job: Job) -> None:
             dump = job.recover.dump(progress.step, progress.metrics, must=leaving or progress.step == job.last_step)
             if dump is not None:
                 job.run.saving(dump, progress.metrics)
+        elif job.remember.due(*at):
+            job.remember.fired(*at)
+            job.recover.remember(progress.step)
         if leaving:
             break
     job.run.enter("finish")

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from areal_ray import __version__, loop, models
-from areal_ray.checkpoint import Catalog, StoredState
+from areal_ray.checkpoint import Catalog, Copy, StoredState
 from areal_ray.config import Config, Run, dump, redact
 from areal_ray.console import say
 from areal_ray.engine import FSDPEngine
@@ -41,8 +41,13 @@ def provenance(config: Config) -> dict[str, Any]:
     }
 
 
-def announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, engine: FSDPEngine, ranks: Ranks) -> None:
+def announce(
+    run: RunDir, attempt: int, restored: Copy | str | None, job: loop.Job, engine: FSDPEngine, ranks: Ranks
+) -> None:
     """Take back on rank 0 what is computed again, and say where the run goes on.
+
+    Args:
+        restored: a copy in memory, the name of a checkpoint, or None: there was neither.
 
     Raises:
         RankError: if the receipt of a restore contradicts itself.
@@ -60,11 +65,16 @@ def announce(run: RunDir, attempt: int, restored: str | None, job: loop.Job, eng
             run.note("started", say, attempt=attempt, step=0, reached=reached)
             say(f"attempt {attempt}: {what}, from the beginning")
             return
-        stored = StoredState(Catalog(run.storage).directory(restored))
-        compared = receipt(stored.values, stored.manifest.info, job.recover.values(), job.recover.info)
-        what_for = {"attempt": attempt, "step": step, "reached": reached, "checkpoint": restored}
-        run.note("restored", say, **what_for, **compared.event())
-        say(f"attempt {attempt}: {what}, restored {restored}, going on with step {step + 1}")
+        where: dict[str, str | None]
+        if isinstance(restored, Copy):
+            name = Catalog.name(restored.place[1], restored.place[0])
+            where, text = {"checkpoint": None, "memory": name}, f"step {step} from memory"
+        else:
+            where, text = {"checkpoint": restored}, restored
+        stored = restored if isinstance(restored, Copy) else StoredState(Catalog(run.storage).directory(restored))
+        compared = receipt(stored.values, stored.info, job.recover.values(), job.recover.info)
+        run.note("restored", say, attempt=attempt, step=step, reached=reached, **where, **compared.event())
+        say(f"attempt {attempt}: {what}, restored {text}, going on with step {step + 1}")
         for line in compared.text().splitlines():
             say(line)
 

@@ -67,6 +67,14 @@ class Ranks:
         dist.broadcast(box, group=self._group, group_src=0)
         return int(box)
 
+    def lowest(self, value: int) -> int:
+        """The lowest of all ranks' numbers, on every rank; nobody has it before all have said theirs."""
+        if self._alone:
+            return value
+        box = torch.tensor([value])
+        dist.all_reduce(box, dist.ReduceOp.MIN, group=self._group)
+        return int(box)
+
     def agree(self, opinion: bool) -> bool:
         """The opinion of rank 0, on every rank."""
         return self.broadcast(opinion)

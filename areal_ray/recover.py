@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint import Catalog, CheckpointDamaged, CheckpointWriter, Entry, Manifest, load
+from areal_ray.checkpoint import Catalog, CheckpointDamaged, CheckpointWriter, Copy, Entry, Manifest, MemoryCopies, load
 from areal_ray.checkpoint.state import flatten
 from areal_ray.ranks import RankError, Ranks
 
@@ -72,6 +72,7 @@ class RecoverHandler:
         info: about the run, for the manifest.
         ranks: all ranks.
         policy: what to do when storage is slow or fails.
+        memory: for copies that are not written to storage; None: there are none.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class RecoverHandler:
         info: Mapping[str, Any],
         ranks: Ranks,
         policy: SavePolicy,
+        memory: MemoryCopies | None = None,
     ) -> None:
         self._catalog, self._state, self._writer, self._journal = catalog, state, writer, journal
         self._attempt, self.info, self._ranks, self._policy = attempt, info, ranks, policy
+        self._memory = memory
         self._last: Dump | None = None
         self._failed_in_a_row = 0
 
@@ -125,6 +128,17 @@ class RecoverHandler:
         )
         return self._last
 
+    def remember(self, step: int) -> None:
+        """Copy everything to memory, if there are to be such copies. A collective."""
+        if self._memory is not None:
+            self._memory.take((self._attempt, step), self._state, self.info)
+
+    def fence(self) -> None:
+        """To be called before the state changes next: waits, on the device, for what is still being copied."""
+        self._writer.fence()
+        if self._memory is not None:
+            self._memory.fence()
+
     def values(self) -> dict[str, Any]:
         """The plain values of the state as it is now, by object: what state.json would hold."""
         return flatten({name: part.state_dict() for name, part in self._state.items()})[1]
@@ -159,8 +173,21 @@ class RecoverHandler:
             self.settle()
         finally:
             self._writer.close()
+            if self._memory is not None:
+                self._memory.close()
         if last is not None and (error := last.manifest.exception()) is not None:
             raise error
+
+    def recall(self) -> Copy | None:
+        """Restore the newest copy in memory, if it is newer than all checkpoints. A collective, at the beginning.
+
+        Returns:
+            None if there is no such copy, and then nothing has changed: `load` is to be called.
+        """
+        if self._memory is None:
+            return None
+        newest = self._ranks.on_first(self._catalog.last_committed)
+        return self._memory.recall(self._state, self.info, Catalog.place(newest) if newest else None)
 
     def load(self) -> str | None:
         """Restore the newest good checkpoint. A collective.
@@ -177,6 +204,8 @@ class RecoverHandler:
             ValueError: if the newest good one is of another model or other data.
         """
         self.settle()
+        if self._memory is not None:
+            self._memory.forget()
         entries: list[Entry] = self._ranks.on_first(lambda: list(self._catalog.entries()))
         committed = 0
         for entry in entries:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray import care, failures, loop
 from areal_ray.cadence import Cadence
-from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
+from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, MemoryCopies, SyncWriter
 from areal_ray.config import Config
 from areal_ray.console import say, say_end
 from areal_ray.control import Control, PlannedRestart
@@ -54,7 +54,7 @@ def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, A
     # A spare process has imported torch before Ray said how many cores it has; threads change speed and last bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        return _train(config, recipe, Control(submission))
+        return _train(config, recipe, submission)
     except PlannedRestart:
         raise
     except Exception as error:
@@ -64,14 +64,14 @@ def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, A
         raise
 
 
-def _train(config: Config, recipe: dict[str, Any], control: Control) -> dict[str, Any]:
+def _train(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, Any]:
     run, ranks = RunDir(storage_at(**recipe)), Ranks()
     with care.watchdog(config, run, ranks) or nullcontext() as watchdog:
-        return _train_watched(config, run, ranks, control, watchdog)
+        return _train_watched(config, run, ranks, submission, watchdog)
 
 
 def _train_watched(
-    config: Config, run: RunDir, ranks: Ranks, control: Control, watchdog: Watchdog | None
+    config: Config, run: RunDir, ranks: Ranks, submission: str, watchdog: Watchdog | None
 ) -> dict[str, Any]:
     clock = care.Stopwatch()
     catalog = Catalog(run.storage)
@@ -85,15 +85,16 @@ def _train_watched(
     if ranks.rank == 0:
         run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
     faults = Faults(config.faults, run, ranks)
-    session = RaySession(faults, ranks, control, care.standbys(config, run, ranks, nodes), watchdog)
-    job = wire(config, engine, ranks, run, catalog, attempt, faults, session)
+    session = RaySession(faults, ranks, Control(submission), care.standbys(config, run, ranks, nodes), watchdog)
+    job = wire(config, engine, ranks, run, catalog, attempt, faults, session, _memory(config, ranks, run, submission))
     session.pace = care.pace(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
-    restored = job.recover.load()
+    copy = job.recover.recall()
+    checkpoint = None if copy else job.recover.load()
     clock.lap("load_s")
     if ranks.rank == 0:
         LedgerJournal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
-    announce(run, attempt, restored, job, engine, ranks)
+    announce(run, attempt, copy or checkpoint, job, engine, ranks)
 
     def stepped(step: int) -> None:
         clock.lap("first_step_s")
@@ -134,6 +135,7 @@ def wire(
     attempt: int,
     faults: Faults,
     session: loop.RunContext,
+    memory: MemoryCopies | None,
 ) -> loop.Job:
     """Make the objects of one rank, each knowing only what it is given here."""
     train, here = config.train, run if ranks.rank == 0 else None  # only rank 0 writes to the run's files
@@ -191,7 +193,8 @@ def wire(
     }
     info = {**engine.describe(), **provenance(config), "data": sequences.fingerprint()}
     policy = SavePolicy(every.when_busy == "skip", every.max_failed_saves)
-    recover = RecoverHandler(catalog, state, _writer(config, engine, ranks), journal, attempt, info, ranks, policy)
+    recover = RecoverHandler(catalog, state, _writer(config, ranks), journal, attempt, info, ranks, policy, memory)
+    engine.before_update = recover.fence
     return loop.Job(
         engine=engine,
         batches=cursor,
@@ -205,6 +208,7 @@ def wire(
         evaluate=evaluate,
         recover=recover,
         save=save,
+        remember=Cadence(every.memory_every_steps),
         run=session,
         last_step=config.last_step,
         total_steps=train.steps,
@@ -254,14 +258,20 @@ def _left_out(run: RunDir) -> list[int]:
     return bad + [event["step"] for event in run.events("poison_step")]
 
 
-def _writer(config: Config, engine: FSDPEngine, ranks: Ranks) -> CheckpointWriter:
+def _writer(config: Config, ranks: Ranks) -> CheckpointWriter:
     if not config.checkpoint.async_save:
         return SyncWriter(ranks)
     # No time limit of its own: a slow disk is no failure, and a dead peer closes its connections.
     background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
-    writer = AsyncWriter(ranks, background)
-    engine.before_update = writer.fence
-    return writer
+    return AsyncWriter(ranks, background)
+
+
+def _memory(config: Config, ranks: Ranks, run: RunDir, submission: str) -> MemoryCopies | None:
+    if config.checkpoint.memory_every_steps is None:
+        return None
+    # Steps that are not computed again must have left their metrics.
+    durable = run.flush if ranks.rank == 0 else lambda: None
+    return MemoryCopies(submission, ranks, int(os.environ["RAY_RAYLET_PID"]), say, durable)
 
 
 def _silent(_: str) -> None:

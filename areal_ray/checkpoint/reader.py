@@ -149,6 +149,7 @@ class StoredState:
         self.manifest = read_manifest(directory)
         self._metadata = decode_metadata(read_checked(directory, METADATA, self.manifest))
         self.values: dict[str, Any] = json.loads(read_checked(directory, STATE, self.manifest))
+        self.info = self.manifest.info
         self.names = sorted(self._metadata.state_dict_metadata)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+import xxhash
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -22,9 +23,13 @@ class Staging:
     Args:
         file_name: under which the image will be stored.
         items: what DCP calls each tensor, with an example of its shape, type and device.
+        filled: such memory, filled with the same items by another process, which may have ended; to be read only. The
+            file descriptor stays the caller's.
     """
 
-    def __init__(self, file_name: str, items: Sequence[tuple[MetadataIndex, torch.Tensor]]) -> None:
+    def __init__(
+        self, file_name: str, items: Sequence[tuple[MetadataIndex, torch.Tensor]], filled: int | None = None
+    ) -> None:
         frames = [frame(tuple(tensor.shape), tensor.dtype) for _, tensor in items]
         self.where: dict[MetadataIndex, _StorageInfo] = {}
         self.chunks: list[tuple[int, int]] = []
@@ -35,22 +40,32 @@ class Staging:
             self.chunks.append((self.size, length))
             starts.append(self.size + len(before))
             self.size += length
-        self._fd = os.memfd_create("areal_ray staging")
-        os.ftruncate(self._fd, self.size)
-        self._memory = mmap.mmap(self._fd, self.size)
-        self._slots = []
+        self.fd = os.memfd_create("areal_ray staging") if filled is None else filled
+        if filled is None:
+            os.ftruncate(self.fd, self.size)
+        self._memory = mmap.mmap(self.fd, self.size)
+        self.tensors: list[torch.Tensor] = []
         for start, (offset, length), (_, tensor), (before, after) in zip(
             starts, self.chunks, items, frames, strict=True
         ):
-            self._memory[offset:start] = before
-            self._memory[offset + length - len(after) : offset + length] = after
-            self._slots.append(self._slot(start, tensor))
-        self._stream = self._pin() if any(tensor.is_cuda for _, tensor in items) else None
+            if filled is None:
+                self._memory[offset:start] = before
+                self._memory[offset + length - len(after) : offset + length] = after
+            self.tensors.append(self._tensor(start, tensor))
+        self._stream = self._pin() if filled is None and any(tensor.is_cuda for _, tensor in items) else None
+
+    @staticmethod
+    def size_of(items: Sequence[tuple[MetadataIndex, torch.Tensor]]) -> int:
+        """Bytes of the memory for these items."""
+        frames = [frame(tuple(tensor.shape), tensor.dtype) for _, tensor in items]
+        return sum(
+            len(before) + tensor.nbytes + len(after) for (_, tensor), (before, after) in zip(items, frames, strict=True)
+        )
 
     @property
     def path(self) -> str:
         """Where a child process finds the memory."""
-        return f"/proc/{os.getpid()}/fd/{self._fd}"
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> torch.cuda.Event | None:
         """Copy the tensors, in the order of the items.
@@ -60,12 +75,12 @@ class Staging:
             stream of its own beside the training.
         """
         if self._stream is None:
-            for slot, tensor in zip(self._slots, tensors, strict=True):
+            for slot, tensor in zip(self.tensors, tensors, strict=True):
                 slot.copy_(tensor)
             return None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for slot, tensor in zip(self._slots, tensors, strict=True):
+            for slot, tensor in zip(self.tensors, tensors, strict=True):
                 slot.copy_(tensor, non_blocking=True)
                 if tensor.is_cuda:
                     tensor.record_stream(self._stream)
@@ -73,12 +88,17 @@ class Staging:
             done.record()
         return done
 
+    def digest(self) -> str:
+        """xxh3_128 of all of it."""
+        with memoryview(self._memory) as view:
+            return xxhash.xxh3_128_hexdigest(view[: self.size])
+
     def close(self) -> None:
         """Give the memory back."""
-        self._slots.clear()
-        os.close(self._fd)
+        self.tensors.clear()
+        os.close(self.fd)
 
-    def _slot(self, start: int, like: torch.Tensor) -> torch.Tensor:
+    def _tensor(self, start: int, like: torch.Tensor) -> torch.Tensor:
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
         flat = torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=start)

@@ -53,13 +53,14 @@ class DCPState(Stateful):
         """Take over a state of the same shape; tensors that were filled in place already are left alone."""
         loaded, _ = flatten(state)
         for name, tensor in flatten(self.state_dict())[0].items():
-            if _local(loaded[name]).data_ptr() != _local(tensor).data_ptr():
+            if local(loaded[name]).data_ptr() != local(tensor).data_ptr():
                 tensor.copy_(loaded[name])
         if self._schedule is not None:
             self._schedule.load_state_dict(state["schedule"])
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

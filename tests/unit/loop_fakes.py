@@ -55,7 +55,7 @@ class Recover:
 
     def __init__(self, state, run, kept):
         self.state, self.run, self.kept = state, run, kept
-        self.steps, self.musts, self.lines, self.finished = [], [], [], 0
+        self.steps, self.musts, self.lines, self.finished, self.remembered = [], [], [], 0, []
 
     def load(self):
         if not self.kept:
@@ -72,6 +72,9 @@ class Recover:
         manifest = Future()
         manifest.set_result(None)
         return Dump(f"step-{step}", step, manifest)
+
+    def remember(self, step):
+        self.remembered.append(step)
 
     def finish(self):
         self.finished += 1

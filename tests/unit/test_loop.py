@@ -27,7 +27,9 @@ def start(tmp_path):
     """Start (or go on with) a run as the worker does; its Job, after training."""
     kept = {}
 
-    def start(last_step=TOTAL, dies_at=None, evaluate=5, name="run", spoiled=(), on_bad="skip", known=()):
+    def start(
+        last_step=TOTAL, dies_at=None, evaluate=5, name="run", spoiled=(), on_bad="skip", known=(), remember=None
+    ):
         storage = LocalStorage(tmp_path / name)
         storage.ensure()
         run, engine, states = RunDir(storage), Engine(spoiled), kept.setdefault(name, {})
@@ -62,6 +64,7 @@ def start(tmp_path):
             run=Run(dies_at),
             last_step=last_step,
             total_steps=TOTAL,
+            remember=Cadence(remember),
             **every,
         )
         if dies_at is None:
@@ -88,6 +91,13 @@ def test_it_logs_evaluates_and_saves_when_it_is_due_and_at_the_end(start):
     assert [line["step"] for line in lines(job) if "held_out_loss" in line] == [0, 5, 10, 15, 20, 22]
     assert [line["step"] for line in lines(job)] == [0, 4, 5, 8, 10, 12, 15, 16, 20, 22]
     assert job.recover.finished == 1
+    assert job.recover.remembered == []
+
+
+def test_it_copies_to_memory_where_it_does_not_save(start):
+    job = start(remember=3)
+    assert job.recover.steps == [7, 14, 21, 22]
+    assert job.recover.remembered == [3, 6, 9, 12, 15, 18]
 
 
 def test_a_line_tells_the_means_of_its_window(start):
