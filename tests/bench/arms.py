@@ -113,6 +113,8 @@ def _ours(*more: str) -> Arm:
             "cluster.max_failures=-1",
             f"checkpoint.every_steps={task.every or 'null'}",
             *("eval.every_steps=null", "optim.schedule=constant", "optim.warmup_steps=0"),  # as the peers
+            # Without saves there is nothing that a step could be restored from.
+            *(["checkpoint.memory_every_steps=null"] if task.every is None else []),
             *more,
         ]
 

@@ -22,6 +22,7 @@ SMALL = [
     "train.steps=12",
     "train.seq_len=64",
     "checkpoint.every_steps=4",
+    "checkpoint.memory_every_steps=null",  # what is to be seen is how a run comes back from checkpoints
     "eval.every_steps=6",
     "eval.batches=2",
     "logging.every_steps=3",

@@ -1,5 +1,6 @@
 """Workers are really killed, and the run comes back to the same bits."""
 
+import psutil
 import pytest
 import ray
 from ray.util.placement_group import placement_group_table
@@ -27,6 +28,11 @@ def reservations() -> dict[str, str]:
     return {entry["name"]: entry["state"] for entry in placement_group_table().values()}
 
 
+def keepers() -> set[psutil.Process]:
+    """Processes that keep memory."""
+    return {each for each in psutil.process_iter(["cmdline"]) if "areal_ray.keeper" in (each.info["cmdline"] or [])}
+
+
 def test_kills_at_two_steps_change_nothing(undisturbed, run, capfd):
     faults = "faults=[{kind: sigkill, rank: 1, step: 6}, {kind: sigkill, rank: 0, step: 11}]"
     before, actors = set(reservations()), set(ray._private.state.actors())
@@ -45,6 +51,27 @@ def test_kills_at_two_steps_change_nothing(undisturbed, run, capfd):
     assert reservations()[reserved] == "REMOVED"
     mine = [entry for name, entry in ray._private.state.actors().items() if name not in actors]
     assert {entry["ActorClassName"] for entry in mine} == {"Controller", "RayTrainWorker", "SynchronizationActor"}
+
+
+def test_kills_cost_no_more_than_the_steps_since_the_last_copy_in_memory(undisturbed, run, capfd):
+    faults = "faults=[{kind: sigkill, rank: 1, step: 4}, {kind: sigkill, rank: 0, step: 11}]"
+    before = keepers()
+    assert run.train("checkpoint.memory_every_steps=1", SYNC, faults) == 0
+    assert run.digest() == undisturbed.digest()
+    assert run.metrics() == undisturbed.metrics()
+    found = [(event["step"], event["checkpoint"], event["memory"]) for event in run.events("restored")]
+    assert found == [(3, None, "step-00000003.a1"), (10, None, "step-00000010.a2")]
+    assert run.result()["goodput"]["lost_steps"] == 0
+    out = capfd.readouterr().out
+    assert "restored step 3 from memory, going on with step 4" in out
+    assert "restored step 10 from memory, going on with step 11" in out
+    assert psutil.wait_procs(keepers() - before, timeout=30)[1] == []
+
+
+def test_a_checkpoint_that_is_newer_than_the_copies_in_memory_is_restored(undisturbed, run):
+    assert run.train("checkpoint.memory_every_steps=3", SYNC, "faults=[{kind: sigkill, rank: 1, step: 5}]") == 0
+    assert [event["checkpoint"] for event in run.events("restored")] == ["step-00000004.a1"]
+    assert run.digest() == undisturbed.digest()
 
 
 def test_exit_and_exception_change_nothing(undisturbed, run):

@@ -19,8 +19,8 @@ def run(tmp_path):
 
 
 def ledger(run, *events):
-    for time, kind, checkpoint in events:
-        line = {"time": time, "event": kind, "checkpoint": checkpoint}
+    for time, kind, checkpoint, *memory in events:
+        line = {"time": time, "event": kind, "checkpoint": checkpoint, **({"memory": memory[0]} if memory else {})}
         run.storage.append("events.jsonl", json.dumps(line).encode() + b"\n")
 
 
@@ -57,6 +57,12 @@ def test_a_later_attempt_s_is_newer_whatever_the_step(run):
 def test_what_was_never_committed_must_not_be_restored(run):
     ledger(run, (1, "saved", FIRST), (2, "restored", SECOND))
     assert found(run) == (False, True)
+
+
+@pytest.mark.parametrize(("copy", "kept"), [(OTHER, True), (FIRST, False)])
+def test_a_copy_in_memory_is_in_no_list_but_must_not_be_older(run, copy, kept):
+    ledger(run, (1, "saved", FIRST), (2, "saved", SECOND), (3, "restored", None, copy))
+    assert found(run) == (True, kept)
 
 
 def test_a_commit_that_only_the_watcher_has_seen_counts(run):
