@@ -73,7 +73,7 @@ def restores(run: RunDir, seen: Mapping[str, float], damaged: Collection[str]) -
             lost += before
         if event["event"] != "restored":
             continue
-        count += 1
+        count += event["checkpoint"] is not None
         # A copy in memory may be newer than all that was committed, and is in nobody's list.
         if event["checkpoint"] is not None and event["checkpoint"] not in times:
             unknown.append(event["checkpoint"])

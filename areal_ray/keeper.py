@@ -40,7 +40,8 @@ class Keeper:
             listener.bind(address(name))
             listener.listen(4)
             kept = [listener.fileno(), *files]
-            command = [sys.executable, "-m", "areal_ray.keeper", str(owner or 0), *map(str, kept)]
+            processes = os.getpid(), owner or 0
+            command = [sys.executable, "-m", "areal_ray.keeper", *map(str, (*processes, *kept))]
             # A session of its own, and (see `main`) no child of this process: Ray ends those with it.
             # Nor has it this one's output: who reads that to its end would wait for the child, too.
             child = subprocess.Popen(
@@ -78,17 +79,19 @@ def claim(name: str) -> list[int]:
     return list(files)
 
 
-def _keep(owner: int, listener: socket.socket, files: list[int]) -> None:
+def _keep(parent: int, owner: int | None, listener: socket.socket, files: list[int]) -> None:
+    """Wait for the end of the parent, then for its successor; processes by their file descriptors."""
     waiting = select.poll()
-    waiting.register(0, select.POLLIN)
-    if owner:
-        try:
-            waiting.register(os.pidfd_open(owner), select.POLLIN)
-        except ProcessLookupError:
-            return
-    if all(number != 0 for number, _ in waiting.poll()) or os.read(0, 1):
+    # The process itself, too: one that it has forked may have its end of the pipe still.
+    for number in (0, parent):
+        waiting.register(number, select.POLLIN)
+    if owner is not None:
+        waiting.register(owner, select.POLLIN)
+    ready = {number for number, _ in waiting.poll()}
+    if owner in ready or (0 in ready and os.read(0, 1)):
         return
-    waiting.unregister(0)
+    for number in (0, parent):
+        waiting.unregister(number)
     waiting.register(listener, select.POLLIN)
     while {number for number, _ in waiting.poll(WAIT_S * 1e3)} == {listener.fileno()}:
         connection, _ = listener.accept()
@@ -101,9 +104,11 @@ def _keep(owner: int, listener: socket.socket, files: list[int]) -> None:
                 continue
 
 
-def main(owner: str, listener: str, *files: str) -> None:
+def main(parent: str, owner: str, listener: str, *files: str) -> None:
+    # Before the fork: where there are no such processes, as in another container, it has not started.
+    processes = os.pidfd_open(int(parent)), os.pidfd_open(int(owner)) if int(owner) else None
     if os.fork() == 0:
-        _keep(int(owner), socket.socket(fileno=int(listener)), [int(number) for number in files])
+        _keep(*processes, socket.socket(fileno=int(listener)), [int(number) for number in files])
 
 
 if __name__ == "__main__":

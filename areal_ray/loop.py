@@ -24,7 +24,7 @@ class RunContext(Protocol):
         ...
 
     def enter(self, phase: str) -> None:
-        """Something begins that is no step and takes its time: evaluate, save, restore, finish. For whoever watches."""
+        """What begins is no step and takes its time: evaluate, save, copy, restore, finish. For whoever watches."""
         ...
 
     def leaving(self) -> bool:
@@ -138,6 +138,7 @@ def train(job: Job) -> None:
                 job.run.saving(dump, progress.metrics)
         elif job.remember.due(*at):
             job.remember.fired(*at)
+            job.run.enter("copy")
             job.recover.remember(progress.step)
         if leaving:
             break

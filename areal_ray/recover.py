@@ -173,10 +173,10 @@ class RecoverHandler:
             self.settle()
         finally:
             self._writer.close()
-            if self._memory is not None:
-                self._memory.close()
         if last is not None and (error := last.manifest.exception()) is not None:
             raise error
+        if self._memory is not None:  # not before: if that save is lost, copies are what there is
+            self._memory.close()
 
     def recall(self) -> Copy | None:
         """Restore the newest copy in memory, if it is newer than all checkpoints. A collective, at the beginning.
@@ -187,7 +187,8 @@ class RecoverHandler:
         if self._memory is None:
             return None
         newest = self._ranks.on_first(self._catalog.last_committed)
-        return self._memory.recall(self._state, self.info, Catalog.place(newest) if newest else None)
+        newer_than = Catalog.place(newest) if newest else None
+        return self._memory.recall(self._state, self.info, self._attempt - 1, newer_than)
 
     def load(self) -> str | None:
         """Restore the newest good checkpoint. A collective.
@@ -204,14 +205,14 @@ class RecoverHandler:
             ValueError: if the newest good one is of another model or other data.
         """
         self.settle()
-        if self._memory is not None:
-            self._memory.forget()
         entries: list[Entry] = self._ranks.on_first(lambda: list(self._catalog.entries()))
         committed = 0
         for entry in entries:
             problem = entry.problem
             committed += entry.committed
             if problem is None:
+                if self._memory is not None:
+                    self._memory.forget()
                 try:
                     load(self._catalog.directory(entry.name), self._state, self._ranks)
                     return entry.name

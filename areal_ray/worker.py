@@ -157,6 +157,7 @@ def wire(
 
     every = config.checkpoint
     save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=ranks.agree)
+    remember = Cadence(every.memory_every_steps)
     evaluate = Cadence(config.eval.every_steps)
     evaluator = None
     if config.eval.every_steps:
@@ -201,14 +202,14 @@ def wire(
         loss_fn=faults.spoiling(next_token_loss),
         loss_weight_fn=predicted_tokens,
         guard=guard,
-        go_back=lambda: _go_back(recover, progress, run, catalog, journal, ranks),
+        go_back=lambda: _go_back(recover, progress, remember, run, catalog, journal, ranks),
         progress=progress,
         tracker=tracker,
         evaluator=evaluator,
         evaluate=evaluate,
         recover=recover,
         save=save,
-        remember=Cadence(every.memory_every_steps),
+        remember=remember,
         run=session,
         last_step=config.last_step,
         total_steps=train.steps,
@@ -225,6 +226,7 @@ def _same_everywhere(ranks: Ranks, *data: PackedTokens) -> None:
 def _go_back(
     recover: RecoverHandler,
     progress: loop.Progress,
+    remember: Cadence,
     run: RunDir,
     catalog: Catalog,
     journal: LedgerJournal,
@@ -238,6 +240,7 @@ def _go_back(
         raise PlannedRestart(f"went back past {newest} to {restored}")
     if restored is not None:
         ranks.on_first(lambda: run.rewind(progress.step, progress.samples))
+        remember.fired(progress.step, 0)  # no part of the state, as copies come and go with the attempt
     journal.rolled_back(restored, progress.step)
     return restored is not None
 

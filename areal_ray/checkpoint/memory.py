@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,6 +31,7 @@ from areal_ray.keeper import Keeper, claim
 from areal_ray.ranks import RankError, Ranks
 
 _FREE = 0.1  # share of a machine's memory that must be left
+_AGAIN = 32  # times that no copy is taken, where there was no room, before it is tried again
 _HEAD = struct.Struct("<QQ")  # of a record: its length, xxh3_64
 _OFF, _CUT, _WHOLE = range(3)  # how a rank stands: it cannot copy; its last copy cannot be used; it can
 Place = tuple[int, int]  # (attempt, step), by which copies and checkpoints are ordered
@@ -50,10 +53,10 @@ class Copy:
 
 
 class MemoryCopies:
-    """Two copies in turn, of which one is whole at any moment, the same one on all ranks.
+    """Two copies in turn: from the first one on, one is whole at any moment, the same one on all ranks.
 
     A copy counts when its record, written last, is there. All ranks wait for each other's records before the older
-    copy is overwritten: whenever they are killed, all of them have the same one whole.
+    copy is overwritten, so that it does not matter when which of them is killed.
 
     Args:
         name: unique to this submission of the run.
@@ -72,40 +75,42 @@ class MemoryCopies:
         complain: Callable[[str], None],
         durable: Callable[[], None],
     ) -> None:
-        # Where a copy comes back to is a matter of this start of the group; no checkpoint knows it.
-        self._name = f"{name}-{ranks.rank}"
+        self._name = f"{name}-{ranks.rank}"  # a copy belongs to a place in the group, as no checkpoint does
         self._ranks, self._owner, self._complain, self._durable = ranks, owner, complain, durable
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory copies")
         self._slots: list[Staging] = []
         self._keeper: Keeper | None = None
         self._last: Future[bool] | None = None
         self._turn = 0
-        self._off = False
+        self._rest = 0  # takes without a copy that are to come
         self._copied: torch.cuda.Event | None = None
 
     def take(self, place: Place, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> None:
         """Copy the state as it is now. A collective.
 
         Args:
-            place: (attempt, step); greater than all before.
+            place: (attempt, step).
             state: tensors (this rank's parts are copied) and plain JSON values (rank 0's count).
             info: about the run; a copy comes back only where it is the same.
         """
-        if self._off:
+        if self._rest:
+            self._rest -= 1
             return
         tensors, values = flatten({name: part.state_dict() for name, part in state.items()})
         mine = {name: local(tensor).detach() for name, tensor in tensors.items()}
+        if self._last is None:
+            self._neighbours = self._ranks.gather(here := socket.gethostname()).count(here)
         standing = self._ranks.lowest(self._stands(mine))
         if standing == _OFF:
-            self._off = True
-            self.close()
+            self._rest = _AGAIN
+            self._let_go()
             return
         if standing == _WHOLE:
             self._turn ^= 1
         slot = self._slots[self._turn]
         os.ftruncate(slot.fd, slot.size)  # without its record
         self._copied = copied = slot.fill(list(mine.values()))
-        record = {"place": list(place), "info": _digest(info), "values": {}}
+        record = {"place": list(place), "run": _digest(info, mine), "values": {}}
         if self._ranks.rank == 0:
             record["values"] = json.loads(to_json(values))
         self._last = self._thread.submit(self._seal, slot, copied, record)
@@ -116,7 +121,9 @@ class MemoryCopies:
             self._copied.wait()
             self._copied = None
 
-    def recall(self, state: Mapping[str, Stateful], info: Mapping[str, Any], newer_than: Place | None) -> Copy | None:
+    def recall(
+        self, state: Mapping[str, Stateful], info: Mapping[str, Any], attempt: int, newer_than: Place | None
+    ) -> Copy | None:
         """Bring objects to the newest state that all ranks have a copy of. A collective; to be called before `take`.
 
         What there was is gone afterwards, used or not: a copy with which the workers die before they have made another
@@ -124,6 +131,7 @@ class MemoryCopies:
 
         Args:
             state, info: as for `take`.
+            attempt: that took it, the one before this: a later one may have gone back behind it.
             newer_than: (attempt, step) of a checkpoint; a copy that is not newer is not used.
 
         Returns:
@@ -131,7 +139,7 @@ class MemoryCopies:
         """
         files = claim(self._name)
         try:
-            return self._recall(files, state, info, newer_than)
+            return self._recall(files, state, info, attempt, newer_than)
         finally:
             for file in files:
                 os.close(file)
@@ -146,6 +154,9 @@ class MemoryCopies:
     def close(self) -> None:
         """Let go of memory and processes."""
         self._thread.shutdown()
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._keeper is not None:
             self._keeper.release()
             self._keeper = None
@@ -159,17 +170,19 @@ class MemoryCopies:
             return _WHOLE if self._last.result() else _CUT
         try:
             self._lay_out(mine)
-        except OSError as error:
-            self._complain(f"no copies in memory: {error}")
+        except (OSError, RuntimeError) as error:  # the latter from CUDA, which may lock no more memory
+            self._complain(f"no copies in memory for now: {error}")
             return _OFF
         return _WHOLE
 
     def _lay_out(self, mine: Mapping[str, torch.Tensor]) -> None:
-        size = sum(tensor.nbytes for tensor in mine.values())
-        memory = psutil.virtual_memory()
-        if memory.available - 2 * size < _FREE * memory.total:
-            free, needed = memory.available / 1e9, 2 * size / 1e9
-            raise OSError(f"they need {needed:.1f} GB beside each rank, and {free:.1f} GB are free on this node")
+        size = 2 * sum(tensor.nbytes for tensor in mine.values())
+        free, total = _room()
+        if free - self._neighbours * size < _FREE * total:
+            needed = f"{size / 1e9:.1f} GB beside each of {self._neighbours} ranks"
+            raise OSError(f"they need {needed}, and {free / 1e9:.1f} GB are free on this node")
+        for file in claim(self._name):  # what nobody has asked for
+            os.close(file)
         self._slots = [Staging("", _items(mine)) for _ in range(2)]
         self._keeper = Keeper(self._name, [slot.fd for slot in self._slots], self._owner)
 
@@ -187,7 +200,12 @@ class MemoryCopies:
         return True
 
     def _recall(
-        self, files: Sequence[int], state: Mapping[str, Stateful], info: Mapping[str, Any], newer_than: Place | None
+        self,
+        files: Sequence[int],
+        state: Mapping[str, Stateful],
+        info: Mapping[str, Any],
+        attempt: int,
+        newer_than: Place | None,
     ) -> Copy | None:
         trees = {name: part.state_dict() for name, part in state.items()}
         mine = {name: local(tensor).detach() for name, tensor in flatten(trees)[0].items()}
@@ -196,8 +214,8 @@ class MemoryCopies:
             size = Staging.size_of(_items(mine))
             for file in files:
                 record = _record(file, size)
-                if record is not None and record["info"] == _digest(info):
-                    found[record["place"][0], record["place"][1]] = Staging("", _items(mine), file), record
+                if record and record["place"][0] == attempt and record["run"] == _digest(info, mine):
+                    found[attempt, record["place"][1]] = Staging("", _items(mine), file), record
         common = set.intersection(*map(set, self._ranks.gather(list(found))))
         if not common or (newer_than is not None and max(common) <= newer_than):
             return None
@@ -241,5 +259,17 @@ def _record(file: int, size: int) -> dict[str, Any] | None:
     return record
 
 
-def _digest(info: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(info, sort_keys=True).encode())
+def _digest(info: Mapping[str, Any], mine: Mapping[str, torch.Tensor]) -> str:
+    """Of what must be the same for a copy to be of use."""
+    layout = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in mine.items()]
+    return xxhash.xxh3_128_hexdigest(json.dumps([info, layout], sort_keys=True).encode())
+
+
+def _room() -> tuple[int, int]:
+    """Bytes that are free, and all that there are, on this machine or in this container, whichever is less."""
+    memory = psutil.virtual_memory()
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container of its own, or "max"
+        return memory.available, memory.total
+    return min(memory.available, limit - used), min(memory.total, limit)

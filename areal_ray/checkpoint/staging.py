@@ -90,12 +90,15 @@ class Staging:
 
     def digest(self) -> str:
         """xxh3_128 of all of it."""
-        with memoryview(self._memory) as view:
-            return xxhash.xxh3_128_hexdigest(view[: self.size])
+        whole = xxhash.xxh3_128()
+        whole.update(self._memory)
+        return whole.hexdigest()
 
     def close(self) -> None:
         """Give the memory back."""
         self.tensors.clear()
+        if self._stream is not None:  # or the next memory at this address could not be registered
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._address))
         os.close(self.fd)
 
     def _tensor(self, start: int, like: torch.Tensor) -> torch.Tensor:
@@ -106,6 +109,6 @@ class Staging:
 
     def _pin(self) -> torch.cuda.Stream:
         """Register the memory with CUDA, so that copies into it are asynchronous."""
-        address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, self.size, 0))
+        self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._address, self.size, 0))
         return torch.cuda.Stream()

@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 
 from areal_ray import keeper
-from areal_ray.checkpoint import MemoryCopies, memory
+from areal_ray.checkpoint import Catalog, MemoryCopies, SyncWriter, memory
 from areal_ray.checkpoint.staging import Staging
 from areal_ray.launch import address
-from areal_ray.ranks import Ranks
+from areal_ray.ranks import RankError, Ranks
+from areal_ray.recover import RecoverHandler, SavePolicy
+from areal_ray.storage import LocalStorage
 from tests.distributed.killed_run import Numbers
 from tests.distributed.ranks import RankFailed, run_ranks
 
@@ -73,8 +75,10 @@ class Attempt:
         self.told.value = self.numbers.step if self.ranks.rank == 0 else -1
         self.copies.take((1, self.numbers.step), self.state, INFO)
 
-    def recall(self, info: dict[str, Any] = INFO, newer_than: tuple[int, int] | None = None) -> dict[str, Any]:
-        copy = self.copies.recall(self.state, info, newer_than)
+    def recall(
+        self, info: dict[str, Any] = INFO, newer_than: tuple[int, int] | None = None, attempt: int = 1
+    ) -> dict[str, Any]:
+        copy = self.copies.recall(self.state, info, attempt, newer_than)
         found = {"step": self.numbers.step, "bits": self.numbers.bits(), "told": self.told.value, "said": self.said}
         return {**found, "copy": copy and (copy.place, copy.values, copy.info)}
 
@@ -91,9 +95,15 @@ def bits_at(step: int) -> str:
     return numbers.bits()
 
 
-def expected(rank: int, *steps: int) -> list[str]:
+def at_each_step(rank: int) -> list[str]:
     dist.init_process_group("gloo")
-    return [bits_at(step) for step in steps]
+    return [bits_at(step) for step in range(LAST + 1)]
+
+
+@pytest.fixture(scope="module")
+def bits() -> list[str]:
+    """What two ranks are to have after each step."""
+    return run_ranks(at_each_step, 2)[0]
 
 
 def die() -> None:
@@ -157,13 +167,12 @@ def cut_off(rank: int, name: str, parent: int, cut: str) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_whenever_a_rank_is_killed_all_go_on_from_the_same_copy(name: str, cut: str) -> None:
+def test_whenever_a_rank_is_killed_all_go_on_from_the_same_copy(name: str, bits: list[str], cut: str) -> None:
     with pytest.raises(RankFailed, match="rank 1 died"):
         run_ranks(cut_off, 2, name, os.getpid(), cut)
     step = LAST if cut == "a whole record" else LAST - 1
-    (bits,), _ = run_ranks(expected, 2, step)
     for found in run_ranks(after, 2, name, os.getpid()):
-        assert (found["step"], found["bits"], found["told"], found["said"]) == (step, bits, step, [])
+        assert (found["step"], found["bits"], found["told"], found["said"]) == (step, bits[step], step, [])
         assert found["copy"] == ((1, step), {"numbers": {"step": step}, "told": {"value": step}}, INFO)
 
 
@@ -191,10 +200,12 @@ def leave(name: str, *not_durable: int, ranks: int = 2) -> None:
 
 
 @pytest.mark.parametrize(("not_durable", "step"), [((4,), 3), ((3,), 4), ((3, 4), 2), ((2, 4), 3)])
-def test_a_copy_that_does_not_count_on_one_rank_costs_no_other_one(name: str, not_durable: Any, step: int) -> None:
+def test_a_copy_that_does_not_count_on_one_rank_costs_no_other_one(
+    name: str, bits: list[str], not_durable: Any, step: int
+) -> None:
     leave(name, *not_durable)
-    (bits,), _ = run_ranks(expected, 2, step)
-    assert [(found["step"], found["bits"]) for found in run_ranks(after, 2, name, os.getpid())] == [(step, bits)] * 2
+    found = run_ranks(after, 2, name, os.getpid())
+    assert [(each["step"], each["bits"]) for each in found] == [(step, bits[step])] * 2
 
 
 def test_a_copy_comes_back_once(name: str) -> None:
@@ -210,8 +221,9 @@ def test_a_copy_comes_back_once(name: str) -> None:
         ((INFO, (1, LAST)), False),
         ((INFO, (2, 1)), False),
         (({"config": {"lr": 0.2}},), False),
+        ((INFO, None, 2), False),
     ],
-    ids=["newer than the checkpoint", "of the same step", "older", "of another configuration"],
+    ids=["newer than the checkpoint", "of the same step", "older", "of another configuration", "of an earlier attempt"],
 )
 def test_only_what_is_newer_and_of_the_same_run_is_used(name: str, options: Any, used: bool) -> None:
     leave(name)
@@ -287,23 +299,109 @@ def test_after_going_back_copies_are_taken_as_before(name: str) -> None:
     assert [each["step"] for each in run_ranks(after, 2, name, os.getpid())] == [3] * 2
 
 
-def without_room(rank: int, name: str, parent: int) -> tuple[list[str], list[str]]:
-    if rank == 1:
+def without_room(rank: int, name: str, parent: int, what: str) -> tuple[list[str], list[int]]:
+    """How many copies there are after each of some steps, with room on both ranks from the third on."""
 
-        class Full:
-            available, total = 10, 100
+    def free() -> tuple[float, float]:
+        size = 2 * sum(tensor.nbytes for tensor in attempt.numbers.mine())
+        return 1e6 + 1.5 * size, 1e7  # for one rank there would be
 
-        memory.psutil.virtual_memory = Full
-    attempt = Attempt(name, parent)
-    attempt.step()
-    attempt.step()
-    return attempt.said, attempt.copies._slots
+    def locked(*_: Any) -> None:
+        raise RuntimeError("no more memory can be locked")
+
+    attempt, room, staging = Attempt(name, parent), memory._room, memory.Staging
+    memory._AGAIN = 1
+    if rank == 1 and what == "memory":
+        memory._room = free  # type: ignore[assignment]
+    if rank == 1 and what == "locked memory":
+        memory.Staging = locked  # type: ignore[assignment,misc]
+    counts = []
+    for step in range(1, 5):
+        if step == 3:
+            memory._room, memory.Staging = room, staging  # type: ignore[misc]
+        attempt.step()
+        counts.append(len(attempt.copies._slots))
+    return attempt.said, counts
 
 
-def test_without_room_on_one_rank_there_are_no_copies(name: str) -> None:
-    (quiet, none), (said, nor_here) = run_ranks(without_room, 2, name, os.getpid())
-    assert (quiet, none, nor_here) == ([], [], [])
-    assert said == ["no copies in memory: they need 0.0 GB beside each rank, and 0.0 GB are free on this node"]
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("memory", "they need 0.0 GB beside each of 2 ranks, and 0.0 GB are free on this node"),
+        ("locked memory", "no more memory can be locked"),
+    ],
+)
+def test_without_room_on_one_rank_there_are_no_copies_for_a_while(name: str, what: str, why: str) -> None:
+    (quiet, counts), (said, also) = run_ranks(without_room, 2, name, os.getpid(), what)
+    assert counts == also == [0, 0, 2, 2]
+    assert (quiet, said) == ([], [f"no copies in memory for now: {why}"])
+    assert [each["step"] for each in run_ranks(after, 2, name, os.getpid())] == [4] * 2
+
+
+class Quiet:
+    """A Journal: nobody hears it."""
+
+    def saved(self, *_: Any) -> None: ...
+
+    def skipped(self, step: int) -> None: ...
+
+    def passed_over(self, checkpoint: str, reason: str) -> None: ...
+
+
+def recovers(rank: int, name: str, parent: int, root: str, number: int) -> dict[str, Any]:
+    """A run with both, checkpoints and copies: what is there after each of its moves."""
+    attempt, catalog = Attempt(name, parent), Catalog(LocalStorage(root))
+    saves, policy = SyncWriter(attempt.ranks), SavePolicy()
+    recover = RecoverHandler(
+        catalog, attempt.state, saves, Quiet(), number, INFO, attempt.ranks, policy, attempt.copies
+    )
+    if number == 2:
+        copy = recover.recall()
+        return {"recalled": copy and copy.place}
+
+    def copies() -> list[int]:
+        if attempt.copies._last is not None:
+            attempt.copies._last.result()
+        records = [memory._record(slot.fd, slot.size) for slot in attempt.copies._slots]
+        return sorted(record["place"][1] for record in records if record)
+
+    seen: dict[str, Any] = {"nothing to go back to": recover.load()}
+    attempt.numbers.train()
+    recover.remember(1)
+    seen["one"] = copies()
+    seen["kept, as nothing was loaded"] = recover.load(), copies()
+    attempt.numbers.train()
+    recover.dump(2, {})
+    attempt.numbers.train()
+    recover.remember(3)
+    seen["two"] = copies()
+    seen["gone with going back"] = recover.load(), attempt.numbers.step, copies()
+    attempt.numbers.train()
+    recover.remember(3)
+    seen["anew"] = copies()
+    recover._catalog = Catalog(LocalStorage(f"{root}/file"))
+    recover.dump(4, {})
+    with pytest.raises(RankError):
+        recover.finish()
+    seen["still, as the last save has failed"] = copies()
+    return seen
+
+
+def test_copies_stay_as_long_as_they_are_good_for_something(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").touch()
+    for seen in run_ranks(recovers, 2, name, os.getpid(), str(tmp_path / "run"), 1):
+        assert seen == {
+            "nothing to go back to": None,
+            "one": [1],
+            "kept, as nothing was loaded": (None, [1]),
+            "two": [1, 3],
+            "gone with going back": ("step-00000002.a1", 2, []),
+            "anew": [3],
+            "still, as the last save has failed": [3],
+        }
+    for seen in run_ranks(recovers, 2, name, os.getpid(), str(tmp_path / "run"), 2):
+        assert seen["recalled"] == (1, 3)
 
 
 KEEPS = """
@@ -397,6 +495,34 @@ def test_it_ends_with_its_owner(name: str, keeps: Any, when: str) -> None:
             process.wait()
         owner.kill()
     is_over(name)
+
+
+def test_it_does_not_start_without_its_owner(name: str) -> None:
+    with subprocess.Popen(["true"]) as owner:
+        owner.wait()
+    with open(os.devnull) as file, pytest.raises(OSError, match="did not start"):
+        keeper.Keeper(f"{name}-0", [file.fileno()], owner.pid)
+
+
+def test_a_process_that_its_process_has_forked_hides_no_death(name: str, keeps: Any) -> None:
+    process = keeps(os.getpid())
+    with open(f"/proc/{process.pid}/fd/{pipe_of(process.pid)}", "wb"):  # as a fork would have it
+        process.kill()
+        process.wait()
+        files = keeper.claim(f"{name}-0")
+    assert len(files) == 2
+    for file in files:
+        os.close(file)
+
+
+def pipe_of(pid: int) -> int:
+    """The writing end that a process has of a pipe, beside its standard streams."""
+    (found,) = (
+        int(entry.name)
+        for entry in Path(f"/proc/{pid}/fd").iterdir()
+        if int(entry.name) > 2 and os.readlink(entry).startswith("pipe:")
+    )
+    return found
 
 
 def test_there_is_one_of_a_name(name: str, keeps: Any) -> None:

@@ -85,6 +85,15 @@ def test_a_kill_after_a_bad_step_changes_nothing(skipped, run):
     assert run.digest() == skipped.digest()
 
 
+def test_after_going_back_copies_are_taken_to_memory_again(skipped, run):
+    kill = "{kind: sigkill, rank: 0, step: 8}"
+    memory = "checkpoint.memory_every_steps=5"
+    assert run.train(SYNC, memory, "train.bad_step.on_bad=rollback", f"faults=[{NAN}, {kill}]") == 0
+    assert [event["memory"] for event in run.events("restored")] == ["step-00000005.a1"]
+    assert run.metrics() == skipped.metrics()
+    assert run.digest() == skipped.digest()
+
+
 def test_by_default_a_bad_step_stops_the_run_with_a_panel(run, capfd):
     assert run.train(SYNC, f"faults=[{NAN}]") == 1
     panel = capfd.readouterr().err

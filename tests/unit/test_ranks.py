@@ -17,6 +17,7 @@ def test_a_single_process_is_rank_0_of_1_and_agrees_with_itself():
     assert (ranks.rank, ranks.size) == (0, 1)
     assert ranks.gather("a") == ["a"]
     assert ranks.broadcast({"a": 1}) == {"a": 1}
+    assert ranks.lowest(3) == 3
     assert ranks.agree(True) is True
     assert ranks.agree(False) is False
     assert ranks.together(lambda: 7) == [7]
