@@ -164,6 +164,7 @@ class Run:
             evaluate=Cadence(),
             recover=self.recover,
             save=save,
+            remember=Cadence(),
             run=self,
             last_step=STEPS,
             total_steps=STEPS,
