@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the uploaded code, before an installed one
 
-from areal_ray.cli import main
+from areal_ray.cli.main import main
 
 if __name__ == "__main__":
     missing = [name for name in ("ray", "torch", "omegaconf", "transformers") if importlib.util.find_spec(name) is None]

@@ -5,9 +5,8 @@ Knows `Stateful` and `Storage`, nothing of models, loops or Ray.
 
 from areal_ray.checkpoint.catalog import Catalog, Entry
 from areal_ray.checkpoint.manifest import CheckpointDamaged, Manifest, read_manifest
-from areal_ray.checkpoint.memory import Copy, MemoryCopies
+from areal_ray.checkpoint.memory_copies import Copy, MemoryCopies
 from areal_ray.checkpoint.reader import StoredState, load
-from areal_ray.checkpoint.state import DCPState
 from areal_ray.checkpoint.writer import AsyncWriter, CheckpointWriter, SyncWriter, save
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "CheckpointDamaged",
     "CheckpointWriter",
     "Copy",
-    "DCPState",
     "Entry",
     "Manifest",
     "MemoryCopies",

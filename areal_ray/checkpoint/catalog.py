@@ -46,7 +46,7 @@ class Catalog:
         return f"step-{step:08d}.a{attempt}"
 
     @staticmethod
-    def place(name: str) -> tuple[int, int]:
+    def version(name: str) -> tuple[int, int]:
         """(attempt, step) of a checkpoint's name, by which checkpoints are ordered."""
         match = _NAME.fullmatch(name)
         assert match, name
@@ -63,7 +63,7 @@ class Catalog:
         """
         files = self._run.sizes()
         found = [name for name in self._run.names() if _NAME.fullmatch(name) and name not in files]
-        return sorted(((*self.place(name), name) for name in found), reverse=True)
+        return sorted(((*self.version(name), name) for name in found), reverse=True)
 
     def last_attempt(self) -> int:
         """The highest attempt that has saved, or begun to; 0 if none has."""

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint.lease import reading
+from areal_ray.checkpoint.dcp_metadata import decode_metadata
 from areal_ray.checkpoint.manifest import METADATA, STATE, CheckpointDamaged, Manifest, read_checked, read_manifest
-from areal_ray.checkpoint.metadata import decode_metadata
-from areal_ray.checkpoint.state import flatten, merge
-from areal_ray.ranks import Ranks
+from areal_ray.checkpoint.read_lock import read_lock
+from areal_ray.checkpoint.tree import flatten, merge
+from areal_ray.distributed import Ranks
 from areal_ray.storage import Storage
 
 _READ_BYTES = 16 << 20  # of neighbouring chunks that are read in one piece
@@ -38,7 +38,7 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Man
         RankError: on every rank, if the checkpoint is damaged anywhere (each rank checks what it reads).
         ValueError: if it holds other tensors, or of other shapes, than the objects have.
     """
-    with reading(directory) if ranks.rank == 0 else nullcontext():
+    with read_lock(directory) if ranks.rank == 0 else nullcontext():
         return _load(directory, state, ranks)
 
 
@@ -52,9 +52,9 @@ def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Ma
         metadata = decode_metadata(read_checked(directory, METADATA, manifest))
         return manifest, metadata, json.loads(read_checked(directory, STATE, manifest))
 
-    manifest, metadata, values = ranks.together(read_small_files)[ranks.rank]
+    manifest, metadata, values = ranks.all_or_raise(read_small_files)[ranks.rank]
     _check_keys(tensors, metadata, directory.location)
-    ranks.together(lambda: _read_tensors(directory, manifest, metadata, tensors))
+    ranks.all_or_raise(lambda: _read_tensors(directory, manifest, metadata, tensors))
     for name, part in state.items():
         part.load_state_dict(merge(trees[name], values.get(name, {})))
     return manifest

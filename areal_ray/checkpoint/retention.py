@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from areal_ray.checkpoint.catalog import Catalog, Entry
-from areal_ray.checkpoint.lease import is_read
 from areal_ray.checkpoint.manifest import MANIFEST
+from areal_ray.checkpoint.read_lock import has_readers
 from areal_ray.config import Keep
 
 
-def expendable(entries: Sequence[Entry], keep: Keep) -> list[Entry]:
+def deletable(entries: Sequence[Entry], keep: Keep) -> list[Entry]:
     """Those of the good checkpoints (newest first) that no rule keeps. The newest one is never among them.
 
     What is not good is not counted, so damage does not push good ones out.
@@ -30,7 +30,7 @@ def expendable(entries: Sequence[Entry], keep: Keep) -> list[Entry]:
     return [entry for entry in good if entry.name not in kept]
 
 
-def abandoned(catalog: Catalog, before_attempt: int) -> list[str]:
+def uncommitted(catalog: Catalog, before_attempt: int) -> list[str]:
     """Directories of earlier attempts whose save was never finished: nobody will finish it, nobody may read it."""
     return [
         name
@@ -49,12 +49,12 @@ def remove(catalog: Catalog, name: str) -> bool:
         OSError: if it cannot be deleted.
     """
     directory = catalog.directory(name)
-    if is_read(directory):
+    if has_readers(directory):
         return False
     if directory.size(MANIFEST) is not None:
         manifest = directory.read(MANIFEST)
         directory.remove(MANIFEST)
-        if is_read(directory):  # began in between, and may have seen the manifest
+        if has_readers(directory):  # began in between, and may have seen the manifest
             directory.publish(MANIFEST, manifest)
             return False
     directory.delete()

@@ -11,7 +11,7 @@ import xxhash
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from areal_ray.checkpoint.frames import frame
+from areal_ray.checkpoint.shard_file import frame
 
 
 class Staging:

@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint.manifest import MANIFEST, METADATA, STATE, FileRecord, Manifest
-from areal_ray.checkpoint.shards import write_shard, write_small
+from areal_ray.checkpoint.shard_file import write_shard, write_small
 from areal_ray.checkpoint.staging import Staging
-from areal_ray.checkpoint.state import flatten, to_json
-from areal_ray.persist import Persister
-from areal_ray.ranks import Ranks
+from areal_ray.checkpoint.tree import flatten, to_json
+from areal_ray.distributed import Ranks
+from areal_ray.processes.file_writer import FileWriter
 from areal_ray.storage import Storage
 
 _Written = tuple[dict[Any, Any], FileRecord] | None
@@ -85,8 +85,8 @@ class AsyncWriter:
     def __init__(self, ranks: Ranks, background: Ranks) -> None:
         self._ranks, self._background = ranks, background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._persister = Persister()
-        self._persister.start()
+        self._file_writer = FileWriter()
+        self._file_writer.start()
         self._plan: _Plan | None = None
         self._staging: Staging | None = None
         self._copied: torch.cuda.Event | None = None
@@ -103,7 +103,7 @@ class AsyncWriter:
                 directory.make()
             return self._plan is None or not self._plan.fits(tensors)
 
-        prepared = _settled(lambda: self._ranks.together(prepare))
+        prepared = _settled(lambda: self._ranks.all_or_raise(prepare))
         if prepared.exception() is not None:
             return prepared
         if any(prepared.result()):
@@ -124,7 +124,7 @@ class AsyncWriter:
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._persister.close()
+        self._file_writer.close()
 
     def _lay_out(self, tensors: dict[str, torch.Tensor]) -> None:
         self._plan = _Plan(tensors, self._ranks)
@@ -148,11 +148,11 @@ class AsyncWriter:
             if copied is not None:
                 copied.synchronize()
             name = _shard_name(self._ranks.rank)
-            record = self._persister.write(directory, name, staging.path, staging.size, staging.chunks)
+            record = self._file_writer.write(directory, name, staging.path, staging.size, staging.chunks)
             return staging.where, FileRecord(**record)
 
-        written = self._background.together(write)
-        return self._background.on_first(lambda: _commit(directory, plan.metadata, written, text, info))
+        written = self._background.all_or_raise(write)
+        return self._background.on_rank_zero(lambda: _commit(directory, plan.metadata, written, text, info))
 
 
 def save(directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any], ranks: Ranks) -> Manifest:
@@ -163,7 +163,7 @@ def save(directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, A
     """
     tensors, values = flatten({name: part.state_dict() for name, part in state.items()})
     text = to_json(values)
-    ranks.on_first(directory.make)
+    ranks.on_rank_zero(directory.make)
     plan = _Plan(tensors, ranks)
 
     def write() -> _Written:
@@ -173,8 +173,8 @@ def save(directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, A
             directory, _shard_name(ranks.rank), ((item.index, plan.data(item)) for item in plan.mine.items)
         )
 
-    written = ranks.together(write)
-    return ranks.on_first(lambda: _commit(directory, plan.metadata, written, text, info))
+    written = ranks.all_or_raise(write)
+    return ranks.on_rank_zero(lambda: _commit(directory, plan.metadata, written, text, info))
 
 
 class _Plan:

@@ -2,5 +2,6 @@
 
 from areal_ray.engine.base import SaveLoadMeta, TrainEngine
 from areal_ray.engine.fsdp import FSDPEngine
+from areal_ray.engine.state import DCPState
 
-__all__ = ["FSDPEngine", "SaveLoadMeta", "TrainEngine"]
+__all__ = ["DCPState", "FSDPEngine", "SaveLoadMeta", "TrainEngine"]

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.objectives import Batch, LossFn, LossWeightFn
+from areal_ray.engine.objectives import Batch, LossFn, LossWeightFn
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,17 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from areal_ray import models
-from areal_ray.checkpoint import DCPState, hf, load, save
+from areal_ray.checkpoint import load, save
 from areal_ray.config import Config
+from areal_ray.distributed import Ranks
+from areal_ray.distributed.mesh import build_mesh, data_parallel_group, init_distributed
+from areal_ray.distributed.overlap import overlap
+from areal_ray.distributed.parallelize import parallelize
 from areal_ray.engine.base import SaveLoadMeta, finite
-from areal_ray.engine.overlap import overlap
-from areal_ray.engine.parallelize import parallelize
-from areal_ray.mesh import build_mesh, data_parallel_group, init_distributed
-from areal_ray.objectives import Batch, LossFn, LossWeightFn
-from areal_ray.optim import LrSchedule, build_optimizer, clip_grad_norm
-from areal_ray.ranks import Ranks
+from areal_ray.engine.objectives import Batch, LossFn, LossWeightFn
+from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_grad_norm
+from areal_ray.engine.state import DCPState
+from areal_ray.models import hf_weights
 from areal_ray.storage import LocalStorage
 
 
@@ -113,7 +115,7 @@ class FSDPEngine:
         summed.wait()
         accepted = self.accept(*torch.stack([loss_sum, grad_norm]).tolist())  # waits for the device, once a step
         if self._ranks.size > self.dp_size:  # ranks of one tensor group may differ in the last bit of what they sum
-            accepted = bool(self._ranks.number(accepted))
+            accepted = bool(self._ranks.broadcast_int(accepted))
         if accepted:
             self.before_update()
             self.optimizer.step()
@@ -156,10 +158,12 @@ class FSDPEngine:
             state = self.state if meta.with_optim else DCPState(self.model)
             save(directory, {"engine": state}, self.describe(), self._ranks)
             return
-        self._ranks.on_first(lambda: hf.prepare(directory.location))
-        self._ranks.together(lambda: hf.save_weights(directory.location, hf.weights_of(self.model)))
+        self._ranks.on_rank_zero(lambda: hf_weights.prepare(directory.location))
+        self._ranks.all_or_raise(lambda: hf_weights.save_weights(directory.location, hf_weights.weights_of(self.model)))
         if (architecture := models.architecture(self._config.model)) is not None:
-            self._ranks.on_first(lambda: directory.replace("config.json", json.dumps(architecture, indent=2).encode()))
+            self._ranks.on_rank_zero(
+                lambda: directory.replace("config.json", json.dumps(architecture, indent=2).encode())
+            )
         if meta.with_optim:
             save(directory.sub("optim"), {"engine": self._optim_state()}, self.describe(), self._ranks)
 
@@ -175,16 +179,16 @@ class FSDPEngine:
             state = self.state if meta.with_optim else DCPState(self.model)
             load(directory, {"engine": state}, self._ranks)
             return
-        hf.load_weights(directory.location, self.model, self._ranks)
+        hf_weights.load_weights(directory.location, self.model, self._ranks)
         if meta.with_optim:
             load(directory.sub("optim"), {"engine": self._optim_state()}, self._ranks)
 
     def _load_pretrained(self, path: str) -> None:
         others = int(os.environ.get("LOCAL_RANK", "0")) > 0
         # One download per machine; the others then find it.
-        self._ranks.together(lambda: others or hf.resolve(path))
-        here = self._ranks.together(lambda: hf.resolve(path))[self._ranks.rank]
-        hf.load_weights(here, self.model, self._ranks)
+        self._ranks.all_or_raise(lambda: others or hf_weights.resolve(path))
+        here = self._ranks.all_or_raise(lambda: hf_weights.resolve(path))[self._ranks.rank]
+        hf_weights.load_weights(here, self.model, self._ranks)
 
     def _optim_state(self) -> DCPState:
         return DCPState(self.model, self.optimizer, self._schedule, weights=False)

@@ -2,8 +2,7 @@
 
 from areal_ray.models.build import architecture, build_model, check_model, same_architecture
 from areal_ray.models.init import init_buffers, init_weights, materialise
-from areal_ray.models.tensor import tensor_plan
-from areal_ray.models.units import shard_units
+from areal_ray.models.shard_units import shard_units
 
 __all__ = [
     "architecture",
@@ -14,5 +13,4 @@ __all__ = [
     "materialise",
     "same_architecture",
     "shard_units",
-    "tensor_plan",
 ]

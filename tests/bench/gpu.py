@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from areal_ray.config import Config
+from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.models import build_model, init_weights, materialise, shard_units
-from areal_ray.objectives import next_token_loss, predicted_tokens
 
 from . import report
 from .gpu_saves import DEVICE, STEPS, batch_of, config_of, engine_of, saves, timed

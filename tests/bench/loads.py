@@ -50,7 +50,7 @@ def main(folder: str, what: str, rounds: int) -> None:
 
     from areal_ray.config import load
     from areal_ray.engine import FSDPEngine, SaveLoadMeta
-    from areal_ray.objectives import next_token_loss, predicted_tokens
+    from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 
     from .peers import savers
 

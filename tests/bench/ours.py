@@ -15,10 +15,10 @@ LOG = "log"  # beside the run.storage_path
 
 def main(*arguments: Any) -> Any:
     """What the driver has its workers run: the worker's own main."""
-    from areal_ray import worker
+    from areal_ray.worker import main
 
     note_steps(Path(arguments[0].run.storage_path).parent / LOG)
-    return worker.main(*arguments)
+    return main.main(*arguments)
 
 
 def note_steps(folder: Path) -> None:
@@ -39,15 +39,15 @@ def note_steps(folder: Path) -> None:
 
 def drive(*arguments: Any) -> int:
     """What the command does when it has started what it starts first."""
-    from areal_ray import supervisor
+    from areal_ray.driver import supervisor
 
-    assert supervisor._WORKER == "areal_ray.worker"
+    assert supervisor._WORKER == "areal_ray.worker.main"
     supervisor._WORKER = "tests.bench.ours"
     return own_drive(*arguments)
 
 
 if __name__ == "__main__":
-    from areal_ray import cli
+    from areal_ray.cli import main as cli
 
     own_drive, cli._drive = cli._drive, drive
     sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -21,19 +21,19 @@ from ray.train import Checkpoint, CheckpointUploadMode, LoggingConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from areal_ray.checkpoint import AsyncWriter, Catalog
-from areal_ray.cluster import cluster
+from areal_ray.cluster.console import Console
+from areal_ray.cluster.requests import Control
 from areal_ray.config import Config, Keep, load
-from areal_ray.console import Console
-from areal_ray.control import Control
+from areal_ray.distributed import Ranks
+from areal_ray.driver.connect import cluster
 from areal_ray.engine import FSDPEngine
-from areal_ray.faults import Faults
-from areal_ray.journal import LedgerJournal
-from areal_ray.objectives import next_token_loss, predicted_tokens
-from areal_ray.ranks import Ranks
-from areal_ray.recover import RecoverHandler, SavePolicy
-from areal_ray.rundir import RunDir
-from areal_ray.session import RaySession
+from areal_ray.engine.objectives import next_token_loss, predicted_tokens
+from areal_ray.run import RunDir
 from areal_ray.storage import storage_at
+from areal_ray.train.faults import Faults
+from areal_ray.train.journal import Journal
+from areal_ray.train.recovery import RecoverHandler, SavePolicy
+from areal_ray.worker.session import RaySession
 
 from . import report
 from .arms import LARGER, has_standbys
@@ -114,17 +114,17 @@ class Ours:
         writer = AsyncWriter(ranks, background)
         self.fence = writer.fence
         catalog = Catalog(run.storage)
-        journal = LedgerJournal(run if ranks.rank == 0 else None, 1, lambda _: None, catalog, Keep(last=2))
+        journal = Journal(run if ranks.rank == 0 else None, 1, lambda _: None, catalog, Keep(last=2))
         state = {"engine": engine.state}
         self._recover = RecoverHandler(catalog, state, writer, journal, 1, engine.describe(), ranks, SavePolicy())
 
     def save(self, step: int) -> None:
-        dump = self._recover.dump(step, {})
+        dump = self._recover.save(step, {})
         assert dump is not None
         self._session.saving(dump, {})
 
     def settle(self) -> None:
-        self._recover.settle()
+        self._recover.wait()
 
     def on_disk(self) -> int:
         """Bytes of the files of the last checkpoint."""

@@ -6,8 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from areal_ray import storage_s3
-from areal_ray.storage import Storage, storage_at
+from areal_ray.storage import Storage, s3, storage_at
 from tests.s3_proxy import S3Proxy
 from tests.s3_server import S3Server
 
@@ -31,7 +30,7 @@ def proxied(proxy: S3Proxy, server: S3Server, uri: str) -> Storage:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is tried again for ten seconds; to be asked for before the storage is opened."""
-    monkeypatch.setattr(storage_s3, "_ATTEMPTS", 1)
+    monkeypatch.setattr(s3, "_ATTEMPTS", 1)
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from areal_ray import ckpt
 from areal_ray.checkpoint import AsyncWriter, Catalog, SyncWriter, writer
 from areal_ray.config import Keep
-from areal_ray.journal import LedgerJournal
-from areal_ray.ranks import Ranks
-from areal_ray.recover import RecoverHandler, SavePolicy
-from areal_ray.rundir import RunDir
+from areal_ray.distributed import Ranks
+from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
+from areal_ray.train.journal import Journal
+from areal_ray.train.recovery import RecoverHandler, SavePolicy
 from tests.distributed.ranks import RankFailed, run_ranks
 from tests.distributed.traps import (
     MANIFEST,
@@ -28,7 +28,7 @@ from tests.distributed.traps import (
     Notes,
     Stage,
     Trap,
-    TrappedPersister,
+    TrappedFileWriter,
     TrappedStorage,
     trap_the_manifest,
 )
@@ -108,18 +108,18 @@ def go_on(rank: int, root: str, stage: Stage | None, background: bool) -> None:
     """One attempt as a worker makes it: restore, save twice, older ones let go; cut off at `stage`."""
     dist.init_process_group("gloo")
     notes = Notes(Path(f"{root}.notes"))
-    trap = TrappedPersister.trap = Trap(stage, notes)
+    trap = TrappedFileWriter.trap = Trap(stage, notes)
     trap_the_manifest(trap)
     run, ranks, numbers = RunDir(TrappedStorage(root, trap)), Ranks(), Numbers()
     catalog = Catalog(run.storage)
-    attempt = ranks.on_first(lambda: run.next_attempt(catalog.last_attempt()))
+    attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
     if rank == 0:
         run.event("attempt", attempt=attempt)
-    journal = LedgerJournal(run if rank == 0 else None, attempt, silent, catalog, Keep(last=2))
-    writer.Persister = TrappedPersister  # type: ignore[misc]
+    journal = Journal(run if rank == 0 else None, attempt, silent, catalog, Keep(last=2))
+    writer.FileWriter = TrappedFileWriter  # type: ignore[misc]
     saves = AsyncWriter(ranks, Ranks(dist.new_group(backend="gloo"))) if background else SyncWriter(ranks)
     recover = RecoverHandler(catalog, {"numbers": numbers}, saves, journal, attempt, {}, ranks, SavePolicy())
-    pids = ranks.gather([os.getpid(), *([saves._persister._child.pid] if isinstance(saves, AsyncWriter) else [])])  # type: ignore[union-attr]
+    pids = ranks.gather([os.getpid(), *([saves._file_writer._child.pid] if isinstance(saves, AsyncWriter) else [])])  # type: ignore[union-attr]
     restored = recover.load()
     bits = numbers.bits()
     if rank == 0:
@@ -133,8 +133,8 @@ def go_on(rank: int, root: str, stage: Stage | None, background: bool) -> None:
         if rank == 0:
             notes.add("saving", checkpoint=catalog.name(numbers.step, attempt), bits=bits)
         trap.set = save == 1 or (stage is not None and stage.first)
-        recover.dump(numbers.step, {})
-        recover.settle()
+        recover.save(numbers.step, {})
+        recover.wait()
         if isinstance(saves, AsyncWriter):  # older ones are let go by its thread, after `settle` has returned
             saves._thread.submit(lambda: None).result()
     recover.finish()
@@ -195,6 +195,6 @@ class Life:
             [note["stage"] for note in self.notes.of("dies")[len(self.cuts) :]],
             saves,
             {name: self.run.sub(name).sizes() for name in names},
-            {row["name"]: row["state"] for row in ckpt.listing(self.run)},
-            ckpt.check(self.run.sub(newest.name)) if newest else 0,
+            {row["name"]: row["state"] for row in checkpoints.listing(self.run)},
+            checkpoints.check(self.run.sub(newest.name)) if newest else 0,
         )

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from areal_ray.checkpoint import AsyncWriter, load, save
+from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine, SaveLoadMeta
-from areal_ray.objectives import next_token_loss, predicted_tokens
-from areal_ray.ranks import Ranks
+from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.storage import LocalStorage
 from tests.distributed.small import (
     GLOBAL_BATCH,

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from areal_ray.checkpoint import Catalog, save
-from areal_ray.ranks import Ranks
+from areal_ray.distributed import Ranks
 from areal_ray.storage import Storage
 from tests.s3_server import S3Server
-from tests.unit.boxes import Box, weights
+from tests.unit.checkpoint.boxes import Box, weights
 
 # What an operation on a server that is down says: that it is, and not that nothing is there.
 DOWN = "NETWORK_CONNECTION|Could not connect to the endpoint"

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from areal_ray.config import Config, load
+from areal_ray.distributed import RankError
 from areal_ray.engine import FSDPEngine
-from areal_ray.objectives import next_token_loss, predicted_tokens
-from areal_ray.ranks import RankError
+from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH, SEQ_LEN, VOCABULARY = 8, 32, 264

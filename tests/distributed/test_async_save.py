@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from areal_ray import ckpt
 from areal_ray.checkpoint import AsyncWriter, CheckpointDamaged, load, read_manifest, save
+from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
-from areal_ray.ranks import Ranks
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import FINE, attempt, differing, disk_full, erase, snapshot, start_engine, train
 
@@ -49,7 +49,7 @@ def save_while_training(rank: int, root: str) -> dict[str, Any]:
         erase(engine)
         load(run.sub(name), state, Ranks())
         seen[name] = differing(snapshot(engine), right)
-    child = writer._persister._child
+    child = writer._file_writer._child
     writer.close()
     seen["child"] = None if child is None else child.poll()
     return seen
@@ -66,7 +66,7 @@ def fail_to_save(rank: int, root: str) -> dict[str, Any]:
     cramped.close()
     writer = open_writer(engine)
     if rank == 0:
-        child = writer._persister._child
+        child = writer._file_writer._child
         assert child is not None
         child.kill()
         child.wait()
@@ -112,7 +112,7 @@ def test_a_save_holds_the_state_of_the_moment_it_began(saved: list[dict[str, Any
 
 def test_it_is_the_same_checkpoint_as_one_written_at_once(root: Path, saved: list[dict[str, Any]]) -> None:
     one, two, at_once = (LocalStorage(root / name) for name in ("one", "two", "at once"))
-    assert ckpt.digest(one) == ckpt.digest(at_once) != ckpt.digest(two)
+    assert checkpoints.digest(one) == checkpoints.digest(at_once) != checkpoints.digest(two)
     assert read_manifest(one).files == read_manifest(at_once).files
 
 
@@ -120,7 +120,7 @@ def test_nothing_is_saved_over_anything(root: Path, saved: list[dict[str, Any]])
     for seen in saved:
         assert (seen["again"].error, seen["again"].ranks) == ("RankError", (0,))
         assert "FileExistsError" in seen["again"].text
-    assert ckpt.check(LocalStorage(root / "two")) > 0
+    assert checkpoints.check(LocalStorage(root / "two")) > 0
 
 
 def test_the_process_that_writes_ends_with_the_writer(saved: list[dict[str, Any]]) -> None:
@@ -141,7 +141,7 @@ def test_a_rank_that_cannot_write_is_heard_by_all_while_training_goes_on(
 
 def test_the_process_that_writes_is_started_again_if_it_died(root: Path, failed: list[dict[str, Any]]) -> None:
     assert [seen["after a kill"] for seen in failed] == [FINE, FINE]
-    assert ckpt.check(LocalStorage(root / "fine")) > 0
+    assert checkpoints.check(LocalStorage(root / "fine")) > 0
 
 
 @pytest.mark.gpu

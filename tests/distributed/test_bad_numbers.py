@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import AsyncWriter, Catalog
 from areal_ray.config import BadStep, Fault, Keep
+from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
-from areal_ray.objectives import next_token_loss, predicted_tokens
-from areal_ray.ranks import Ranks
+from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.storage import LocalStorage
+from areal_ray.train.cadence import Cadence
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import (
     GLOBAL_BATCH,
@@ -121,14 +121,14 @@ class Run:
 
     def __init__(self, root: str, config: BadStep, attempt: int = 1, fault: Fault | None = None) -> None:
         # Here, so that this module can be collected where there is a torch but no grain.
-        from areal_ray import loop
         from areal_ray.data import GlobalBatches, PackedTokens
-        from areal_ray.faults import Faults
-        from areal_ray.guard import Guard
-        from areal_ray.journal import LedgerJournal
-        from areal_ray.recover import RecoverHandler, SavePolicy
-        from areal_ray.rundir import RunDir
-        from areal_ray.tracking import Tracker
+        from areal_ray.run import RunDir
+        from areal_ray.train import loop
+        from areal_ray.train.bad_steps import BadStepPolicy
+        from areal_ray.train.faults import Faults
+        from areal_ray.train.journal import Journal
+        from areal_ray.train.recovery import RecoverHandler, SavePolicy
+        from areal_ray.train.tracking import Tracker
 
         self.engine, self.ranks = start_engine(f"train.steps={STEPS}"), Ranks()
         self.run = RunDir(SlowStorage(root))
@@ -139,9 +139,11 @@ class Run:
         self.progress = loop.Progress()
         self.began: list[int] = []
         catalog = Catalog(self.run.storage)
-        journal = LedgerJournal(here, attempt, lambda text: None, catalog, Keep())
+        journal = Journal(here, attempt, lambda text: None, catalog, Keep())
         known = [event["step"] for event in self.run.events("bad_step") if event["action"] != "stop"]
-        self.guard = Guard(config, known, lambda refusal: journal.refused(refusal, self.progress.samples, GLOBAL_BATCH))
+        self.guard = BadStepPolicy(
+            config, known, lambda refusal: journal.refused(refusal, self.progress.samples, GLOBAL_BATCH)
+        )
         self.engine.accept = lambda loss, norm: self.guard.accept(self.progress.step + 1, loss, norm)
         tracker = Tracker(Cadence(2), here, lambda text: None, STEPS, GLOBAL_BATCH * SEQ_LEN)
         save = Cadence(EVERY)
@@ -190,7 +192,7 @@ class Run:
     def saving(self, dump: Any, metrics: dict[str, float]) -> None: ...
 
     def train(self) -> Run:
-        from areal_ray import loop
+        from areal_ray.train import loop
 
         loop.train(self.job)
         return self

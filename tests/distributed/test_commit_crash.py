@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from areal_ray import ckpt, cli
 from areal_ray.checkpoint import Catalog
+from areal_ray.cli.main import main as run_cli
+from areal_ray.tools import checkpoints
 from tests.distributed.killed_run import FILES, STAGES, Cut, Life
 from tests.distributed.traps import MANIFEST, SHARDS
 
@@ -109,14 +110,16 @@ def test_the_next_attempt_removes_what_was_cut_off(life: Life) -> None:
 
 def test_gc_removes_what_is_left_and_nothing_that_is_good(life: Life, capsys: pytest.CaptureFixture[str]) -> None:
     good = {
-        entry.name: ckpt.digest(life.run.sub(entry.name)) for entry in Catalog(life.run).entries() if entry.manifest
+        entry.name: checkpoints.digest(life.run.sub(entry.name))
+        for entry in Catalog(life.run).entries()
+        if entry.manifest
     }
     cut_off = {name for _, _, name in Catalog(life.run).names()} - set(good)
     assert len(good) == 2
     assert bool(cut_off) != life.cleans_up
-    assert cli.main(["ckpt", "gc", life.run.location, "--json"]) == 0
+    assert run_cli(["ckpt", "gc", life.run.location, "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["deleted"]) == cut_off
-    assert {name: ckpt.digest(life.run.sub(name)) for _, _, name in Catalog(life.run).names()} == good
+    assert {name: checkpoints.digest(life.run.sub(name)) for _, _, name in Catalog(life.run).names()} == good
 
 
 def test_the_other_rank_and_the_processes_that_write_end_too(life: Life) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from areal_ray import ckpt
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter, load
 from areal_ray.checkpoint.retention import remove
-from areal_ray.ranks import RankError, Ranks
+from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import differing, erase, snapshot, start_engine, train
 from tests.small_disk import SmallDisk, small_disk
@@ -48,7 +48,7 @@ def _fill_up(engine: Any, ranks: Ranks, writer: CheckpointWriter, root: str) -> 
     first = snapshot(engine)
     size = begin(GOOD, 1).result(60).total_bytes
     # Less than what any rank is going to write.
-    ranks.on_first(lambda: SmallDisk(Path(root)).leave(size // 2 // ranks.size))
+    ranks.on_rank_zero(lambda: SmallDisk(Path(root)).leave(size // 2 // ranks.size))
     train(engine, seed=1)
     error = begin(NO_ROOM, 2).exception(60)
     if isinstance(error, RankError):
@@ -57,10 +57,10 @@ def _fill_up(engine: Any, ranks: Ranks, writer: CheckpointWriter, root: str) -> 
         seen["only the storage"] = error.only(OSError)
     seen["goes on"] = train(engine, seed=2)["loss"] > 0
     third = snapshot(engine)
-    newest = ranks.on_first(catalog.newest)
+    newest = ranks.on_rank_zero(catalog.newest)
     seen["newest"] = newest.name if newest else None
-    seen["digest"] = ranks.on_first(lambda: ckpt.digest(catalog.directory(GOOD)))
-    ranks.on_first(lambda: (remove(catalog, NO_ROOM), SmallDisk(Path(root)).make_room()))
+    seen["digest"] = ranks.on_rank_zero(lambda: checkpoints.digest(catalog.directory(GOOD)))
+    ranks.on_rank_zero(lambda: (remove(catalog, NO_ROOM), SmallDisk(Path(root)).make_room()))
     begin(LATER, 3).result(60)
     for name, right in ((GOOD, first), (LATER, third)):
         erase(engine)
@@ -110,6 +110,6 @@ def test_with_room_the_next_save_works(seen: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("writer", WRITERS)
 def test_both_verify_in_the_end(parent: Path, filled: list[dict[str, Any]], writer: str) -> None:
     good, later = (LocalStorage(parent / writer / name) for name in (GOOD, LATER))
-    assert ckpt.check(good) > 0
-    assert ckpt.check(later) > 0
-    assert ckpt.digest(good) == filled[0][writer]["digest"] != ckpt.digest(later)
+    assert checkpoints.check(good) > 0
+    assert checkpoints.check(later) > 0
+    assert checkpoints.digest(good) == filled[0][writer]["digest"] != checkpoints.digest(later)

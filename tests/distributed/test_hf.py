@@ -14,14 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from areal_ray import cli, models
-from areal_ray.checkpoint import CheckpointDamaged, DCPState, hf, save
+from areal_ray import models
+from areal_ray.checkpoint import CheckpointDamaged, save
+from areal_ray.cli.main import main as run_cli
 from areal_ray.config import Model
 from areal_ray.data import build_tokenizer
+from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
-from areal_ray.export import export
-from areal_ray.ranks import Ranks
+from areal_ray.engine.state import DCPState
+from areal_ray.models import hf_weights
 from areal_ray.storage import LocalStorage
+from areal_ray.tools.export import export
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import FINE, VOCABULARY, attempt, global_batch, small_config, train
 
@@ -96,7 +99,7 @@ def load_train_export(rank: int, root: str) -> dict[str, Seen]:
         train(engine, seed=0)
         info = {"hf_config": models.architecture(engine._config.model), "tokenizer": "bytes"}
         save(LocalStorage(path / "saved"), {"engine": engine.state}, info, Ranks())
-        Ranks().on_first(
+        Ranks().on_rank_zero(
             lambda path=path: export(LocalStorage(path / "saved"), LocalStorage(path / "out"), shard_bytes=60_000)
         )
         after, now = engine_rows(engine, path / "out", batch)
@@ -136,7 +139,7 @@ def test_an_export_gives_the_same_logits_bit_for_bit(seen: list[dict[str, Seen]]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_reads_its_part_only(seen: list[dict[str, Seen]], root: Path, kind: str) -> None:
-    whole = sum(torch.Size(shape).numel() for shape in hf.shapes(str(root / kind / "given")).values())
+    whole = sum(torch.Size(shape).numel() for shape in hf_weights.shapes(str(root / kind / "given")).values())
     assert sum(rank[kind].elements for rank in seen) == whole
     assert all(rank[kind].elements < 0.6 * whole for rank in seen)
 
@@ -175,7 +178,7 @@ def test_what_was_exported_can_be_trained_on(seen: list[dict[str, Seen]], root: 
 def same_weights(rank: int, path: str) -> list[str]:
     engine = start(f"model.path={path}")
     stored = {name: tensor for file in Path(path).glob("*.safetensors") for name, tensor in load_file(file).items()}
-    live = hf.weights_of(engine.model)
+    live = hf_weights.weights_of(engine.model)
     return sorted(set(stored) ^ set(live)) + [
         name
         for name, tensor in live.items()
@@ -212,7 +215,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(root: Path, tmp_path: Path)
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no safetensors"):
-        hf.resolve(str(tmp_path))
+        hf_weights.resolve(str(tmp_path))
 
 
 def test_an_export_writes_into_an_empty_directory_only(seen: list[dict[str, Seen]], root: Path, tmp_path: Path) -> None:
@@ -236,7 +239,7 @@ def test_a_damaged_checkpoint_is_not_exported(seen: list[dict[str, Seen]], root:
 def test_a_model_that_transformers_does_not_know_is_not_exported(tmp_path: Path, capsys: Any) -> None:
     state = {"engine": DCPState(torch.nn.Linear(2, 2))}
     save(LocalStorage(tmp_path / "saved"), state, {"hf_config": None}, Ranks())
-    assert cli.main(["ckpt", "export", str(tmp_path / "saved"), str(tmp_path / "out")]) == 1
+    assert run_cli(["ckpt", "export", str(tmp_path / "saved"), str(tmp_path / "out")]) == 1
     assert "which transformers model" in capsys.readouterr().err
 
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from areal_ray import keeper
-from areal_ray.checkpoint import Catalog, MemoryCopies, SyncWriter, memory
+from areal_ray.checkpoint import Catalog, MemoryCopies, SyncWriter, memory_copies
 from areal_ray.checkpoint.staging import Staging
-from areal_ray.launch import address
-from areal_ray.ranks import RankError, Ranks
-from areal_ray.recover import RecoverHandler, SavePolicy
+from areal_ray.distributed import RankError, Ranks
+from areal_ray.processes import memory_keeper
+from areal_ray.processes.launch import address
 from areal_ray.storage import LocalStorage
+from areal_ray.train.recovery import RecoverHandler, SavePolicy
 from tests.distributed.killed_run import Numbers
 from tests.distributed.ranks import RankFailed, run_ranks
 
@@ -40,7 +40,7 @@ def name() -> Iterator[str]:
     name = secrets.token_hex(8)
     yield name
     for rank in range(2):
-        for file in keeper.claim(f"{name}-{rank}"):
+        for file in memory_keeper.claim(f"{name}-{rank}"):
             os.close(file)
 
 
@@ -78,13 +78,13 @@ class Attempt:
     def recall(
         self, info: dict[str, Any] = INFO, newer_than: tuple[int, int] | None = None, attempt: int = 1
     ) -> dict[str, Any]:
-        copy = self.copies.recall(self.state, info, attempt, newer_than)
+        copy = self.copies.restore(self.state, info, attempt, newer_than)
         found = {"step": self.numbers.step, "bits": self.numbers.bits(), "told": self.told.value, "said": self.said}
-        return {**found, "copy": copy and (copy.place, copy.values, copy.info)}
+        return {**found, "copy": copy and (copy.version, copy.values, copy.info)}
 
 
 def after(rank: int, name: str, parent: int, *options: Any) -> dict[str, Any]:
-    return Attempt(name, parent).recall(*options)
+    return Attempt(name, parent).restore(*options)
 
 
 def bits_at(step: int) -> str:
@@ -145,8 +145,8 @@ def whole_record(file: int, data: bytes, at: int) -> None:
 CUTS: dict[str, tuple[Any, str, Any]] = {
     "half of the tensors": (Staging, "fill", half_a_copy),
     "no record": (MemoryCopies, "_seal", no_record),
-    "half a record": (memory.os, "pwrite", half_a_record),
-    "a whole record": (memory.os, "pwrite", whole_record),
+    "half a record": (memory_copies.os, "pwrite", half_a_record),
+    "a whole record": (memory_copies.os, "pwrite", whole_record),
 }
 
 
@@ -240,7 +240,7 @@ def test_another_number_of_ranks_goes_without(name: str) -> None:
 def flipped(rank: int, name: str, parent: int) -> dict[str, Any]:
     """A bit of rank 1's newest copy is another one."""
     attempt = Attempt(name, parent)
-    claim = memory.claim
+    claim = memory_copies.claim
 
     def damaged(name: str) -> list[int]:
         files = claim(name)
@@ -249,8 +249,8 @@ def flipped(rank: int, name: str, parent: int) -> dict[str, Any]:
             os.pwrite(file, bytes([byte[0] ^ 1]), 1000)
         return files
 
-    memory.claim = damaged
-    return attempt.recall()
+    memory_copies.claim = damaged
+    return attempt.restore()
 
 
 def test_damage_on_one_rank_is_found_by_all(name: str) -> None:
@@ -309,16 +309,16 @@ def without_room(rank: int, name: str, parent: int, what: str) -> tuple[list[str
     def locked(*_: Any) -> None:
         raise RuntimeError("no more memory can be locked")
 
-    attempt, room, staging = Attempt(name, parent), memory._room, memory.Staging
-    memory._AGAIN = 1
+    attempt, room, staging = Attempt(name, parent), memory_copies._room, memory_copies.Staging
+    memory_copies._AGAIN = 1
     if rank == 1 and what == "memory":
-        memory._room = free  # type: ignore[assignment]
+        memory_copies._room = free  # type: ignore[assignment]
     if rank == 1 and what == "locked memory":
-        memory.Staging = locked  # type: ignore[assignment,misc]
+        memory_copies.Staging = locked  # type: ignore[assignment,misc]
     counts = []
     for step in range(1, 5):
         if step == 3:
-            memory._room, memory.Staging = room, staging  # type: ignore[misc]
+            memory_copies._room, memory_copies.Staging = room, staging  # type: ignore[misc]
         attempt.step()
         counts.append(len(attempt.copies._slots))
     return attempt.said, counts
@@ -356,31 +356,31 @@ def recovers(rank: int, name: str, parent: int, root: str, number: int) -> dict[
         catalog, attempt.state, saves, Quiet(), number, INFO, attempt.ranks, policy, attempt.copies
     )
     if number == 2:
-        copy = recover.recall()
-        return {"recalled": copy and copy.place}
+        copy = recover.restore_from_memory()
+        return {"recalled": copy and copy.version}
 
     def copies() -> list[int]:
         if attempt.copies._last is not None:
             attempt.copies._last.result()
-        records = [memory._record(slot.fd, slot.size) for slot in attempt.copies._slots]
+        records = [memory_copies._record(slot.fd, slot.size) for slot in attempt.copies._slots]
         return sorted(record["place"][1] for record in records if record)
 
     seen: dict[str, Any] = {"nothing to go back to": recover.load()}
     attempt.numbers.train()
-    recover.remember(1)
+    recover.save_to_memory(1)
     seen["one"] = copies()
     seen["kept, as nothing was loaded"] = recover.load(), copies()
     attempt.numbers.train()
-    recover.dump(2, {})
+    recover.save(2, {})
     attempt.numbers.train()
-    recover.remember(3)
+    recover.save_to_memory(3)
     seen["two"] = copies()
     seen["gone with going back"] = recover.load(), attempt.numbers.step, copies()
     attempt.numbers.train()
-    recover.remember(3)
+    recover.save_to_memory(3)
     seen["anew"] = copies()
     recover._catalog = Catalog(LocalStorage(f"{root}/file"))
-    recover.dump(4, {})
+    recover.save(4, {})
     with pytest.raises(RankError):
         recover.finish()
     seen["still, as the last save has failed"] = copies()
@@ -406,11 +406,11 @@ def test_copies_stay_as_long_as_they_are_good_for_something(name: str, tmp_path:
 
 KEEPS = """
 import os, signal, sys
-from areal_ray.keeper import Keeper
+from areal_ray.processes.memory_keeper import MemoryKeeper
 files = [os.memfd_create("kept") for _ in range(2)]
 for number, file in enumerate(files):
     os.write(file, b"content %d" % number)
-kept = Keeper(sys.argv[1], files, int(sys.argv[2]))
+kept = MemoryKeeper(sys.argv[1], files, int(sys.argv[2]))
 print("ready", flush=True)
 if sys.stdin.readline() == "release\\n":
     kept.release()
@@ -448,17 +448,17 @@ def test_files_outlive_their_process(name: str, keeps: Any) -> None:
     assert psutil.Process(process.pid).children() == []  # Ray ends the children of a worker
     process.stdin.close()
     process.wait()
-    files = keeper.claim(f"{name}-0")
+    files = memory_keeper.claim(f"{name}-0")
     assert [os.pread(file, 20, 0) for file in files] == [b"content 0", b"content 1"]
     for file in files:
         os.close(file)
-    assert keeper.claim(f"{name}-0") == []
+    assert memory_keeper.claim(f"{name}-0") == []
 
 
 def test_a_process_that_lives_keeps_its_files(name: str, keeps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     keeps(os.getpid())
-    monkeypatch.setattr(keeper, "_CLAIM_S", 0.1)
-    assert keeper.claim(f"{name}-0") == []
+    monkeypatch.setattr(memory_keeper, "_CLAIM_S", 0.1)
+    assert memory_keeper.claim(f"{name}-0") == []
 
 
 def is_over(name: str) -> None:
@@ -483,7 +483,7 @@ def test_what_is_released_is_gone(name: str, keeps: Any) -> None:
     is_over(name)
     process.stdin.close()
     process.wait()
-    assert keeper.claim(f"{name}-0") == []
+    assert memory_keeper.claim(f"{name}-0") == []
 
 
 @pytest.mark.parametrize("when", ["while its process lives", "afterwards"])
@@ -501,7 +501,7 @@ def test_it_does_not_start_without_its_owner(name: str) -> None:
     with subprocess.Popen(["true"]) as owner:
         owner.wait()
     with open(os.devnull) as file, pytest.raises(OSError, match="did not start"):
-        keeper.Keeper(f"{name}-0", [file.fileno()], owner.pid)
+        memory_keeper.MemoryKeeper(f"{name}-0", [file.fileno()], owner.pid)
 
 
 def test_a_process_that_its_process_has_forked_hides_no_death(name: str, keeps: Any) -> None:
@@ -509,7 +509,7 @@ def test_a_process_that_its_process_has_forked_hides_no_death(name: str, keeps: 
     with open(f"/proc/{process.pid}/fd/{pipe_of(process.pid)}", "wb"):  # as a fork would have it
         process.kill()
         process.wait()
-        files = keeper.claim(f"{name}-0")
+        files = memory_keeper.claim(f"{name}-0")
     assert len(files) == 2
     for file in files:
         os.close(file)
@@ -528,7 +528,7 @@ def pipe_of(pid: int) -> int:
 def test_there_is_one_of_a_name(name: str, keeps: Any) -> None:
     keeps(os.getpid())
     with open(os.devnull) as file, pytest.raises(OSError, match="in use"):
-        keeper.Keeper(f"{name}-0", [file.fileno()], os.getpid())
+        memory_keeper.MemoryKeeper(f"{name}-0", [file.fileno()], os.getpid())
 
 
 def test_nothing_is_left_in_a_directory(name: str, keeps: Any) -> None:

@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from areal_ray import ckpt
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
 from tests.distributed.meshes import CUT, ELSEWHERE, MESHES, SWITCH, back, four, one, two
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import differing
@@ -93,7 +93,7 @@ def test_any_mesh_loads_what_another_saved_bit_for_bit(
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_digest_and_the_hf_weights_do_not_depend_on_the_mesh(mesh: str, root: Path, resumed: Any) -> None:
-    assert ckpt.digest(LocalStorage(root / mesh)) == ckpt.digest(LocalStorage(root / "cut"))
+    assert checkpoints.digest(LocalStorage(root / mesh)) == checkpoints.digest(LocalStorage(root / "cut"))
     assert differing(hf_weights(root / f"{mesh} hf"), hf_weights(root / "cut hf")) == []
 
 

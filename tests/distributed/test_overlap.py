@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from areal_ray.engine.overlap import LateReduceScatter, overlap, reduce_scatter
-from areal_ray.mesh import init_distributed
+from areal_ray.distributed.mesh import init_distributed
+from areal_ray.distributed.overlap import LateReduceScatter, overlap, reduce_scatter
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import VARIANTS, snapshot, start_engine, train
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from areal_ray.cadence import Cadence
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
-from areal_ray.objectives import next_token_loss, predicted_tokens
-from areal_ray.ranks import Ranks
-from areal_ray.recover import Dump, RecoverHandler, SavePolicy
+from areal_ray.distributed import Ranks
+from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.storage import LocalStorage
+from areal_ray.train.cadence import Cadence
+from areal_ray.train.recovery import PendingSave, RecoverHandler, SavePolicy
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import GLOBAL_BATCH, SEQ_LEN, VOCABULARY, differing, snapshot, start_engine
 
@@ -33,7 +33,7 @@ class Heard:
         self.saves: list[tuple[str, bool]] = []
         self.passed: list[tuple[str, str]] = []
 
-    def saved(self, dump: Dump, blocked_s: float, waited_s: float, total_s: float) -> None:
+    def saved(self, dump: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
         self.saves.append((dump.name, dump.manifest.exception() is None))
 
     def skipped(self, step: int) -> None:
@@ -49,7 +49,7 @@ class Run:
     def __init__(self, root: str, attempt: int, data_seed: int = 0, background: bool = False) -> None:
         # Here, so that this module can be collected where there is a torch but no grain.
         from areal_ray.data import GlobalBatches, PackedTokens
-        from areal_ray.loop import Progress
+        from areal_ray.train.loop import Progress
 
         self.engine = start_engine("train.steps=6")
         self.ranks = Ranks()
@@ -85,7 +85,7 @@ class Run:
             self.progress.metrics["loss"] = float(stats["loss"])
             self.now += 10.0 * (1 + self.ranks.rank)
             if dump and self.progress.step in DUMPS:
-                self.recover.dump(self.progress.step, self.progress.metrics)
+                self.recover.save(self.progress.step, self.progress.metrics)
         self.recover.finish()
 
     def standing(self) -> dict[str, Any]:

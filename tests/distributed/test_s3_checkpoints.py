@@ -12,17 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from areal_ray import ckpt, storage_s3
 from areal_ray.checkpoint import AsyncWriter, Catalog, SyncWriter, load, save
 from areal_ray.checkpoint.reader import StoredState
-from areal_ray.ranks import Ranks
-from areal_ray.recover import Dump, RecoverHandler, SavePolicy
-from areal_ray.storage import Storage, storage_at
+from areal_ray.distributed import Ranks
+from areal_ray.storage import Storage, s3, storage_at
+from areal_ray.tools import checkpoints
+from areal_ray.train.recovery import PendingSave, RecoverHandler, SavePolicy
 from tests.distributed.ranks import run_ranks
 from tests.distributed.s3 import flip
 from tests.distributed.small import FINE, attempt, differing, erase, snapshot, start_engine, train
 from tests.s3_server import S3Server
-from tests.unit.boxes import Box
+from tests.unit.checkpoint.boxes import Box
 
 pytestmark = pytest.mark.distributed
 
@@ -68,7 +68,7 @@ class Heard:
     def __init__(self) -> None:
         self.passed: list[tuple[str, str]] = []
 
-    def saved(self, dump: Dump, blocked_s: float, waited_s: float, total_s: float) -> None: ...
+    def saved(self, dump: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None: ...
 
     def skipped(self, step: int) -> None: ...
 
@@ -78,7 +78,7 @@ class Heard:
 
 def save_and_load(rank: int, recipe: dict[str, Any], switch: tuple[str, int]) -> dict[str, Any]:
     """Saves at once and beside the training, damage, and a server that is away for a while."""
-    storage_s3._ATTEMPTS = 1
+    s3._ATTEMPTS = 1
     run = storage_at(**recipe)
     engine = start_engine()
     state, seen = {"engine": engine.state}, {}
@@ -193,4 +193,4 @@ def test_one_process_loads_what_two_ranks_have_saved(run: Storage, saved: list[d
     )
     load(run.sub("step-00000001.a1"), {"engine": box}, Ranks())
     save(run.sub("alone"), {"engine": box}, {}, Ranks())
-    assert ckpt.digest(run.sub("alone")) == ckpt.digest(run.sub("step-00000001.a1"))
+    assert checkpoints.digest(run.sub("alone")) == checkpoints.digest(run.sub("step-00000001.a1"))

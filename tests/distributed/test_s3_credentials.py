@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from areal_ray import storage_s3
-from areal_ray.storage import Storage, storage_at
+from areal_ray.storage import Storage, s3, storage_at
 from tests.distributed.s3 import write
 from tests.s3_proxy import S3Proxy
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
@@ -77,7 +76,7 @@ def test_wrong_keys_are_refused_with_what_the_server_said_and_no_key(
 
 
 def test_a_key_that_the_server_repeats_is_masked(storage: Storage) -> None:
-    assert isinstance(storage, storage_s3.S3Storage)
+    assert isinstance(storage, s3.S3Storage)
     text = f"AWS Error ACCESS_DENIED during PutObject operation: {ACCESS_KEY} may not,\n{SECRET_KEY} or not"
     shown = r"ACCESS_DENIED \(PutObject\): \*\*\* may not, \*\*\* or not$"
     with pytest.raises(PermissionError, match=shown), storage._plain_errors():
@@ -123,12 +122,12 @@ def test_options_win_over_the_environment(
 def test_keys_come_as_a_set(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of the environment's keys")
     both = {"access_key": "mine", "secret_key": "mine too"}
-    assert storage_s3.with_environment(both) == {
+    assert s3.with_environment(both) == {
         "endpoint": environment["AWS_ENDPOINT_URL"],
         "region": "us-east-1",
         **both,
     }
-    assert storage_s3.with_environment({"region": "here"}) == {
+    assert s3.with_environment({"region": "here"}) == {
         "endpoint": environment["AWS_ENDPOINT_URL"],
         "region": "here",
         "access_key": ACCESS_KEY,

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from areal_ray import storage_s3
-from areal_ray.storage import Storage, storage_at
+from areal_ray.storage import Storage, s3, storage_at
 from tests.distributed.s3 import write
 from tests.s3_proxy import S3Proxy
 
@@ -186,7 +185,7 @@ def test_what_is_under_way_is_bounded() -> None:
         def flush(self) -> None:
             flushed.append(self.written)
 
-    upload = storage_s3._Upload(Stream())
+    upload = s3._Upload(Stream())
     for _ in range(20):
         upload.write(bytes(8 << 20))
     assert flushed == [64 << 20, 128 << 20]

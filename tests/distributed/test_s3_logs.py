@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from areal_ray import logs
-from areal_ray.logs import ObjectLog
-from areal_ray.rundir import RunDir
+from areal_ray.run import RunDir, event_log
+from areal_ray.run.event_log import ObjectLog
 from areal_ray.storage import Storage, storage_at
 from tests.distributed.s3 import DOWN, outage
 from tests.s3_server import S3Server
@@ -76,7 +75,7 @@ def test_a_line_that_the_server_was_down_for_goes_with_the_next(impatient: None,
 
 
 def test_a_long_log_goes_on_in_another_object(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_PART_BYTES", 150)
+    monkeypatch.setattr(event_log, "_PART_BYTES", 150)
     run = RunDir(storage)
     for n in range(10):
         run.event("numbered", n=n)

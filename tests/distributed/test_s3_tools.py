@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from areal_ray import ckpt, cli, storage_s3
 from areal_ray.checkpoint import Catalog, CheckpointDamaged
-from areal_ray.checkpoint.lease import reading
+from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.retention import remove
-from areal_ray.ranks import RankError
-from areal_ray.storage import Storage
+from areal_ray.cli.main import main as run_cli
+from areal_ray.distributed import RankError
+from areal_ray.storage import Storage, s3
+from areal_ray.tools import checkpoints
 from tests.distributed.s3 import flip, save_box, write
 
 pytestmark = pytest.mark.distributed
@@ -24,16 +25,16 @@ def test_two_saves_under_one_name_leave_the_first(storage: Storage) -> None:
     directory = save_box(storage, 1)
     with pytest.raises(RankError, match="FileExistsError"):
         save_box(storage, 1, value=2.0)
-    assert ckpt.check(directory) > 0
+    assert checkpoints.check(directory) > 0
 
 
 def test_a_checkpoint_that_is_read_is_not_touched(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = save_box(storage, 1)
-    with reading(directory):
+    with read_lock(directory):
         with monkeypatch.context() as patch:
-            patch.delattr(storage_s3.S3Storage, "remove")
+            patch.delattr(s3.S3Storage, "remove")
             assert not remove(Catalog(storage), "step-00000001.a1")
-        assert ckpt.check(directory) > 0
+        assert checkpoints.check(directory) > 0
     assert remove(Catalog(storage), "step-00000001.a1")
     assert storage.names() == []
 
@@ -41,18 +42,18 @@ def test_a_checkpoint_that_is_read_is_not_touched(storage: Storage, monkeypatch:
 def test_a_reader_who_comes_while_it_is_deleted_keeps_it(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = save_box(storage, 1)
     readers = []
-    plain = storage_s3.S3Storage.remove
+    plain = s3.S3Storage.remove
 
-    def remove_late(self: storage_s3.S3Storage, name: str) -> None:
+    def remove_late(self: s3.S3Storage, name: str) -> None:
         if name == "manifest.json":
-            readers.append(reading(directory))
+            readers.append(read_lock(directory))
             readers[0].__enter__()
         plain(self, name)
 
-    monkeypatch.setattr(storage_s3.S3Storage, "remove", remove_late)
+    monkeypatch.setattr(s3.S3Storage, "remove", remove_late)
     assert not remove(Catalog(storage), "step-00000001.a1")
     readers[0].__exit__(None, None, None)
-    assert ckpt.check(directory) > 0
+    assert checkpoints.check(directory) > 0
     assert not [name for name in directory.names() if name.startswith(".reading")]
 
 
@@ -62,7 +63,7 @@ def tool(environment: dict[str, str], capfd: pytest.CaptureFixture[str]) -> Iter
     broken_pipe = signal.getsignal(signal.SIGPIPE)
 
     def tool(*arguments: str) -> tuple[int, str]:
-        status = cli.main(["ckpt", *arguments])
+        status = run_cli(["ckpt", *arguments])
         printed = capfd.readouterr()
         return status, printed.out if status == 0 or printed.out else printed.err
 
@@ -107,7 +108,7 @@ def test_verify_reads_every_byte(storage: Storage, uri: str, tool: Any) -> None:
     status, text = tool("verify", f"{uri}/step-00000001.a1")
     assert (status, text) == (1, "areal-ray ckpt: shard-00000.distcp: the checksum does not match\n")
     with pytest.raises(CheckpointDamaged):
-        ckpt.check(directory)
+        checkpoints.check(directory)
 
 
 def test_digest_and_diff_compare_states(storage: Storage, tool: Any) -> None:

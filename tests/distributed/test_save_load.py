@@ -12,10 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from areal_ray import ckpt
 from areal_ray.checkpoint import read_manifest
 from areal_ray.engine import SaveLoadMeta
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import differing, erase, evaluate, snapshot, start_engine, train
 
@@ -31,7 +31,7 @@ def meta(root: str, weight_format: Any, with_optim: bool) -> SaveLoadMeta:
 def digests(root: str) -> list[str]:
     """Of the DCP part of each format that there is: the optimizer alone in the case of `hf`."""
     parts = (f"{root}/dcp-optim", f"{root}/dcp", f"{root}/hf-optim/optim")
-    return [ckpt.digest(LocalStorage(part)) for part in parts]
+    return [checkpoints.digest(LocalStorage(part)) for part in parts]
 
 
 def round_trips(rank: int, root: str) -> dict[Any, Any]:
@@ -156,7 +156,7 @@ def test_the_manifest_says_who_wrote_and_sums_every_file(root: Path, by_two: Any
     manifest = read_manifest(LocalStorage(directory))
     assert manifest.info == {"world_size": 2, "mesh": {"shard": 2}}
     assert set(manifest.files) | {"manifest.json"} == {path.name for path in directory.iterdir()}
-    assert ckpt.check(LocalStorage(directory)) == manifest.total_bytes
+    assert checkpoints.check(LocalStorage(directory)) == manifest.total_bytes
 
 
 def test_stock_dcp_reads_it(root: Path, by_two: list[dict[Any, Any]]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from areal_ray import ckpt
 from areal_ray.checkpoint import CheckpointDamaged, read_manifest
 from areal_ray.engine import SaveLoadMeta
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import FINE, attempt, differing, disk_full, erase, snapshot, start_engine, train
 
@@ -95,7 +95,7 @@ def test_nothing_is_saved_over_anything(failed: tuple[Path, list[dict[str, Any]]
         for what, error in (("exists", "FileExistsError"), ("no parent", "FileNotFoundError")):
             assert (seen[what].error, seen[what].ranks) == ("RankError", (0,))
             assert error in seen[what].text
-    assert ckpt.check(LocalStorage(path / "fine")) > 0
+    assert checkpoints.check(LocalStorage(path / "fine")) > 0
 
 
 @pytest.mark.parametrize("what", DAMAGE)

@@ -9,13 +9,13 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray import ckpt
 from areal_ray.checkpoint import AsyncWriter, Catalog, StoredState
+from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
-from areal_ray.loop import Progress
-from areal_ray.ranks import Ranks
-from areal_ray.recover import Dump, RecoverHandler, SavePolicy
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
+from areal_ray.train.loop import Progress
+from areal_ray.train.recovery import PendingSave, RecoverHandler, SavePolicy
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import differing, erase, snapshot, start_engine, train
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 
 
 class Silent:
-    def saved(self, dump: Dump, blocked_s: float, waited_s: float, total_s: float) -> None: ...
+    def saved(self, dump: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None: ...
 
     def skipped(self, step: int) -> None: ...
 
@@ -71,7 +71,7 @@ class Run:
 def live_and_resume(rank: int, root: str) -> dict[str, Any]:
     first = Run(root, attempt=1)
     first.train(3)
-    first.recover.dump(3, {})
+    first.recover.save(3, {})
     first.train(1)
     first.recover.finish()
     undisturbed, schedules = first.tensors(), first.schedules()
@@ -97,4 +97,4 @@ def test_one_checkpoint_brings_both_back_bit_for_bit(tmp_path: Path) -> None:
     assert {name.split(".")[0] for name in saved.names} == {"actor", "critic"}
     assert saved.values["actor"]["schedule"]["step"] == 3
     assert saved.values["critic"]["schedule"]["step"] == 2
-    assert ckpt.check(LocalStorage(tmp_path / "step-00000003.a1")) > 0
+    assert checkpoints.check(LocalStorage(tmp_path / "step-00000003.a1")) > 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from areal_ray.persist import Persister
+from areal_ray.processes.file_writer import FileWriter
 from areal_ray.storage import LocalStorage, Sink, Storage
 
 MANIFEST, SHARDS = "manifest.json", ("shard-00000.distcp", "shard-00001.distcp")
@@ -138,7 +138,7 @@ class TrappedStorage(LocalStorage):
         super().delete()
 
 
-class TrappedPersister(Persister):
+class TrappedFileWriter(FileWriter):
     """The same moments for a shard that a process beside the rank writes; half of it is half of its tensors."""
 
     trap: Trap

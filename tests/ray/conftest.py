@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from areal_ray import ckpt, cli
-from areal_ray.cluster import cluster
+from areal_ray.cli.main import main as run_cli
 from areal_ray.config import load
+from areal_ray.driver.connect import cluster
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = str(ROOT / "conf/experiments/tiny.yaml")
@@ -44,7 +45,7 @@ class Run:
         self._where = [f"run.storage_path={storage_path}", f"run.name={name}"]
 
     def train(self, *overrides: str) -> int:
-        return cli.main(["train", "--config", EXPERIMENT, *SMALL, *self._where, *overrides])
+        return run_cli(["train", "--config", EXPERIMENT, *SMALL, *self._where, *overrides])
 
     @property
     def arguments(self) -> list[str]:
@@ -60,7 +61,7 @@ class Run:
         return [event for event in self.lines("events.jsonl") if event["event"] == kind]
 
     def digest(self) -> str:
-        return ckpt.digest(LocalStorage(self.path / self.result()["checkpoint"]))
+        return checkpoints.digest(LocalStorage(self.path / self.result()["checkpoint"]))
 
     def metrics(self) -> list[dict]:
         """The logged lines without what the clock says."""

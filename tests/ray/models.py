@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from areal_ray import cli
+from areal_ray.cli.main import main as run_cli
 from areal_ray.config import Model
 from areal_ray.models import build_model
 
@@ -38,7 +38,7 @@ def train(run: Run, factory: str, *overrides: str, **args: Any) -> int:
     experiment = run.path.with_suffix(".yaml")
     experiment.write_text(yaml.safe_dump(values))
     arguments = [argument for argument in run.arguments if not argument.startswith("model.")]
-    return cli.main(["train", "--config", str(experiment), *arguments, *overrides])
+    return run_cli(["train", "--config", str(experiment), *arguments, *overrides])
 
 
 def slow(folder: str, calls: int) -> nn.Module:

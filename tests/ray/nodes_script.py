@@ -14,8 +14,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from areal_ray import cli
-from areal_ray.control import Control
+from areal_ray.cli.main import main as run_cli
+from areal_ray.cluster.requests import Control
 
 DRAIN_FOR_PREEMPTION = 2  # ray.proto: DRAIN_NODE_REASON_PREEMPTION
 DEADLINE_S = 60
@@ -38,7 +38,7 @@ def main(change: str, arguments: list[str]) -> int:
     try:
         ray.init(address=cluster.address, logging_level="ERROR")
         second = cluster.add_node(num_cpus=1) if change != "add" else None
-        training = threading.Thread(target=lambda: status.append(cli.main(["train", *arguments])))
+        training = threading.Thread(target=lambda: status.append(run_cli(["train", *arguments])))
         training.start()
         while training.is_alive() and not events(run, "saved"):
             time.sleep(0.05)

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from areal_ray import cli
+from areal_ray.cli.main import main as run_cli
 
 from .conftest import EXPERIMENT, ROOT, SMALL
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 
 def chaos(tmp_path, *arguments, minutes, seed, environment=None):
-    command = [sys.executable, "-m", "areal_ray.cli", "chaos", "--config", EXPERIMENT]
+    command = [sys.executable, "-m", "areal_ray.cli.main", "chaos", "--config", EXPERIMENT]
     own = ["--minutes", str(minutes), "--seed", str(seed), "--folder", str(tmp_path / "chaos"), *arguments, *SMALL]
     environment = {**os.environ, **(environment or {})}
     done = subprocess.run([*command, *own], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
@@ -38,6 +38,6 @@ def test_nothing_is_lost_when_the_storage_server_stops_for_a_while(server, tmp_p
 
 def test_a_fault_that_cannot_be_is_told_before_anything_is_started(tmp_path, capsys):
     own = ["--only", "the storage server stops", "--folder", str(tmp_path / "chaos")]
-    assert cli.main(["chaos", "--config", EXPERIMENT, *own, *SMALL]) == 1
+    assert run_cli(["chaos", "--config", EXPERIMENT, *own, *SMALL]) == 1
     error = capsys.readouterr().err
     assert "no such faults here: the storage server stops; there are: SIGKILL of a worker, " in error

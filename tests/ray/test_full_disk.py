@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from areal_ray import ckpt
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
 
 from ..small_disk import small_disk
 from .conftest import Run
@@ -70,7 +70,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(undisturbed, run, disk, one_c
     assert NO_SPACE in out
     assert [event["step"] for event in run.events("saved")] == [4, 12]
     assert sorted(path.name for path in run.path.glob("step-*")) == ["step-00000004.a1", "step-00000012.a1"]
-    assert ckpt.differences(*(LocalStorage(r.path / "step-00000004.a1") for r in (run, undisturbed))) == []
+    assert checkpoints.differences(*(LocalStorage(r.path / "step-00000004.a1") for r in (run, undisturbed))) == []
     assert run.result()["restarts"] == 0
     assert run.digest() == undisturbed.digest()
 
@@ -87,7 +87,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
     assert [event["step"] for event in run.events("save_failed")] == [4, 6]
     assert [event["step"] for event in run.events("saved")] == [2]
     assert (run.result()["status"], run.result()["checkpoint"]) == ("failed", "step-00000002.a1")
-    assert ckpt.check(LocalStorage(run.path / "step-00000002.a1")) > 0
+    assert checkpoints.check(LocalStorage(run.path / "step-00000002.a1")) > 0
     disk.make_room()
     assert run.train(*every_two) == 0
     assert [event["checkpoint"] for event in run.events("restored")] == ["step-00000002.a1"]

@@ -30,7 +30,11 @@ def reservations() -> dict[str, str]:
 
 def keepers() -> set[psutil.Process]:
     """Processes that keep memory."""
-    return {each for each in psutil.process_iter(["cmdline"]) if "areal_ray.keeper" in (each.info["cmdline"] or [])}
+    return {
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if "areal_ray.processes.memory_keeper" in (each.info["cmdline"] or [])
+    }
 
 
 def test_kills_at_two_steps_change_nothing(undisturbed, run, capfd):

@@ -8,8 +8,8 @@ from ray.train.v2._internal.execution.worker_group.state import WorkerGroupConte
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from areal_ray import reservation
-from areal_ray.reservation import Reservations
+from areal_ray.controller import placement
+from areal_ray.controller.placement import PlacementGroupCache
 
 pytestmark = pytest.mark.ray
 
@@ -25,12 +25,12 @@ def wanted(workers: int) -> WorkerGroupContext:
 
 @pytest.fixture
 def reservations(ray_cluster):
-    yield Reservations()
-    reservation.release(CONTEXT)
+    yield PlacementGroupCache()
+    placement.release_all(CONTEXT)
 
 
-def taken(reservations: Reservations, workers: int = 2):
-    group = reservations.take(CONTEXT, wanted(workers))
+def taken(reservations: PlacementGroupCache, workers: int = 2):
+    group = reservations.acquire(CONTEXT, wanted(workers))
     assert group.wait(LIMIT_S)
     return group
 
@@ -56,7 +56,7 @@ def resident(group) -> ray.actor.ActorHandle:
 def test_a_group_that_wants_the_same_gets_what_the_last_one_had(reservations):
     first = taken(reservations)
     ray.kill(resident(first))
-    reservations.keep(first, wanted(2))
+    reservations.retain(first, wanted(2))
     second = taken(reservations)
     assert second.id == first.id
     assert state(second) == "CREATED"
@@ -65,16 +65,16 @@ def test_a_group_that_wants_the_same_gets_what_the_last_one_had(reservations):
 
 def test_one_that_wants_another_number_gets_its_own_and_the_kept_one_is_given_back(reservations):
     first = taken(reservations)
-    reservations.keep(first, wanted(2))
+    reservations.retain(first, wanted(2))
     assert taken(reservations, 1).id != first.id
     assert state(first) == "REMOVED"
 
 
 def test_where_a_process_lives_on_nothing_is_kept(reservations, monkeypatch):
-    monkeypatch.setattr(reservation, "_GONE_S", 0.1)
+    monkeypatch.setattr(placement, "_GONE_S", 0.1)
     first = taken(reservations)
     staying = resident(first)
-    reservations.keep(first, wanted(2))
+    reservations.retain(first, wanted(2))
     assert taken(reservations).id != first.id
     assert state(first) == "REMOVED"
     del staying
@@ -82,14 +82,14 @@ def test_where_a_process_lives_on_nothing_is_kept(reservations, monkeypatch):
 
 def test_what_somebody_else_has_given_back_is_reserved_anew(reservations):
     first = taken(reservations)
-    reservations.keep(first, wanted(2))
-    reservation.release(CONTEXT)
+    reservations.retain(first, wanted(2))
+    placement.release_all(CONTEXT)
     assert taken(reservations).id != first.id
 
 
 def test_what_is_kept_can_be_given_back(reservations):
     first = taken(reservations)
-    reservations.keep(first, wanted(2))
-    reservations.give_back()
+    reservations.retain(first, wanted(2))
+    reservations.release()
     assert state(first) == "REMOVED"
-    reservations.give_back()
+    reservations.release()

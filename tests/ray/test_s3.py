@@ -8,9 +8,10 @@ from uuid import uuid4
 
 import pytest
 
-from areal_ray import ckpt, cli
-from areal_ray.rundir import RunDir
+from areal_ray.cli.main import main as run_cli
+from areal_ray.run import RunDir
 from areal_ray.storage import storage_at
+from areal_ray.tools import checkpoints
 from tests.ray.conftest import EXPERIMENT, SMALL
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
@@ -28,13 +29,13 @@ class Run:
         self.files = RunDir(self.storage)
 
     def train(self, *overrides):
-        return cli.main(["train", "--config", EXPERIMENT, *SMALL, *self._where, *overrides])
+        return run_cli(["train", "--config", EXPERIMENT, *SMALL, *self._where, *overrides])
 
     def steps_of(self, kind):
         return [event["step"] for event in self.files.events(kind)]
 
     def digest(self):
-        return ckpt.digest(self.storage.sub(self.files.result()["checkpoint"]))
+        return checkpoints.digest(self.storage.sub(self.files.result()["checkpoint"]))
 
     def metrics(self):
         """The logged lines without what the clock says."""

@@ -4,7 +4,7 @@ import pytest
 import ray
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
-from areal_ray import scaling
+from areal_ray.controller import scaling_policy
 
 pytestmark = pytest.mark.ray
 
@@ -12,6 +12,6 @@ pytestmark = pytest.mark.ray
 def test_jobs_that_ask_an_autoscaler_for_machines_are_found(ray_cluster):
     actor = get_or_create_autoscaling_coordinator()
     try:
-        assert scaling._somebody_has_asked()
+        assert scaling_policy._somebody_has_asked()
     finally:
         ray.kill(actor)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_ray.standby import Standbys
+from areal_ray.cluster.standbys import Standbys
 
 from .models import train
 

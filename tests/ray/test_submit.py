@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from areal_ray import ckpt
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import checkpoints
 
 from .conftest import EXPERIMENT, ROOT, Run
 from .head import free_ports, started_head
@@ -25,13 +25,13 @@ def head():
 
 def test_submitted_job_gives_the_same_checkpoint(head, undisturbed, tmp_path):
     run = Run(tmp_path, "submitted")
-    command = [sys.executable, "-m", "areal_ray.cli", "submit", "--config", os.path.relpath(EXPERIMENT, ROOT)]
+    command = [sys.executable, "-m", "areal_ray.cli.main", "submit", "--config", os.path.relpath(EXPERIMENT, ROOT)]
     fault = "faults=[{kind: sigkill, rank: 1, step: 6}]"
     done = subprocess.run([*command, *run.arguments, fault], cwd=ROOT, env=head, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished: step 12" in done.stdout
     assert (
-        ckpt.differences(
+        checkpoints.differences(
             LocalStorage(run.path / run.result()["checkpoint"]),
             LocalStorage(undisturbed.path / undisturbed.result()["checkpoint"]),
         )
@@ -53,7 +53,7 @@ def test_a_job_s_own_environment_may_have_what_ours_has(head, tmp_path):
 
 
 def test_a_config_error_is_found_before_anything_is_uploaded(head):
-    command = [sys.executable, "-m", "areal_ray.cli", "submit", "--config", EXPERIMENT, "train.step=3"]
+    command = [sys.executable, "-m", "areal_ray.cli.main", "submit", "--config", EXPERIMENT, "train.step=3"]
     done = subprocess.run(command, cwd=ROOT, env=head, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "config error: command line: train.step: no such key; did you mean 'steps'?\n"
@@ -62,7 +62,7 @@ def test_a_config_error_is_found_before_anything_is_uploaded(head):
 def test_no_cluster_says_how_to_start_one():
     (port,) = free_ports(1)
     env = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
-    command = [sys.executable, "-m", "areal_ray.cli", "submit", "--config", EXPERIMENT]
+    command = [sys.executable, "-m", "areal_ray.cli.main", "submit", "--config", EXPERIMENT]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert "ray start --head" in done.stderr

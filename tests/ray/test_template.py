@@ -12,7 +12,8 @@ import pytest
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 
-from areal_ray import standby, template, template_process
+from areal_ray.cluster import standbys
+from areal_ray.processes import fork_server, fork_server_main
 
 pytestmark = pytest.mark.ray
 
@@ -32,8 +33,8 @@ class Process:
             "pid": os.getpid(),
             "parent": parent.cmdline() if parent else [],
             "imported": self.imported,
-            "rehearsed": sys.modules["areal_ray.rehearsal"].rehearse.cache_info().currsize,
-            "malloc": {name: os.environ.get(name) for name in template.MALLOC},
+            "rehearsed": sys.modules["areal_ray.engine.warmup"].warm_up.cache_info().currsize,
+            "malloc": {name: os.environ.get(name) for name in fork_server.MALLOC},
             "id": ray.get_runtime_context().get_worker_id(),
             "next": WorkerID.from_random().hex(),  # Ray's C++ part draws random numbers of its own
         }
@@ -45,10 +46,10 @@ def test_the_processes_of_a_job_are_copies_that_know_who_they_are(ray_cluster):
     processes = Process.remote(), Process.options(runtime_env=variables).remote()
     one, other = ray.get([process.say.remote() for process in processes])
     for process in (one, other):
-        assert template_process.__file__ in process["parent"]
+        assert fork_server_main.__file__ in process["parent"]
         assert process["imported"]
         assert process["rehearsed"] == 1
-        assert process["malloc"] == template.MALLOC
+        assert process["malloc"] == fork_server.MALLOC
     for what in ("pid", "id", "next"):
         assert one[what] != other[what]
 
@@ -75,14 +76,14 @@ def copies():
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             parent = process.parent()
-            if parent and template_process.__file__ in parent.cmdline() and process.cmdline()[0].startswith("ray::"):
+            if parent and fork_server_main.__file__ in parent.cmdline() and process.cmdline()[0].startswith("ray::"):
                 found.add(process.pid)
     return found
 
 
 def test_the_controller_takes_a_process_that_was_started_ahead(ray_cluster, run):
     before = copies()
-    standby.prestart(1)
+    standbys.prestart(1)
     give_up = time.monotonic() + LIMIT_S
     while not (ahead := copies() - before) and time.monotonic() < give_up:
         time.sleep(0.1)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from areal_ray import cli
+from areal_ray.cli.main import main as run_cli
 
 from .conftest import EXPERIMENT, SMALL
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ray
 def test_the_tiny_experiment_keeps_what_is_promised(tmp_path, capfd):
     folder = tmp_path / "runs"
     sizes = [*SMALL, "checkpoint.every_steps=3"]
-    assert cli.main(["verify-resume", "--config", EXPERIMENT, "--kills", "1", "--folder", str(folder), *sizes]) == 0
+    assert run_cli(["verify-resume", "--config", EXPERIMENT, "--kills", "1", "--folder", str(folder), *sizes]) == 0
     out = capfd.readouterr().out
     assert "all as promised" in out
     assert "2 -> 1 -> 2" in out
@@ -30,5 +30,5 @@ def test_the_tiny_experiment_keeps_what_is_promised(tmp_path, capfd):
 
 def test_it_writes_into_an_empty_folder_only(tmp_path, capfd):
     (tmp_path / "mine").write_text("here")
-    assert cli.main(["verify-resume", "--config", EXPERIMENT, "--folder", str(tmp_path), *SMALL]) == 2
+    assert run_cli(["verify-resume", "--config", EXPERIMENT, "--folder", str(tmp_path), *SMALL]) == 2
     assert "is not empty" in capfd.readouterr().err

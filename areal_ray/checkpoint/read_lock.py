@@ -1,0 +1,45 @@
+"""What somebody reads is not deleted under them."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from areal_ray.storage import Storage
+
+_NAME = re.compile(r"\.reading-[0-9a-f]+")
+_SECONDS = 3600.0  # a reader that was killed keeps its checkpoint alive that long
+
+
+@contextmanager
+def read_lock(directory: Storage) -> Iterator[None]:
+    """Keep a checkpoint from being deleted while the block lasts, an hour at most.
+
+    To be entered before the manifest is read: a deletion takes the manifest away first and looks for readers then, so
+    one of the two sees the other. Where one may not write, one reads without.
+    """
+    name = f".reading-{secrets.token_hex(4)}"
+    try:
+        directory.replace(name, json.dumps({"until": time.time() + _SECONDS}).encode())
+    except OSError:  # read-only, or gone: then the reading says so
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            directory.remove(name)
+
+
+def has_readers(directory: Storage) -> bool:
+    """Whether somebody is reading in there."""
+    for name in directory.names():
+        if _NAME.fullmatch(name):  # not the half of one that a killed reader left
+            with suppress(FileNotFoundError, ValueError, KeyError):  # just finished, or torn
+                if json.loads(directory.read(name))["until"] > time.time():
+                    return True
+    return False

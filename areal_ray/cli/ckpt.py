@@ -1,0 +1,179 @@
+"""areal-ray ckpt: what one types about checkpoints, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from areal_ray.storage import Storage
+
+
+def add_ckpt(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, paths, text in (
+        ("ls", _ls, ["RUN"], "the checkpoints of a run directory"),
+        ("inspect", _inspect, ["CKPT"], "what a checkpoint holds and where it comes from"),
+        ("verify", _verify, ["CKPT"], "read every byte and compare it with the manifest"),
+        ("digest", _digest, ["CKPT"], "one SHA-256 of the logical state, the same for any number of ranks"),
+        ("gc", _gc, ["RUN"], "delete what saves that were never finished have left"),
+        ("repair", _repair, ["RUN"], "make Ray's list of checkpoints anew from the manifests"),
+        ("export", _export, ["CKPT", "OUT"], "write a Hugging Face directory: config, tokenizer, safetensors"),
+        ("diff", _diff, ["A", "B"], "compare two states bit for bit; exit 0 if and only if they are the same"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        for path in paths:
+            command.add_argument("run_dir" if path == "RUN" else path.lower(), metavar=path)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        if run is _export:
+            command.add_argument("--shard-size", default="5GB", help="largest file, for example 200MB (default 5GB)")
+            command.add_argument("--tokenizer", help="as data.tokenizer; default that of the run; none for none")
+        command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
+
+
+def _ckpt(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    from areal_ray.checkpoint import CheckpointDamaged
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `areal-ray ckpt diff A B | head` ends quietly
+    try:
+        return run(arguments)
+    except (CheckpointDamaged, ValueError, OSError) as error:
+        print(f"areal-ray ckpt: {error}", file=sys.stderr)
+        return 1
+
+
+def _at(path: str) -> Storage:
+    from areal_ray.storage import storage_at
+
+    storage = storage_at(path)
+    if not storage.names():
+        raise ValueError(f"{storage.location}: nothing there")
+    return storage
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    from areal_ray.tools import checkpoints
+
+    rows = checkpoints.listing(_at(arguments.run_dir))
+    if arguments.json:
+        _print_json(rows)
+        return 0
+    print(f"{'name':<20} {'step':>8} {'ranks':>5} {'size':>10}  {'saved':<19}  state")
+    for row in rows:
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:,.1f} MB"
+        ranks, saved = row["world_size"] or "", row["saved"] or ""
+        print(f"{row['name']:<20} {row['step']:>8} {ranks:>5} {size:>10}  {saved:<19}  {row['state']}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from areal_ray.tools import checkpoints
+
+    found = checkpoints.inspection(_at(arguments.ckpt))
+    if arguments.json:
+        _print_json(found)
+        return 0
+    for key, value in found["info"].items():
+        print(f"{key:<12} {value if not isinstance(value, dict) else json.dumps(value)}")
+    print(f"{'bytes':<12} {found['bytes']:,} in {len(found['files'])} files\n\nvalues")
+    print("\n".join(f"  {line}" for line in json.dumps(found["values"], indent=2).splitlines()))
+    print(f"\n{len(found['tensors'])} tensors")
+    for name, (dtype, shape) in found["tensors"].items():
+        print(f"  {name}  {dtype} {'x'.join(map(str, shape)) or 'scalar'}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from areal_ray.tools import checkpoints
+
+    size = checkpoints.check(_at(arguments.ckpt))
+    print(json.dumps({"good": True, "bytes": size}) if arguments.json else f"good: {size:,} bytes read and compared")
+    return 0
+
+
+def _digest(arguments: argparse.Namespace) -> int:
+    from areal_ray.tools import checkpoints
+
+    value = checkpoints.digest(_at(arguments.ckpt))
+    print(json.dumps({"sha256": value}) if arguments.json else value)
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from areal_ray.tools import checkpoints
+
+    found = checkpoints.differences(_at(arguments.a), _at(arguments.b))
+    if arguments.json:
+        _print_json([vars(difference) for difference in found])
+    elif not found:
+        print("bit-identical")
+    else:
+        for difference in found:
+            apart = "" if difference.max_abs is None else f", max |a-b| {difference.max_abs:.3g}"
+            print(f"{difference.name}: {difference.what}{apart}")
+    return 1 if found else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from areal_ray.storage import storage_at
+    from areal_ray.tools.export import export
+
+    size = _bytes(arguments.shard_size)
+    done = export(_at(arguments.ckpt), storage_at(arguments.out), size, arguments.tokenizer)
+    if arguments.json:
+        _print_json(vars(done))
+    else:
+        shards = sum(file.endswith(".safetensors") for file in done.files)
+        print(f"{done.tensors} tensors, {done.total_bytes:,} bytes in {shards} safetensors file{'s' * (shards != 1)}")
+    return 0
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text, re.I)
+    if match is None or not int(match[1]):
+        raise ValueError(f"{text!r} is no size; for example 5GB or 200MB")
+    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from areal_ray.checkpoint import Catalog
+    from areal_ray.checkpoint.retention import remove, uncommitted
+    from areal_ray.run import RunDir
+
+    run = _at(arguments.run_dir)
+    catalog = Catalog(run)
+    # The last attempt may be saving just now; only what came before it is surely nobody's.
+    latest = max([event["attempt"] for event in RunDir(run).events("attempt")] + [catalog.last_attempt()])
+    names = [name for name in uncommitted(catalog, latest) if remove(catalog, name)]
+    if arguments.json:
+        print(json.dumps({"deleted": names}))
+    else:
+        print("\n".join(f"deleted {name}" for name in names) or "nothing to delete")
+    return 0
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from areal_ray.controller.snapshot import rebuild
+
+    names = rebuild(_at(arguments.run_dir))
+    print(json.dumps({"checkpoints": names}) if arguments.json else f"{len(names)} checkpoints: {', '.join(names)}")
+    return 0
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Infinities and NaN, for which JSON has no word, as text."""
+    if isinstance(value, dict):
+        return {key: _finite(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_finite(below) for below in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,173 @@
+"""areal-ray: train an experiment, submit it to a cluster, look at its checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from areal_ray.cli.ckpt import add_ckpt
+
+if TYPE_CHECKING:
+    from areal_ray.tools.verify_resume import Check
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done, 1 failed (diff: different), 2 wrong arguments or configuration."""
+    parser = argparse.ArgumentParser(prog="areal-ray", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_experiment(
+        commands.add_parser("train", help="run an experiment here, or on the cluster of RAY_ADDRESS"), _train
+    )
+    _add_experiment(commands.add_parser("submit", help="run an experiment as a job of a running cluster"), _submit)
+    verify = commands.add_parser(
+        "verify-resume", help="run an experiment undisturbed, with kills and at other numbers of workers, and compare"
+    )
+    _add_experiment(verify, _verify)
+    verify.add_argument("--kills", type=int, default=3, help="in each of the disturbed runs (default 3)")
+    verify.add_argument("--seed", type=int, default=0, help="of the steps and ranks that are killed (default 0)")
+    verify.add_argument("--bound", type=float, help="how far apart, |a-b| / |a|, other numbers of workers may end")
+    verify.add_argument("--folder", help="where the runs stay, a path that all nodes see; default a temporary one")
+    chaos = commands.add_parser("chaos", help="disturb an experiment with real faults, and check that nothing is lost")
+    _add_experiment(chaos, _chaos)
+    chaos.add_argument("--minutes", type=float, default=15, help="of disturbed training (default 15)")
+    chaos.add_argument("--seed", type=int, default=0, help="of order, targets and moments of the faults (default 0)")
+    chaos.add_argument(
+        "--storage-process", type=int, metavar="PID", help="of a storage server on this machine, to stop"
+    )
+    chaos.add_argument("--only", action="append", metavar="KIND", help="only faults of this kind; may be repeated")
+    chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
+    add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+def _add_experiment(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="for example conf/experiments/tiny.yaml")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=500")
+    parser.set_defaults(run=run)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    return _with_config(arguments, lambda config: _driver_train(config, arguments.overrides))
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from areal_ray.config import ConfigError, redact_override
+
+    def submit(_: Any) -> int:
+        from areal_ray.driver.submit import submit
+
+        def has_secret(text: str) -> bool:
+            return redact_override(text) != text or re.search(r"://[^/\s]*@", text) is not None
+
+        if shown := [text for text in arguments.overrides if has_secret(text)]:
+            key = shown[0].partition("=")[0]
+            hint = "the command of a job is shown on the dashboard; give it through the environment of the cluster"
+            raise ConfigError(key, hint, "command line")
+        return submit(arguments.config, arguments.overrides)
+
+    return _with_config(arguments, submit)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    def verify(folder: Path) -> list[Check]:
+        from areal_ray.tools.verify_resume import BOUND, verify_resume
+
+        bound = BOUND if arguments.bound is None else arguments.bound
+        return verify_resume(arguments.config, arguments.overrides, folder, arguments.seed, arguments.kills, bound)
+
+    return _with_config(arguments, lambda _: _prove(arguments, "verify-resume", verify))
+
+
+def _chaos(arguments: argparse.Namespace) -> int:
+    def disturb(folder: Path) -> list[Check]:
+        from areal_ray.tools.chaos.main import chaos
+
+        places = arguments.config, arguments.overrides, folder
+        only, storage = arguments.only or (), arguments.storage_process
+        injected, checks = chaos(*places, arguments.minutes, arguments.seed, only, storage)
+        print(f"\n{len(injected)} faults of {len({fault.kind for fault in injected})} kinds")
+        return checks
+
+    return _with_config(arguments, lambda _: _prove(arguments, "chaos", disturb))
+
+
+def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list[Check]]) -> int:
+    """Run something that checks promises in a folder, and show what it found."""
+    folder = Path(arguments.folder or tempfile.mkdtemp(prefix=f"areal_ray-{name}-")).resolve()
+    if folder.is_dir() and any(folder.iterdir()):
+        print(f"areal-ray {name}: {folder} is not empty", file=sys.stderr)
+        return 2
+    try:
+        checks = work(folder)
+    except RuntimeError as error:
+        print(f"\nareal-ray {name}: {error}", file=sys.stderr)
+        return 1
+    width = max(len(check.what) for check in checks)
+    print(f"\n{'run':<9} {'what':<{width}}  {'promised':<18} {'found':<32}")
+    for check in checks:
+        verdict = "ok" if check.kept else "NOT KEPT"
+        print(f"{check.run:<9} {check.what:<{width}}  {check.promised:<18} {check.found:<32} {verdict}")
+    if all(check.kept for check in checks):
+        print("\nall as promised")
+        if not arguments.folder:
+            shutil.rmtree(folder)
+        return 0
+    print(f"\nnot as promised; the runs are in {folder}")
+    return 1
+
+
+def _driver_train(config: Any, overrides: Sequence[str]) -> int:
+    from areal_ray.driver.connect import PREPARATION, answering, cluster, use_token
+    from areal_ray.processes.fork_server import fork_server_for
+
+    if os.environ.get("RAY_ADDRESS"):
+        use_token()
+    # What has Ray already may have a cluster, too.
+    template = fork_server_for(config, PREPARATION) if "ray" not in sys.modules else None
+    try:
+        # A cluster that runs is asked for the first processes before this one imports what it needs itself.
+        with cluster(config, template) if answering() else nullcontext():
+            return _drive(config, overrides, template)
+    finally:
+        if template:
+            template.close()
+
+
+def _drive(config: Any, overrides: Sequence[str], template: Any) -> int:
+    from areal_ray.driver.main import train  # imports Ray and torch: seconds that a typing error need not wait for
+
+    return train(config, overrides, template)
+
+
+def _with_config(arguments: argparse.Namespace, run: Callable[[Any], int]) -> int:
+    from areal_ray.config import ConfigError, dump, load
+
+    try:
+        config = load(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(dump(config), end="")
+            return 0
+        try:
+            return run(config)
+        except ConfigError as error:  # found while looking at files, models and the run directory
+            from areal_ray.config.layers import read_layers, source_of
+
+            layers = read_layers(arguments.config, arguments.overrides)
+            raise ConfigError(error.key, error.message, source_of(error.key, layers)) from None
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+"""Questions and messages to a Ray cluster, outside of Ray Train. Imports run and distributed (RankError).
+
+Nothing is imported here: the driver asks whether a cluster is_reachable before Ray may be imported.
+"""

@@ -1,0 +1,43 @@
+"""The whole schema on one page, and `load`, which turns an experiment's files and overrides into a frozen Config.
+
+Values come from, later ones winning: the defaults below, the groups that the experiment's `defaults:` list names
+(conf/model, conf/data, conf/cluster), the experiment itself, `key=value` on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from omegaconf import OmegaConf
+
+from areal_ray.config.errors import ConfigError
+from areal_ray.config.layers import compose, read_layers, source_of
+from areal_ray.config.redact import redact
+from areal_ray.config.rules import check
+from areal_ray.config.schema import Config
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read an experiment.
+
+    Args:
+        path: YAML file, usually in conf/experiments/.
+        overrides: "key=value" strings; dotted keys, values in YAML.
+
+    Raises:
+        ConfigError: one line that names the file (or "command line"), the key and what would be right.
+    """
+    layers = read_layers(path, overrides)
+    config = compose(Config, layers)
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(error.key, error.message, source_of(error.key, layers)) from None
+    return config
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that `load` reads back; values of keys that name a secret are replaced by `***`."""
+
+    return OmegaConf.to_yaml(OmegaConf.create(redact(asdict(config))))

@@ -1,0 +1,194 @@
+"""What a configuration must satisfy beyond keys and types. Checked once, before anything is started."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from areal_ray.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from areal_ray.config import Config
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# What a run cannot go on with if it is not what the checkpoint says, unless the user says so.
+ALLOWABLE = ("data", "run.seed", "model.config", "model.path", "model.factory")
+_POSITIVE = (
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "train.seq_len",
+    "train.bad_step.spike_window",
+    "train.bad_step.max_bad_steps",
+    "cluster.collective_timeout_s",
+    "cluster.watchdog.factor",
+    "cluster.watchdog.floor_s",
+    "cluster.watchdog.patience_s",
+    "optim.lr",
+    "optim.eps",
+    "optim.clip_grad_norm",
+    "engine.mesh.replicate",
+    "engine.mesh.tensor",
+    "checkpoint.every_steps",
+    "checkpoint.every_seconds",
+    "checkpoint.every_epochs",
+    "checkpoint.memory_every_steps",
+    "checkpoint.max_failed_saves",
+    "checkpoint.keep.last",
+    "checkpoint.keep.every_steps",
+    "eval.every_steps",
+    "eval.batches",
+    "logging.every_steps",
+)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first rule that the config breaks."""
+    for key in _POSITIVE:
+        value = _get(config, key)
+        if value is not None and not value > 0:
+            raise ConfigError(key, f"must be greater than 0, not {value}")
+    _check_run(config)
+    _check_train(config)
+    _check_sizes(config)
+    _check_resources(config)
+    _check_faults(config)
+    _check_keep(config)
+
+
+def _check_run(config: Config) -> None:
+    if not _NAME.fullmatch(config.run.name) or ".." in config.run.name:
+        raise ConfigError("run.name", f"{config.run.name!r} must be letters, digits, '.', '_' or '-', without '..'")
+    s3 = config.run.s3
+    if bool(s3.access_key) != bool(s3.secret_key):
+        raise ConfigError("run.s3", "access_key and secret_key go together; or neither, for those of the environment")
+    if s3.endpoint and not re.fullmatch(r"https?://[^/@\s]+/?", s3.endpoint):
+        raise ConfigError("run.s3.endpoint", "must be http(s)://host or http(s)://host:port, without credentials")
+    if not 0 <= config.run.seed < 2**32:
+        raise ConfigError("run.seed", f"must be in [0, 2**32), not {config.run.seed}")
+    if other := set(config.run.allow_changes) - set(ALLOWABLE):
+        raise ConfigError("run.allow_changes", f"knows {', '.join(ALLOWABLE)}; not {', '.join(sorted(other))}")
+    standbys = config.cluster.standbys
+    if standbys not in ("auto", "off", False) and not (type(standbys) is int and standbys >= 0):
+        raise ConfigError("cluster.standbys", f"must be auto, off or a number of processes per node, not {standbys!r}")
+    if config.cluster.max_failures < -1:
+        raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
+    ways = [bool(config.model.config), bool(config.model.path), bool(config.model.factory)]
+    if sum(ways) != 1:
+        text = "give either model.config (a transformers config), model.path (Hugging Face weights) or model.factory"
+        hint = "; model=pretrained picks a group without config" if config.model.path else ""
+        raise ConfigError("model.config", text + hint)
+    if config.model.config and "model_type" not in config.model.config:
+        raise ConfigError("model.config", "model_type is missing, for example model_type: qwen3")
+    if config.model.factory and not re.fullmatch(r"[\w.]+:\w+", config.model.factory):
+        raise ConfigError("model.factory", f"{config.model.factory!r} is not of the form package.module:function")
+    if config.model.args and not config.model.factory:
+        raise ConfigError("model.args", "are for model.factory, which is not set")
+    if config.data.source == "text" and not config.data.paths:
+        raise ConfigError("data.paths", "source `text` needs files, directories or globs")
+    if config.data.source != "text" and config.data.paths:
+        raise ConfigError("data.paths", f"are for source `text`; the source is {config.data.source!r}")
+    if not 0 < config.data.held_out < 1:
+        raise ConfigError("data.held_out", f"must be between 0 and 1, not {config.data.held_out}")
+
+
+def _check_train(config: Config) -> None:
+    train, optim = config.train, config.optim
+    if train.stop_at is not None and not 0 < train.stop_at <= train.steps:
+        raise ConfigError("train.stop_at", f"must be between 1 and train.steps={train.steps}, not {train.stop_at}")
+    if train.seq_len < 2:
+        raise ConfigError("train.seq_len", "must be at least 2: one token to predict the next from")
+    factor = train.bad_step.spike_factor
+    if factor is not None and not factor > 1:
+        raise ConfigError("train.bad_step.spike_factor", f"must be greater than 1, or null for no limit, not {factor}")
+    if not 0 <= optim.warmup_steps < train.steps:
+        raise ConfigError("optim.warmup_steps", f"must be in [0, train.steps={train.steps}), not {optim.warmup_steps}")
+    if not 0 <= optim.min_lr_ratio <= 1:
+        raise ConfigError("optim.min_lr_ratio", f"must be between 0 and 1, not {optim.min_lr_ratio}")
+    if optim.weight_decay < 0:
+        raise ConfigError("optim.weight_decay", f"must be 0 or more, not {optim.weight_decay}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError("optim.betas", f"must be in [0, 1), not {list(optim.betas)}")
+
+
+def _check_workers(config: Config) -> None:
+    workers = config.cluster.num_workers
+    numbers = workers if isinstance(workers, list) else [workers, workers]
+    if not (len(numbers) == 2 and all(type(number) is int for number in numbers)):
+        raise ConfigError("cluster.num_workers", f"must be a number, or [least, most], not {workers}")
+    if not 0 < numbers[0] <= numbers[1]:
+        raise ConfigError("cluster.num_workers", f"must be greater than 0, least before most, not {workers}")
+
+
+def _check_sizes(config: Config) -> None:
+    _check_workers(config)
+    workers, mesh = config.cluster.num_workers, config.engine.mesh
+    if isinstance(workers, list):
+        if not config.usable_sizes:
+            sizes = [size for size in (mesh.replicate, mesh.shard, mesh.tensor) if size != -1]
+            raise ConfigError(
+                "cluster.num_workers",
+                f"no number in {workers} is a multiple of the mesh ({' x '.join(map(str, sizes))}) and shares "
+                f"train.global_batch_size={config.train.global_batch_size} evenly",
+            )
+        return
+    for name, size in (("replicate", mesh.replicate), ("tensor", mesh.tensor)):
+        if workers % size:
+            raise ConfigError(f"engine.mesh.{name}", f"{size} does not divide cluster.num_workers={workers}")
+    if workers % (mesh.replicate * mesh.tensor):
+        product = f"replicate x tensor = {mesh.replicate} x {mesh.tensor}"
+        raise ConfigError("engine.mesh.tensor", f"{product} does not divide cluster.num_workers={workers}")
+    if mesh.shard != -1 and mesh.replicate * mesh.shard * mesh.tensor != workers:
+        product = " x ".join(str(size) for size in (mesh.replicate, mesh.shard, mesh.tensor))
+        raise ConfigError(
+            "engine.mesh.shard",
+            f"replicate x shard x tensor = {product} must be cluster.num_workers={workers}; -1: the rest",
+        )
+    batch, parts = config.train.global_batch_size, workers // mesh.tensor
+    if batch % parts:
+        below = max(parts, batch - batch % parts)
+        sharers = f"cluster.num_workers={workers}"
+        if mesh.tensor > 1:
+            sharers = f"{parts} groups of workers ({sharers} / engine.mesh.tensor={mesh.tensor})"
+        raise ConfigError(
+            "train.global_batch_size",
+            f"{batch} cannot be shared evenly by {sharers}; "
+            f"the nearest that can: {below} or {batch - batch % parts + parts}",
+        )
+
+
+def _check_resources(config: Config) -> None:
+    if unknown := [name for name, amount in config.cluster.resources_per_worker.items() if amount < 0]:
+        raise ConfigError("cluster.resources_per_worker", f"{unknown[0]} must not be negative")
+
+
+def _check_keep(config: Config) -> None:
+    keep = config.checkpoint.keep
+    if keep.best < 0:
+        raise ConfigError("checkpoint.keep.best", f"must be 0 or more, not {keep.best}")
+    if keep.last is None and (keep.best or keep.every_steps):
+        raise ConfigError(
+            "checkpoint.keep.last", "without it everything is kept, and the other rules say nothing; set it"
+        )
+    if keep.metric not in ("held_out_loss", "loss"):
+        raise ConfigError("checkpoint.keep.metric", f"must be held_out_loss or loss, not {keep.metric!r}")
+    if keep.best and keep.metric == "held_out_loss" and config.eval.every_steps is None:
+        raise ConfigError("checkpoint.keep.metric", "held_out_loss needs eval.every_steps")
+
+
+def _check_faults(config: Config) -> None:
+    for i, fault in enumerate(config.faults):
+        most = config.worker_range[1]
+        if not 0 <= fault.rank < most:
+            raise ConfigError(f"faults[{i}].rank", f"must be in [0, {most}), not {fault.rank}")
+        if not 0 < fault.step <= config.train.steps:
+            raise ConfigError(f"faults[{i}].step", f"must be between 1 and {config.train.steps}, not {fault.step}")
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        if value is None:  # a part that is switched off
+            return None
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,205 @@
+"""The whole schema on one page: every key, its type, its default and what it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class S3:
+    """For a storage_path of s3://. What is not given comes from the AWS variables, profile files or machine roles."""
+
+    endpoint: str | None = None  # URL of a server other than Amazon's
+    region: str | None = None
+    access_key: str | None = field(default=None, repr=False)  # better left to the environment
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = "run"  # the run directory's name; the same name and storage_path resume
+    storage_path: str = "~/areal_ray"  # a path that every node sees, or s3://bucket/prefix; ${oc.env:NAME} works here
+    s3: S3 = field(default_factory=S3)
+    seed: int = 0  # weights, order of the data and all randomness follow from it
+    recover: Literal["auto", "resume", "fresh"] = "auto"  # if there is something · insist · refuse a used directory
+    allow_changes: list[str] = field(default_factory=list)  # data, run.seed, model.config, model.path, model.factory
+
+
+@dataclass(frozen=True)
+class Watch:
+    """When a worker counts as stuck and is ended, so that the run goes on from its last checkpoint."""
+
+    factor: float = 10.0  # so many times the usual time of a step, or of an evaluation's batch, without progress
+    floor_s: float = 10.0  # but at least so long
+    patience_s: float = 1800.0  # for all else: start, restore, the first step, saves (storage may be slow)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    num_workers: Any = 2  # or [min, max]: as many as there is room for, more when machines come back
+    use_gpu: bool = False
+    resources_per_worker: dict[str, float] = field(default_factory=dict)  # default: one CPU, or one CPU and one GPU
+    max_failures: int = -1  # before the run is given up; -1: no limit, but the same error twice at one step
+    watchdog: Watch | None = field(default_factory=Watch)  # null: none
+    standbys: Any = "auto"  # warm spare processes per node, for quick restarts: auto (one a worker), off, or a number
+    template: bool = True  # one process per node imports everything, the others are forked from it: quick starts
+    collective_timeout_s: float = 600.0  # longest wait of a rank for the others before it counts as failed
+
+
+@dataclass(frozen=True)
+class Model:
+    config: dict[str, Any] = field(default_factory=dict)  # arguments of a transformers config, model_type among them
+    path: str | None = None  # instead: a Hugging Face directory or hub name, whose weights are the first ones
+    factory: str | None = None  # instead: "package.module:function", called with args, returns an nn.Module
+    args: dict[str, Any] = field(default_factory=dict)
+    shard_units: list[str] = field(default_factory=list)  # class names sharded one by one; default: the model's own
+
+
+@dataclass(frozen=True)
+class Data:
+    source: Literal["stdlib", "text"] = "stdlib"  # Python's standard library · files of one's own
+    paths: list[str] = field(default_factory=list)  # text: files, directories or globs, one document a file
+    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer
+    held_out: float = 0.05  # share of the documents kept for evaluation, chosen by the hash of their content
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only; not on norms, biases
+    clip_grad_norm: float | None = 1.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # where the cosine ends, as a share of lr
+
+
+@dataclass(frozen=True)
+class Mesh:
+    replicate: int = 1  # copies of the sharded model (HSDP)
+    shard: int = -1  # ranks that share one copy (FSDP); -1: all that the others leave
+    tensor: int = 1  # ranks that compute one layer together (tensor parallelism), by the model's own plan
+
+
+@dataclass(frozen=True)
+class Engine:
+    mesh: Mesh = field(default_factory=Mesh)
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
+    reshard_after_forward: bool = True  # but for the last unit and the rest, with which the backward pass begins
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose loss or gradient norm is not finite, or whose loss is a spike: it never changes the weights."""
+
+    on_bad: Literal["stop", "skip", "rollback"] = "stop"  # fail · leave its batch out · that, from the last checkpoint
+    spike_factor: float | None = None  # a loss above so many times the median of the last good ones; null: no spikes
+    spike_window: int = 20  # how many of the last good losses; before there are so many nothing is a spike
+    max_bad_steps: int = 10  # left out in the life of the run; with the next one it stops
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 100  # length of the run and of the learning-rate schedule
+    stop_at: int | None = None  # end early, resumable; the schedule stays that of steps
+    global_batch_size: int = 8  # sequences per optimizer step, whatever the number of workers
+    micro_batch_size: int = 4  # sequences per forward pass of one rank
+    seq_len: int = 256  # tokens
+    bad_step: BadStep = field(default_factory=BadStep)
+    skip_poison_steps: bool = False  # leave out a step at which the workers fail again and again, with its batch
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay; any rule is enough, and the newest good one always does."""
+
+    last: int | None = None  # so many of the newest; null keeps all
+    every_steps: int | None = None  # those of steps that this divides, for good
+    best: int = 0  # so many of the best by metric
+    metric: str = "held_out_loss"  # or loss
+    mode: Literal["min", "max"] = "min"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int | None = 50
+    every_seconds: float | None = None
+    every_epochs: int | None = None
+    memory_every_steps: int | None = None  # copies in host memory (twice the state) that survive a killed worker
+    async_save: bool = True  # training goes on while a process beside each rank writes
+    when_busy: Literal["wait", "skip"] = "wait"  # if storage still writes the last one when the next is due
+    max_failed_saves: int = 3  # in a row, after which the run stops
+    keep: Keep = field(default_factory=Keep)
+
+
+@dataclass(frozen=True)
+class Eval:
+    every_steps: int | None = 50  # null: never
+    batches: int = 8  # global batches of held-out text
+
+
+@dataclass(frozen=True)
+class Logging:
+    every_steps: int = 10
+    sample_ids: bool = False  # write the numbers of every global batch's sequences to samples.jsonl, to check order
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something bad, on purpose: happens once per run, on `rank`, before `step` is computed (nan: to its loss)."""
+
+    kind: Literal["sigkill", "sigstop", "sigsegv", "hang", "exception", "exit", "nan"]
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    cluster: Cluster = field(default_factory=Cluster)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    engine: Engine = field(default_factory=Engine)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+    logging: Logging = field(default_factory=Logging)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The least and the most workers; the same when cluster.num_workers is one number."""
+        workers = self.cluster.num_workers
+        return (workers, workers) if isinstance(workers, int) else (workers[0], workers[1])
+
+    @property
+    def usable_sizes(self) -> list[int]:
+        """The numbers of workers in that range that the mesh and the global batch can be shared by, ascending."""
+        low, high = self.worker_range
+        return [size for size in range(low, high + 1) if fits(self, size)]
+
+    def standbys(self, local_workers: int) -> int:
+        """How many warm spare processes there are on a node that has so many workers."""
+        wanted = self.cluster.standbys
+        # YAML reads the word off as False.
+        return local_workers if wanted == "auto" else 0 if wanted in ("off", False) else wanted
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this invocation ends."""
+        return self.train.steps if self.train.stop_at is None else self.train.stop_at
+
+
+def fits(config: Config, workers: int) -> bool:
+    """Whether the mesh can be laid over so many workers, and the global batch be shared evenly by them."""
+    mesh = config.engine.mesh
+    whole = mesh.replicate * mesh.tensor
+    if workers % whole or (mesh.shard != -1 and workers != whole * mesh.shard):
+        return False
+    return config.train.global_batch_size % (workers // mesh.tensor) == 0

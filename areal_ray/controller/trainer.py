@@ -1,0 +1,162 @@
+"""A TorchTrainer with our policies, and workers that save and leave when the job is asked to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray.train import FailureConfig, Result
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.util import ObjectRefWrapper
+
+from areal_ray.cluster.console import say
+from areal_ray.cluster.requests import AWAY, Control
+from areal_ray.controller.failure_policy import FailurePolicy
+from areal_ray.controller.placement import PlacementGroupCache, release_all
+from areal_ray.controller.preemption import Preemption
+from areal_ray.controller.scaling_policy import ScalingPolicy
+from areal_ray.controller.worker_group import Groups
+
+
+class Controller(TrainController):
+    """Ray's, with policies that know each other: as arguments of their own they would reach it as separate copies.
+
+    Args:
+        policies: for scaling and for failures.
+        options: as for TrainController.
+    """
+
+    def __init__(self, policies: tuple[ScalingPolicy, FailurePolicy], **options: Any) -> None:
+        super().__init__(scaling_policy=policies[0], failure_policy=policies[1], **options)
+        self._placement_groups = PlacementGroupCache()
+        self.worker_group_cls = Groups(self._placement_groups)
+        callbacks = self._worker_group_callbacks_to_propagate
+        callbacks[:] = [Preemption() if isinstance(each, PreemptionCallback) else each for each in callbacks]
+        write = self._checkpoint_manager._write_state_to_storage
+
+        def try_to_write() -> None:
+            # Ray's list is made anew before it is read, see snapshot.py: no reason to restart healthy workers.
+            try:
+                write()
+            except OSError as error:
+                say(f"could not write Ray's list of checkpoints: {error}")
+
+        self._checkpoint_manager._write_state_to_storage = try_to_write
+
+    def _start_worker_group(self, *args: Any, **kwargs: Any) -> None:
+        if self._failure_policy.troubled:  # one of these nodes may be why; others are taken first if they are free
+            self._placement_groups.release()
+        try:
+            super()._start_worker_group(*args, **kwargs)
+        except Exception:
+            self._placement_groups.release()  # what comes next may be to wait, for hours
+            raise
+
+    async def _shutdown(self) -> Any:
+        try:
+            return await super()._shutdown()
+        finally:
+            self._placement_groups.release()
+
+
+class Trainer(TorchTrainer):
+    """A TorchTrainer with these policies.
+
+    Args:
+        sizes: numbers of workers that can be used, ascending.
+        control: of this job.
+        recipe: of the run directory's storage.
+        skip_poison_steps: as in the configuration.
+        options: as for TorchTrainer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sizes: Sequence[int],
+        control: Control,
+        recipe: dict[str, Any],
+        skip_poison_steps: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self._sizes, self._control, self._recipe, self._skip = sizes, control, recipe, skip_poison_steps
+
+    def fit(self) -> Result:
+        count = ScalingPolicy(self.scaling_config, self._sizes, self._control, self._recipe)
+        limits = self.run_config.failure_config or FailureConfig()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            result = self._run(
+                policies=(count, FailurePolicy(limits, count, self._recipe, self._skip)),
+                train_fn_ref=ObjectRefWrapper(self._get_train_func()),
+                train_run_context=self.train_run_context,
+                callbacks=self._create_default_callbacks(),
+            )
+        except ray.exceptions.RayError:
+            with suppress(*AWAY):  # the head node may be why
+                release_all(self.train_run_context)
+            raise
+        finally:
+            for number, handler in before.items() if in_main_thread else ():
+                signal.signal(number, handler)
+        if result.error:
+            raise result.error
+        return result
+
+    def _run(self, **options: Any) -> Result:
+        """Start the controller on this node and wait for its end. RayError if it dies."""
+        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
+        known = ray.get_runtime_context().runtime_env.get("env_vars", {})
+        # With an environment of its own it could be none of the processes that have been started ahead, see cluster.py.
+        own = {} if environment.items() <= known.items() else {"runtime_env": {"env_vars": environment}}
+        actor = ray.remote(num_cpus=0, label_selector=here, **own)(Controller)
+        controller = actor.remote(**options)
+        if threading.current_thread() is threading.main_thread():
+            self._register_sigint_handler(controller)
+        try:
+            ray.get(controller.run.remote())
+            result: Result = ray.get(controller.get_result.remote())
+        except ray.exceptions.RayError:
+            with suppress(*AWAY):
+                ray.kill(controller)  # it may be out of reach only; there must not be two
+            raise
+        return result
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Actors that would be started for nothing: for datasets, of which there are none, and to give back what a
+        # controller held that has died, which the supervisor does.
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C and SIGTERM have the workers save and leave; a second one ends the job as it stands."""
+        super()._register_sigint_handler(controller)
+        abort = signal.getsignal(signal.SIGINT)
+        asked = threading.Event()
+
+        def leave(number: int, frame: FrameType | None) -> None:
+            if asked.is_set():
+                assert callable(abort)
+                abort(number, frame)
+                return
+            asked.set()
+            print("saving, then stopping; once more to stop at once", flush=True)
+            # In a thread: the call that was interrupted may hold what this one needs.
+            threading.Thread(target=self._control.ask, args=("stop",), daemon=True).start()
+
+        signal.signal(signal.SIGINT, leave)
+        signal.signal(signal.SIGTERM, leave)

@@ -1,0 +1,202 @@
+"""The group of workers as Ray Train's controller starts and ends it: without waiting for the dead, and timed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
+    PlacementGroupHandle,
+)
+from ray.util.placement_group import PlacementGroup
+
+from areal_ray.cluster.console import say
+from areal_ray.cluster.standbys import Standbys
+from areal_ray.controller.placement import PlacementGroupCache, release_all
+from areal_ray.run import RunDir
+from areal_ray.storage import storage_at
+
+_CALM_S = 8.0  # after the start of the workers; what it starts then is not in their way
+
+
+class _Handle(DefaultPlacementGroupHandle):
+    """Ray's, but timed, and what it holds may be kept when it ends.
+
+    Attributes:
+        keep: to be called then instead of giving it back.
+    """
+
+    def __init__(self, reserved: PlacementGroup, reached: dict[str, float]) -> None:
+        super().__init__(reserved)
+        self._reached = reached
+        self.keep: Callable[[PlacementGroup], None] | None = None
+
+    def wait(self, timeout_seconds: float = 30) -> bool:
+        there = super().wait(timeout_seconds)
+        self._reached["placed"] = time.time()
+        return there
+
+    def shutdown(self) -> None:
+        if self.keep:
+            self.keep(self.placement_group)
+        else:
+            super().shutdown()
+
+
+class Group(WorkerGroup):
+    """Ray's, with a reservation that outlives it, unless it is aborted.
+
+    And it gives that back when the workers die while they start: Ray's forgets a group that was half up, and the next
+    one waits for resources that nobody uses.
+
+    Args:
+        placement_groups: where to get room for the workers.
+        ending: process ids of the group before, by node id.
+        options: as for WorkerGroup.
+
+    Attributes:
+        ending: as above.
+        reached: when the start in progress came how far: "placed", there is room; "ready", processes with everything
+            imported, that can form a process group.
+    """
+
+    def __init__(self, placement_groups: PlacementGroupCache, ending: dict[str, list[int]], **options: Any) -> None:
+        super().__init__(**options)
+        self._placement_groups, self.ending = placement_groups, ending
+        self.reached: dict[str, float] = {}
+
+    @property
+    def processes(self) -> dict[str, list[int]]:
+        """Process ids by node id, of a group that has started."""
+        found: dict[str, list[int]] = {}
+        for worker in self.get_workers():
+            found.setdefault(worker.metadata.node_id, []).append(worker.metadata.pid)
+        return found
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
+        return _Handle(self._placement_groups.acquire(self._train_run_context, worker_group_context), self.reached)
+
+    def shutdown(self) -> None:
+        """End the workers. What they had stays reserved for those that come next."""
+        if self.has_started():
+            wanted = self._worker_group_context
+            handle = self._worker_group_state.placement_group_handle
+            handle.keep = lambda reserved: self._placement_groups.retain(reserved, wanted)
+        super().shutdown()
+
+    def abort(self) -> None:
+        super().abort()
+        self._placement_groups.release()
+
+
+class Groups:
+    """Makes one group after the other, for Ray's controller, which takes this for their class.
+
+    Args:
+        placement_groups: for all of them.
+    """
+
+    def __init__(self, placement_groups: PlacementGroupCache) -> None:
+        self._placement_groups = placement_groups
+        self._ending: dict[str, list[int]] = {}
+
+    def create(self, **options: Any) -> Group:
+        group = Group(self._placement_groups, self._ending, **options)
+        group._start()
+        self._ending = group.processes  # by the time that there is another one
+        return group
+
+
+class GroupLife(WorkerGroupCallback, ControllerCallback):
+    """Runs in Ray's controller: ends workers at once, does not wait for ever for their start, writes down how long.
+
+    Args:
+        recipe: of the run directory's storage.
+        start_limit_s: workers that have not all begun to train by then are ended, which counts as a failed start.
+        standbys: for the actors that Ray Train starts beside every group; None for no spares.
+    """
+
+    def __init__(self, recipe: dict[str, Any], start_limit_s: float, standbys: Standbys | None) -> None:
+        self._recipe, self._limit, self._standbys = recipe, start_limit_s, standbys
+        self._times: dict[str, float] = {}
+        self._replenish_at = float("inf")
+        self._workers: list[Any] = []
+
+    @cached_property
+    def _run(self) -> RunDir:
+        return RunDir(storage_at(**self._recipe))
+
+    @contextmanager
+    def on_worker_group_start(self) -> Iterator[None]:
+        self._workers = []
+        timer = threading.Timer(self._limit, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:  # a start that fails, too: or it would end the next group
+            timer.cancel()
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        self._context = train_run_context
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._times |= {"begin": time.time()}
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._workers = workers
+        return {}
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._times |= {**worker_group.reached, "process_group": time.time()}
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._replenish_at = time.monotonic() + _CALM_S
+        at = self._times
+        phases = {
+            "start_s": at["placed"] - at["begin"],
+            "imports_s": at["ready"] - at["placed"],
+            "process_group_s": at["process_group"] - at["ready"],
+        }
+        if "end" in at:
+            phases["teardown_s"] = at.pop("end") - at.pop("failed")
+        rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
+        self._run.note("group", say, workers=len(self._workers), **rounded)
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if self._standbys and time.monotonic() > self._replenish_at:
+            self._standbys.replenish()
+            self._replenish_at = float("inf")
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._times["failed"] = time.time()
+        for worker in worker_group.get_workers():
+            # Ray would first ask each of them, and wait five seconds for one that cannot answer.
+            ray.kill(worker.actor)
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        self._times["end"] = time.time()
+
+    def _give_up(self) -> None:
+        say(f"the workers have not started in {self._limit:.0f} s: starting them again")
+        for worker in self._workers:
+            ray.kill(worker.actor)
+        release_all(self._context)  # and with it what runs there, known by now or not

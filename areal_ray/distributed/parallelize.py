@@ -1,0 +1,48 @@
+"""Sharding applied to a model, apart from the model and from the engine (after torchtitan's parallelize.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from areal_ray.config import ConfigError, Engine
+from areal_ray.distributed.mesh import data_parallel
+from areal_ray.distributed.tensor_parallel import split_tensors, tensor_plan
+
+
+def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, config: Engine) -> None:
+    """Split tensors, checkpoint activations, compile and shard, in this order.
+
+    Each unit is sharded by itself, and then the rest as one.
+
+    Args:
+        model: on the meta device.
+        units: modules that are gathered one at a time.
+        mesh: see `build_mesh`.
+
+    Raises:
+        ConfigError: if the model cannot do what the config asks for.
+    """
+    if config.mesh.tensor > 1:
+        split_tensors(model, tensor_plan(model, config.mesh.tensor), mesh["tensor"])
+    if config.activation_checkpointing:
+        if not hasattr(model, "gradient_checkpointing_enable"):
+            raise ConfigError("engine.activation_checkpointing", "this model has no gradient_checkpointing_enable()")
+        # The model's own way: a wrapper module would change the names of the parameters, and with them the state.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if config.compile:
+        for unit in units:
+            unit.compile()
+    policy = MixedPrecisionPolicy()
+    if config.precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    across = data_parallel(mesh)
+    for unit in units:
+        # Backward begins with the last unit and with the rest: given up, they would be gathered again at once.
+        reshard = config.reshard_after_forward and unit is not units[-1]
+        fully_shard(unit, mesh=across, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=across, mp_policy=policy, reshard_after_forward=False)

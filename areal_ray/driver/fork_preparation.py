@@ -1,0 +1,96 @@
+"""What the fork server imports before it forks: named here, above everything, and carried out in its process.
+
+The fork server is told this module's name (processes/fork_server.py). Nothing may be imported at the top that imports
+Ray: its C++ part keeps what it reads of the environment, which is known only once a process of the job has asked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
+
+from areal_ray.config import ConfigError, Model
+
+_BEFORE = (
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers",
+    "areal_ray.data",
+    "areal_ray.engine",
+    "areal_ray.train.evaluation",
+    "areal_ray.train.journal",
+    "areal_ray.train.loop",
+    "areal_ray.run",
+    "areal_ray.train.tracking",
+    # What Ray imports.
+    "click",
+    "fsspec",
+    "google.protobuf",
+    "jsonschema",
+    "msgpack",
+    "pandas",
+    "pyarrow.fs",
+    "pydantic",
+    "requests",
+)
+_AFTER = (
+    "ray.train.torch",
+    "ray.train.v2._internal.execution.checkpoint.sync_actor",
+    "areal_ray.controller.rendezvous",
+    "areal_ray.controller.trainer",
+    "areal_ray.worker.main",
+)
+
+
+def prepare(model: Model | None) -> None:
+    """Import and warm up, once for all forks, everything but Ray."""
+    _import(_BEFORE)
+    # A factory's module may import Ray, and a name on the hub may be asked for over the network.
+    if model is not None and not model.factory and (not model.path or os.path.isdir(model.path)):
+        with suppress(ConfigError):  # said elsewhere, to the user
+            import_module("areal_ray.models").build_model(model)
+    _warm_up()
+    assert "ray" not in sys.modules, "something imports Ray before it knows the job"
+
+
+def _warm_up() -> None:
+    """Warm torch up, once for all forks. If it fails, each worker tries again (warm_start.warm) and logs why."""
+    torch = sys.modules["torch"]
+    threads = torch.get_num_threads()
+    with suppress(Exception):
+        import_module("areal_ray.engine.warmup").warm_up()
+    torch.set_num_threads(threads)
+
+
+def import_ray() -> None:
+    """Import Ray as a process of a job does, after that process has shown its environment."""
+    import ray
+
+    with import_module("areal_ray.cluster.ray_internals").unseeded_actor_classes():
+        _import(_AFTER)
+    drawn = [_in_a_fork(lambda: bytes(ray.WorkerID.from_random().binary())) for _ in range(2)]
+    if drawn[0] == drawn[1]:
+        raise RuntimeError("forks of a process that has imported Ray would draw the same random numbers")
+
+
+def _in_a_fork(work: Callable[[], bytes]) -> bytes:
+    """What it returns in a fork of this process: a few bytes."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(theirs, work())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    os.waitpid(pid, 0)
+    with open(ours, "rb") as result:
+        return result.read()
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        import_module(name)

@@ -1,0 +1,172 @@
+"""The driver: check everything, hand the job to Ray Train, say what came of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+
+from areal_ray.checkpoint import Catalog
+from areal_ray.cluster import failures
+from areal_ray.cluster.console import Console
+from areal_ray.cluster.requests import Control
+from areal_ray.config import Config, ConfigError, dump, redact_override
+from areal_ray.controller.scaling_policy import StoppedWhileWaiting
+from areal_ray.driver.connect import cluster
+from areal_ray.driver.head_watch import watching
+from areal_ray.driver.panel import show
+from areal_ray.driver.preflight import prepare
+from areal_ray.driver.supervisor import supervise
+from areal_ray.processes.fork_server import ForkServer
+from areal_ray.run import RunDir
+from areal_ray.run.goodput import goodput, table
+from areal_ray.run.lease import RunInUse, hold_lease
+
+
+def train(config: Config, overrides: Sequence[str] = (), template: ForkServer | None = None) -> int:
+    """Run an experiment to its end.
+
+    Args:
+        config: as loaded.
+        overrides: what was typed beside the file, for the record.
+        template: for the job's processes, if one has been started.
+
+    Returns:
+        The exit status: 0 when the run reached its last step, 1 when training failed.
+
+    Raises:
+        ConfigError: before anything is trained or written.
+    """
+    run, config = prepare(config)
+    done = Catalog(run.storage).newest()
+    if done is not None and done.step >= config.last_step:
+        print(
+            f"{config.run.name} has finished step {done.step} already ({run.storage.location}/{done.name}).\n"
+            "To go on: a later train.stop_at or more train.steps. To begin anew: another run.name."
+        )
+        return 0
+    try:
+        run.storage.ensure()
+    except OSError as error:
+        raise ConfigError("run.storage_path", str(error)) from None
+    print(f"run directory: {run.storage.location}", flush=True)
+    submission = secrets.token_hex(8)
+    control = Control(submission)
+    with Console() as console, cluster(config, template), ExitStack() as stack:
+        try:
+            # Who loses the lease asks the workers to leave, so that there must be a cluster first.
+            stack.enter_context(hold_lease(run.storage, lambda: control.ask("stop"), _print))
+            run.write_config(_record(config, overrides))
+        except RunInUse as error:
+            raise ConfigError("run.name", str(error)) from None
+        except OSError as error:
+            raise ConfigError("run.storage_path", str(error)) from None
+        return _drive(config, run, console, control, submission)
+
+
+def _drive(config: Config, run: RunDir, console: Console, control: Control, submission: str) -> int:
+    run.note("submitted", print, last_step=config.last_step, submission=submission)
+    address = ray.get_runtime_context().gcs_address
+    try:
+        with watching(address, _print, lambda: _lost_head(run, address)):
+            outcome = supervise(config, run, submission)
+    except (TrainingFailedError, RayError, OSError) as error:
+        if isinstance(getattr(error, "controller_failure", None), StoppedWhileWaiting):
+            return _interrupted(run)
+        cause = failures.cause_of(error, run)
+        console.wait_for_end(timeout_s=1.0)
+        show(cause, run)
+        _close(run, "failed", {}, cause=cause.kind, error=cause.message[:500])
+        return 1
+    except (KeyboardInterrupt, SystemExit):  # Ray Train makes the latter of Ctrl-C once it has ended the workers
+        return _interrupted(run)
+    finally:
+        control.close()
+    console.wait_for_end()
+    if outcome["reason"] == "stop":
+        return _interrupted(run)
+    status = "finished" if outcome["step"] == config.train.steps else "stopped"
+    _summary(run, _close(run, status, outcome, step=outcome["step"]))
+    return 0
+
+
+def _lost_head(run: RunDir, address: str) -> None:
+    text = f"the head node ({address}) is gone, and the cluster with it"
+    checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)["checkpoint"]
+    print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
+    os._exit(1)  # whatever waits for an answer would wait until Ray ends this process
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _close(run: RunDir, status: str, outcome: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Write the last event and result.json; the result."""
+    run.note(status, print, **fields)
+    result: dict[str, Any] = {"status": status, "step": 0, "loss": None, "restarts": 0, "checkpoint": None, **outcome}
+    try:
+        result = _result(run, status, outcome)
+        run.write_result(result)
+    except OSError as error:
+        print(f"could not write result.json: {error}", flush=True)
+    return result
+
+
+def _interrupted(run: RunDir) -> int:
+    checkpoint = _close(run, "interrupted", {})["checkpoint"]
+    print(f"interrupted; the same command goes on from {checkpoint or 'the beginning'}", flush=True)
+    return 130
+
+
+def _record(config: Config, overrides: Sequence[str]) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    head = [
+        f"# git revision: {git.stdout.strip() or 'unknown'}",
+        *(f"# override: {text}" for text in map(redact_override, overrides)),
+    ]
+    return "\n".join(head) + "\n" + dump(config)
+
+
+def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]:
+    newest = Catalog(run.storage).newest()
+    attempts = run.events("attempt")
+    planned = [event for event in run.events("left") if event["reason"] != "stop"]
+    return {
+        "status": status,
+        "step": outcome.get("step", newest.step if newest else 0),
+        "loss": outcome.get("loss"),
+        "world_size": outcome.get("world_size", attempts[-1]["world_size"] if attempts else None),
+        "restarts": max(0, len(attempts) - len(run.events("submitted")) - len(planned)),
+        "checkpoint": newest.name if newest else None,
+        "goodput": goodput(run),
+    }
+
+
+def _summary(run: RunDir, result: dict[str, Any]) -> None:
+    n = result["restarts"]
+    loss = "" if result["loss"] is None else f"loss {result['loss']:.4f}, "  # None: the last step was left out
+    print(f"{result['status']}: step {result['step']}, {loss}{n} restart{'s' * (n != 1)}")
+    held_out = [line for line in run.metrics() if "held_out_loss" in line]
+    if len(held_out) > 1:
+        first, last = held_out[0], held_out[-1]
+        print(
+            f"held-out loss: {first['held_out_loss']:.4f} at step {first['step']}, {last['held_out_loss']:.4f} at step "
+            f"{last['step']} ({last['held_out_loss'] / first['held_out_loss']:.0%})"
+        )
+    account = result["goodput"]
+    if account["share"] is not None:
+        spent = f"{account['steps_s']:.0f} of {account['wall_s']:.0f} s"
+        print(f"goodput: {account['share']:.0%} of the time went into steps that count ({spent})")
+    if n:
+        print(f"where starts took their time, in seconds:\n{table(account)}")
+    print(f"checkpoint: {run.storage.location}/{result['checkpoint']}", flush=True)

@@ -1,0 +1,120 @@
+"""Everything that can be checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from areal_ray import data, models
+from areal_ray.checkpoint import Catalog
+from areal_ray.config import Config, ConfigError, redact
+from areal_ray.distributed.tensor_parallel import tensor_plan
+from areal_ray.models import hf_weights
+from areal_ray.run import RunDir
+from areal_ray.storage import LocalStorage, Storage, storage_at
+
+
+def prepare(config: Config) -> tuple[RunDir, Config]:
+    """Check what can be checked without a cluster, and fix paths.
+
+    Returns:
+        The run directory, and the config with an absolute storage path.
+
+    Raises:
+        ConfigError: if the run could not start, or must not touch what it would find.
+    """
+    try:
+        storage = storage_at(config.run.storage_path, asdict(config.run.s3))
+    except ValueError as error:
+        raise ConfigError("run.storage_path", str(error)) from None
+    _check_writable(config, storage)
+    config = replace(config, run=replace(config.run, storage_path=storage.location))
+    tokenizer = data.build_tokenizer(config.data.tokenizer)
+    models.check_model(config.model, tokenizer.vocab_size)
+    if config.engine.mesh.tensor > 1:
+        tensor_plan(models.build_model(config.model), config.engine.mesh.tensor)
+    if config.model.path:
+        _check_weights(config)
+    sequences, _ = data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
+    run = RunDir(storage.sub(config.run.name))
+    has_checkpoint = any(entry.manifest for entry in Catalog(run.storage).entries())
+    if config.run.recover == "fresh" and run.exists():
+        raise ConfigError(
+            "run.recover", f"`fresh`, but {run.storage.location} holds a run already; choose another run.name"
+        )
+    if config.run.recover == "resume" and not has_checkpoint:
+        raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
+    newest = Catalog(run.storage).newest()
+    if newest is not None and newest.manifest is not None:
+        _check_continues(newest.manifest.info, config, sequences.fingerprint())
+    return run, config
+
+
+def _check_weights(config: Config) -> None:
+    assert config.model.path
+    try:
+        path = hf_weights.resolve(config.model.path)
+        hf_weights.stored_names(path, models.build_model(config.model), hf_weights.shapes(path))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError("model.path", str(error)) from None
+
+
+def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) -> None:
+    """Compare what a checkpoint says of its run with what is asked for, where nobody could go on with a difference."""
+    if not {"model", "seed", "data"} <= set(saved):
+        return  # an engine's own save, put here by hand; the workers compare the state itself
+    before, now = saved["model"], redact(asdict(config.model))
+    old, new = before["config"], now["config"]
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    values = ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed[:4])
+    path = config.model.path
+    other_architecture = bool(path) and not models.same_architecture(saved.get("hf_config") or {}, config.model)
+    found = {
+        "model.config": f"this run's checkpoints are of another model: {values}" if changed else "",
+        "model.path": "this run's checkpoints are of another architecture" if other_architecture else "",
+        "model.factory": f"this run's checkpoints were made with {before['factory']}"
+        if before["factory"] != now["factory"]
+        else "",
+        "run.seed": f"this run's data are in the order of seed {saved['seed']}"
+        if saved["seed"] != config.run.seed
+        else "",
+        "data": "files, tokenizer or train.seq_len are not those that this run has trained on"
+        if saved["data"] != fingerprint
+        else "",
+    }
+    for key, problem in found.items():
+        if problem and key not in config.run.allow_changes:
+            hint = f"; choose another run.name, or go back, or say run.allow_changes='[{key}]'"
+            raise ConfigError(key, problem + hint)
+
+
+def _check_writable(config: Config, storage: Storage) -> None:
+    if not isinstance(storage, LocalStorage):
+        _try_writing(storage)
+        return
+    path = Path(storage.location)
+    if (
+        "runtime_resources/working_dir_files" in os.getcwd()
+        and not Path(config.run.storage_path).expanduser().is_absolute()
+    ):
+        raise ConfigError(
+            "run.storage_path", "is relative, but a submitted job runs in a folder that Ray deletes; make it absolute"
+        )
+    while not path.exists():
+        path = path.parent
+    if not (path.is_dir() and os.access(path, os.W_OK)):
+        raise ConfigError("run.storage_path", f"cannot write below {path}")
+
+
+def _try_writing(storage: Storage) -> None:
+    name = f".areal_ray-{secrets.token_hex(4)}"
+    try:
+        storage.replace(name, b"can this be written?\n")
+        storage.remove(name)
+    except OSError as error:
+        raise ConfigError("run.storage_path", str(error)) from None

@@ -1,0 +1,55 @@
+"""What is lazy in torch happens before it is needed: a tiny model is trained, saved and loaded."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from areal_ray.config import Config, Model
+from areal_ray.engine import FSDPEngine, SaveLoadMeta
+from areal_ray.engine.objectives import next_token_loss, predicted_tokens
+
+_TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+@cache
+def warm_up() -> None:
+    """Train, save and load a tiny model. The second call does nothing, in the same process or in a fork of it.
+
+    It leaves no process group and no thread, and PyTorch with one thread for its operations.
+    """
+    torch.set_num_threads(1)
+    config = Config(model=Model(config=_TINY))
+    ids = torch.ones(2, 4, dtype=torch.long)
+    engine = FSDPEngine(config, device="cpu")
+    # Not gloo: its threads wake up a hundred times a second, and what DTensor caches keeps them alive for ever.
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Set timeout is now only supported for either nccl or gloo")
+            engine.initialize()
+        # The first backward pass of a build for GPUs counts the devices, on a CPU model too, and those that a process
+        # may use are not chosen yet: it would keep to the wrong ones. And it starts a thread for each, after which no
+        # copy of the process could train.
+        if torch.accelerator.current_accelerator() is None:
+            engine.train_batch({"input_ids": ids, "attention_mask": ids}, next_token_loss, predicted_tokens)
+        with tempfile.TemporaryDirectory() as folder:
+            meta = SaveLoadMeta(f"{folder}/checkpoint")
+            engine.save(meta)
+            engine.load(meta)
+    finally:
+        dist.destroy_process_group()

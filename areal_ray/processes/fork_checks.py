@@ -1,0 +1,51 @@
+"""What must be the same of a process for a fork of the fork server to take its place, and what a fork takes over."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+# Names of variables that are read when a library is loaded or imported.
+_AT_IMPORT = re.compile(r"(LD|GLIBC|MALLOC|OMP|MKL|OPENBLAS|KMP|GOMP|HF|TRANSFORMERS|TORCH|PYTORCH|CUDA)_")
+_MAY_DIFFER = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"}  # set again in each process
+_OF_ACTORS = ("RAY_TRAIN_", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")  # read when they run
+
+
+def of_ray(environment: dict[str, str]) -> dict[str, str]:
+    """What Ray has read when it is imported; not what is added for single actors (by Ray Train, and in trainer.py)."""
+    ours = {name: value for name, value in environment.items() if name.startswith("RAY_")}
+    return {name: value for name, value in ours.items() if not name.startswith(_OF_ACTORS)}
+
+
+def at_import(environment: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in environment.items() if _AT_IMPORT.match(k) and k not in _MAY_DIFFER}
+
+
+def within(limits: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a process with its own limits of resources (soft, hard; -1 is none) may set these."""
+    return all(own[kind][1] == -1 or 0 <= limits[kind][1] <= own[kind][1] for kind in own)
+
+
+def python_path(environment: dict[str, str]) -> list[str]:
+    return [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def inherit(request: dict[str, Any]) -> bool:
+    """Take over what a process has from the one that started it; this one was started by another. Whether it could."""
+    try:
+        os.chdir(request["folder"])
+        os.umask(request["umask"])
+        os.sched_setaffinity(0, request["cores"])
+        for kind, limits in request["limits"].items():
+            resource.setrlimit(int(kind), tuple(limits))
+        Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"])
+        signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+    except (OSError, ValueError) as error:
+        print(f"a fork cannot do as it is told: {error}", file=sys.stderr)
+        return False
+    return True

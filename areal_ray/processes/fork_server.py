@@ -1,0 +1,81 @@
+"""Processes that have imported everything when they begin: copies of one that has, made by fork.
+
+A process of a Ray job spends seconds on importing torch, transformers and Ray, and every process of the job on a node
+does so once more. Here one, the template, does it for all of them: the driver starts it when it starts itself, and
+tells Ray (`py_executable` of the runtime environment) to run launch.py instead of the interpreter, which asks the
+template for a copy. On other nodes the first process that is started has launch.py start the template there.
+
+What must not be done before the fork: opening connections, CUDA, and the import of Ray before a process of the job has
+shown its environment, of which Ray's C++ part keeps what it reads (job id, authentication). Threads do not live on in a
+copy; those that the imports start, of OpenBLAS and jemalloc, are of libraries that see to it themselves.
+A request that does not fit is refused, and becomes an ordinary process with all its imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+
+from areal_ray.config import Config, Model, redact
+from areal_ray.processes import launch
+
+# How glibc's malloc is to behave in all processes of a job. Training runs in a thread of Ray's, and a thread's own heap
+# gives its memory back to the system and faults it in again, thousands of pages in every step; the first heap does not.
+# In huge pages it costs the processor fewer look-ups. See the GNU C library's manual, "Memory Allocation Tunables".
+MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"}
+# Keys of a job's runtime environment that bring an interpreter of their own.
+_EXECUTABLE = ("py_executable", "pip", "uv", "conda", "container", "image_uri", "nsight", "rocprof_sys")
+
+
+class ForkServer:
+    """A template on this machine, as the driver sees it. To be closed.
+
+    Args:
+        model: whose classes are imported, too.
+        preparation: module whose `prepare` and `import_ray` it calls before it forks.
+    """
+
+    def __init__(self, model: Model, preparation: str) -> None:
+        self._name, self._preparation = secrets.token_hex(16), preparation
+        self._process = subprocess.Popen(
+            launch.fork_server_command(self._name, os.getpid(), preparation),
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            env={**MALLOC, **launch.fork_server_environment(json.dumps(redact(asdict(model))))},
+            start_new_session=True,
+        )
+
+    @property
+    def executable(self) -> str:
+        """For Ray to run in the place of the interpreter, by a shell.
+
+        On a node that has Python or this package at another place it is that of Ray itself, found by its script.
+        """
+        assert launch.__file__
+        python, script = sys.executable, launch.__file__
+        launcher = shlex.join([python, "-I", "-S", script, self._name, self._preparation])
+        there = f"[ -x {shlex.quote(python)} ] && [ -f {shlex.quote(script)} ]"
+        other = '"${1%/lib/python*}/bin/python3"'
+        return shlex.join(["/bin/sh", "-c", f'if {there}; then exec {launcher} "$@"; else exec {other} "$@"; fi', "sh"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def fork_server_for(config: Config, preparation: str) -> ForkServer | None:
+    """Start one, unless the job has processes of another kind, or this system has not what it takes."""
+    # Under `uv run` Ray chooses the interpreter itself.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    if not config.cluster.template or any(key in job for key in _EXECUTABLE) or "UV" in os.environ:
+        return None
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (OSError, AttributeError):  # an old kernel, or another one than Linux
+        return None
+    return ForkServer(config.model, preparation)

@@ -1,0 +1,216 @@
+"""The template itself, a script: a process that forks a copy of itself for everyone who asks; see template.py."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # of whatever Python path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from areal_ray.config import Model
+from areal_ray.processes import fork_checks, launch
+
+_IDLE_S = 60.0  # without a process of the job on this node it is not needed
+_ANSWER_S = 5.0  # for a request that has begun
+
+
+@dataclass
+class _Child:
+    pid: int
+    ended: int  # its process as a file descriptor
+    connection: socket.socket  # to the launcher that stands for it
+
+
+class Server:
+    """Forks a copy of this process for everyone who asks.
+
+    Args:
+        name: by which it is found.
+        owner: process id; the server ends with it.
+        preparation: module whose `prepare` and `import_ray` are called before the first fork.
+        model: to get ready for; None if it is not known.
+    """
+
+    def __init__(self, name: str, owner: int, preparation: str, model: Model | None) -> None:
+        self._name, self._preparation, self._model = name, preparation, model
+        self._owner = os.pidfd_open(owner)
+        self._base = _base_path()
+        self._surroundings = launch.surroundings()
+        self._read = fork_checks.at_import(dict(os.environ))
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._children: dict[int, _Child] = {}  # by process id
+        self._adopted: dict[str, str] | None = None  # what Ray has read of the environment
+        self._broken = False
+
+    def serve(self) -> Callable[[], None] | None:
+        """Serve until there is nobody left to serve: None. In each copy: what it is to do."""
+        try:
+            self._listener.bind(launch.address(self._name))
+        except OSError:  # another one was faster
+            return None
+        self._listener.listen(64)
+        self._try(lambda: import_module(self._preparation).prepare(self._model))
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._asked)
+        self._selector.register(self._owner, selectors.EVENT_READ, None)
+        while True:
+            ready = self._selector.select(None if self._children else _IDLE_S)
+            if not ready and not self._children:
+                return None
+            for key, _ in ready:
+                if key.data is None:
+                    return None
+                if work := key.data():
+                    return work
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:  # noqa: BLE001  (whatever a model's code raises; the others will say so again, at its place)
+            traceback.print_exc()
+            self._broken = True
+        gc.collect()
+        gc.freeze()  # or the first collection in each copy would touch, and so copy, every page
+
+    def _asked(self) -> Callable[[], None] | None:
+        connection, _ = self._listener.accept()
+        connection.settimeout(_ANSWER_S)
+        try:
+            launch.check_peer(connection)
+            request, descriptors = launch.receive_request(connection)
+        except (OSError, ValueError) as error:  # it is gone, or nobody of ours
+            print(f"template: {type(error).__name__}: {error}", file=sys.stderr)
+            connection.close()
+            return None
+        pid = self._fork() if self._fits(request) else launch.REFUSED
+        if pid is None:
+            return lambda: self._become(request, descriptors, connection)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        # Who has not waited is an ordinary process now, and its connection will say so.
+        with suppress(OSError):
+            launch.send_number(connection, pid)
+        if pid == launch.REFUSED:
+            connection.close()
+        else:
+            self._watch(_Child(pid, os.pidfd_open(pid), connection))
+        return None
+
+    def _fits(self, request: dict[str, Any]) -> bool:
+        """Whether a copy of this process would be what the request asks for."""
+        environment, own = request["environment"], self._surroundings
+        same = request["groups"] == own["groups"] and fork_checks.at_import(environment) == self._read
+        if not same or not fork_checks.within(request["limits"], own["limits"]):
+            return False
+        if self._adopted is None:
+            self._adopt(environment)
+        return not self._broken and fork_checks.of_ray(environment) == self._adopted
+
+    def _adopt(self, environment: dict[str, str]) -> None:
+        """Import Ray as a process of this job does."""
+        before = dict(os.environ)
+        self._adopted = fork_checks.of_ray(environment)
+        os.environ.clear()
+        os.environ.update(environment)
+        path = [*fork_checks.python_path(environment), *self._base]
+        sys.path[:] = path
+        self._try(lambda: import_module(self._preparation).import_ray())
+        self._added = [place for place in sys.path if place not in path]  # Ray brings some modules along
+        os.environ.clear()
+        os.environ.update(before)
+
+    def _fork(self) -> int | None:
+        """The copy's process id; in the copy None."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            return os.fork() or None
+        except OSError as error:  # no memory, or too many processes
+            print(f"template: {error}", file=sys.stderr)
+            return launch.REFUSED
+
+    def _watch(self, child: _Child) -> None:
+        self._children[child.pid] = child
+        self._selector.register(child.ended, selectors.EVENT_READ, lambda: self._reap(child))
+        self._selector.register(child.connection, selectors.EVENT_READ, lambda: self._gone(child))
+
+    def _reap(self, child: _Child) -> None:
+        _, status = os.waitpid(child.pid, 0)
+        del self._children[child.pid]
+        self._selector.unregister(child.ended)
+        os.close(child.ended)
+        if child.connection.fileno() >= 0:
+            with suppress(OSError):  # who stood for it has been ended first
+                launch.send_number(child.connection, os.waitstatus_to_exitcode(status) & 0xFF)
+            self._selector.unregister(child.connection)
+            child.connection.close()
+
+    def _gone(self, child: _Child) -> None:
+        """The process that Ray started has been ended: so is the one that it stood for."""
+        if child.pid in self._children:  # else it has been reaped just now
+            signal.pidfd_send_signal(child.ended, signal.SIGKILL)
+            self._selector.unregister(child.connection)
+            child.connection.close()
+
+    def _become(self, request: dict[str, Any], descriptors: list[int], connection: socket.socket) -> None:
+        """Be the process that was asked for."""
+        self._selector.close()
+        for child in self._children.values():
+            os.close(child.ended)
+            child.connection.close()
+        os.close(self._owner)
+        self._listener.close()
+        connection.close()
+        *streams, go = descriptors
+        if os.read(go, 1) != launch.GO:  # who asked has become an ordinary process
+            os._exit(1)
+        os.close(go)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        # Not a session: of a group whose parent has ended the kernel wakes the processes that are stopped.
+        os.setpgid(0, 0)
+        command, environment = request["command"], request["environment"]
+        os.environ.clear()
+        os.environ.update(environment)
+        fits = fork_checks.inherit(request)
+        if not fits or sys.modules["torch"].cuda._is_in_bad_fork():
+            os.execv(sys.executable, [sys.executable, *command])
+        sys.argv = command
+        sys.path[:] = [*self._added, os.path.dirname(command[0]), *fork_checks.python_path(environment), *self._base]
+        sys.modules["numpy"].random.seed()  # not the same in all copies; Python sees to its own
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def _base_path() -> list[str]:
+    """Where modules are, whatever the environment says."""
+    added = {str(Path(__file__).resolve().parents[2]), *fork_checks.python_path(dict(os.environ))}
+    return [path for path in sys.path if path not in added]
+
+
+def main(name: str, owner: str, preparation: str) -> None:
+    for number in (signal.SIGINT, signal.SIGQUIT):  # a shell that starts something in the background has them ignored
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    model = os.environ.get(launch.MODEL)
+    work = Server(name, int(owner), preparation, Model(**json.loads(model)) if model else None).serve()
+    if work is not None:
+        work()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,217 @@
+"""What Ray runs in the place of the interpreter for every process of a job: it has the template make it.
+
+Ray calls it as `python -I -S launch.py NAME script argument ...`. The process that the template (template.py) forks
+takes over the script, the environment, the working directory and the standard streams; this one stands for it until it
+ends. Where there is no template it starts one; where there can be none it becomes an ordinary interpreter itself.
+
+Nothing but the standard library, and little of that: it runs once for every process.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from typing import Any
+
+MODEL = "AREAL_RAY_WARM"  # the model to get ready for, in the environment of training workers and their spares only
+REFUSED = 0  # instead of a process id
+GO = b"1"
+_FIND_S = 5.0  # a template that has been started takes its name before it imports
+_WAIT_S = 15.0  # for everything, imports of the template included; after a minute Ray would give the process up
+_LOOK_S, _PARENT_S = 0.05, 1.0
+_NUMBER = struct.Struct("!i")
+_STREAMS = (0, 1, 2)
+
+
+def address(name: str) -> str:
+    """In the abstract namespace: nothing is left in any directory, whatever happens.
+
+    It is one for all containers that share the host's network; a process of another one would be of no use.
+    """
+    spaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("mnt", "pid")]
+    return f"\0areal_ray-{name}-{spaces[0]}-{spaces[1]}"
+
+
+def fork_server_command(name: str, owner: int, preparation: str) -> list[str]:
+    """The command that starts a fork server.
+
+    Args:
+        name: under which it is found.
+        owner: process id; the server ends with it.
+        preparation: module whose `prepare` and `import_ray` it calls before it forks.
+    """
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fork_server_main.py")
+    return [sys.executable, "-P", script, name, str(owner), preparation]
+
+
+def fork_server_environment(model: str) -> dict[str, str]:
+    """Of a template.
+
+    Args:
+        model: config.Model as JSON, or "" if it is not known.
+    """
+    # Whether there are GPUs is asked without CUDA, which could not be used in a copy afterwards.
+    return {**os.environ, MODEL: model, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def check_peer(connection: socket.socket) -> None:
+    """Raise PermissionError if another user is at the other end: environments hold secrets."""
+    _, user, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if user != os.getuid():
+        raise PermissionError("a process of another user")
+
+
+def send_number(connection: socket.socket, number: int) -> None:
+    connection.sendall(_NUMBER.pack(number))
+
+
+def receive(connection: socket.socket, count: int) -> bytes:
+    """So many bytes; ConnectionError if the other end is gone before."""
+    data = b""
+    while len(data) < count:
+        part = connection.recv(count - len(data))
+        if not part:
+            raise ConnectionResetError("closed by the other end")
+        data += part
+    return data
+
+
+def receive_number(connection: socket.socket) -> int:
+    number: int = _NUMBER.unpack(receive(connection, _NUMBER.size))[0]
+    return number
+
+
+def send_request(connection: socket.socket, request: bytes, wait: int) -> None:
+    """What `receive_request` takes.
+
+    Args:
+        connection: to a template.
+        request: see `_own`, as JSON.
+        wait: file descriptor where the word to begin comes from.
+    """
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [*_STREAMS, wait]))]
+    connection.sendmsg([_NUMBER.pack(len(request))], rights)
+    connection.sendall(request)
+
+
+def receive_request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """A request (see `_own`), and as file descriptors the standard streams and where the word to begin comes from."""
+    size, descriptors, *_ = socket.recv_fds(connection, _NUMBER.size, len(_STREAMS) + 1)
+    try:
+        if len(size) < _NUMBER.size or len(descriptors) != len(_STREAMS) + 1:
+            raise ConnectionResetError("closed by the other end")
+        return json.loads(receive(connection, _NUMBER.unpack(size)[0])), descriptors
+    except (OSError, ValueError):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
+def surroundings() -> dict[str, Any]:
+    """What a process cannot take over from another one that has not started it."""
+    with open("/proc/self/cgroup") as groups:
+        return {"groups": groups.read(), "limits": _limits()}
+
+
+def _limits() -> dict[str, tuple[int, int]]:
+    return {str(kind): resource.getrlimit(kind) for name, kind in vars(resource).items() if name.startswith("RLIMIT_")}
+
+
+def _own(command: list[str]) -> dict[str, Any]:
+    """What a process has from the one that starts it."""
+    with open("/proc/self/status") as status:
+        umask = next(line.split()[1] for line in status if line.startswith("Umask"))
+    with open("/proc/self/oom_score_adj") as score:
+        oom = score.read().strip()
+    return {
+        "command": command,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "umask": int(umask, 8),
+        "oom_score_adj": oom,
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "cores": sorted(os.sched_getaffinity(0)),
+        **surroundings(),
+    }
+
+
+def _connect(name: str, preparation: str, deadline: float) -> socket.socket:
+    find_until, started = time.monotonic() + _FIND_S, False
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(max(_LOOK_S, deadline - time.monotonic()))
+        try:
+            connection.connect(address(name))
+            return connection
+        except ConnectionRefusedError:
+            connection.close()
+            if time.monotonic() > find_until:
+                raise
+        if not started:  # of several that are started at once one gets the name
+            command = fork_server_command(name, os.getppid(), preparation)
+            environment = fork_server_environment(os.environ.get(MODEL, ""))
+            # By a shell that ends: it is no child of this process, which may become one that ends its children.
+            shell = ["/bin/sh", "-c", '"$@" &', "sh", *command]
+            subprocess.run(shell, stdin=subprocess.DEVNULL, env=environment, start_new_session=True, check=True)
+            started = True
+        time.sleep(_LOOK_S)
+
+
+def _hand_over(name: str, preparation: str, command: list[str]) -> tuple[socket.socket, int]:
+    """Have the template fork; the connection to it, and the process as a file descriptor.
+
+    Raises:
+        OSError: if that cannot be. Then there is no process that does anything.
+    """
+    deadline = time.monotonic() + _WAIT_S
+    connection = _connect(name, preparation, deadline)
+    check_peer(connection)
+    request = json.dumps(_own(command)).encode()
+    # The copy begins when it reads a word from here, and ends when this process has closed it before.
+    wait, go = os.pipe()
+    send_request(connection, request, wait)
+    os.close(wait)
+    connection.settimeout(max(_LOOK_S, deadline - time.monotonic()))
+    number = receive_number(connection)
+    if number == REFUSED:
+        raise ConnectionRefusedError("the template is of no use")
+    process = os.pidfd_open(number)
+    os.write(go, GO)
+    return connection, process
+
+
+def _stand_for(connection: socket.socket, process: int) -> int:
+    """Wait for the end of the process, and end it when the one that has started this one is gone; its status."""
+    parent = os.getppid()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signal.pidfd_send_signal(process, number))
+    while not select.select([process], [], [], _PARENT_S)[0]:
+        if os.getppid() != parent:  # a process that is stopped, say, would not notice by itself
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+    connection.settimeout(_PARENT_S)
+    try:
+        return receive_number(connection)
+    except OSError:  # the template is gone, and with it what is known
+        return 1
+
+
+def main(name: str, preparation: str, *command: str) -> int:
+    """Stand for a process until it ends; its exit status."""
+    try:
+        connection, process = _hand_over(name, preparation, list(command))
+    except (OSError, subprocess.CalledProcessError):
+        os.execv(sys.executable, [sys.executable, *command])
+    return _stand_for(connection, process)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""The run directory: config, metrics, ledger and result of one run, beside its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from areal_ray.run.event_log import open_log
+from areal_ray.storage import Storage
+
+CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
+
+
+class RunDir:
+    """Reads and writes the files of a run. Written by rank 0 and by the driver, never by two at once but for events.
+
+    Args:
+        storage: `<run.storage_path>/<run.name>`.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._events = open_log(storage, EVENTS, at_once=True)
+        self._metrics = open_log(storage, METRICS, at_once=False)
+        self._samples = open_log(storage, SAMPLES, at_once=False)
+
+    @property
+    def ledger(self) -> str:
+        """Where the events are, as a user would type it."""
+        return self._events.location
+
+    def exists(self) -> bool:
+        """Whether a run has been here."""
+        return bool(self.storage.names())
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Add a line to the ledger, durable on return.
+
+        Raises:
+            OSError: if it cannot be written; it then goes with the next one that this process writes.
+        """
+        self._events.append({"time": round(time.time(), 3), "event": kind, **fields})
+
+    def note(self, kind: str, complain: Callable[[str], None], **fields: Any) -> None:
+        """As `event`, for what matters less than the work at hand: if it cannot be written now, that is said."""
+        try:
+            self.event(kind, **fields)
+        except OSError as error:
+            complain(f"could not write to the ledger: {error}")
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The ledger, oldest first; only events of one kind if given."""
+        return [event for event in self._events.lines() if kind in (None, event["event"])]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged steps, in order."""
+        return sorted(self._metrics.lines(), key=lambda line: line["step"])  # clocks of different nodes may differ
+
+    def log_metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Add the line of one step; an OSError as for `event`. On object storage it is written in the background."""
+        self._metrics.append({"step": step, **values})
+
+    def log_samples(self, first: int, ids: list[int]) -> None:
+        """Add the line of one global batch: the cursor at which it begins, the numbers of its sequences."""
+        self._samples.append({"first": first, "ids": ids})
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The global batches, in order, if the run was asked to write them down (logging.sample_ids)."""
+        return sorted(self._samples.lines(), key=lambda line: line["first"])
+
+    def rewind(self, step: int, samples: int) -> int:
+        """Take back the lines of steps after `step` and of batches from cursor `samples` on.
+
+        A restored run computes them once more, and each stands once.
+
+        Returns:
+            The last step that had a line: so far the run had come at least.
+        """
+        reached = max((line["step"] for line in self._metrics.lines()), default=0)
+        self._metrics.keep(lambda line: line["step"] <= step)
+        self._samples.keep(lambda line: line["first"] < samples)
+        return reached
+
+    def flush(self) -> None:
+        """Wait until everything is durable (OSError)."""
+        self._events.flush()
+        self._metrics.flush()
+        self._samples.flush()
+
+    def write_config(self, text: str) -> None:
+        self.storage.replace(CONFIG, text.encode())
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        self.storage.replace(RESULT, json.dumps(result, indent=2).encode() + b"\n")
+
+    def result(self) -> dict[str, Any] | None:
+        return json.loads(self.storage.read(RESULT)) if self.storage.size(RESULT) is not None else None
+
+    def next_attempt(self, last_saved: int) -> int:
+        """A number that no attempt has had.
+
+        Args:
+            last_saved: the highest attempt among the checkpoints, should the ledger have been lost.
+        """
+        return max([event["attempt"] for event in self.events("attempt")] + [last_saved]) + 1

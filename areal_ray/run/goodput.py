@@ -1,0 +1,107 @@
+"""Where a run's time went, from its ledger and its metrics: steps that count, and everything that is none."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from areal_ray.run import RunDir
+
+# What a restart consists of, in order, and which event of the ledger has it.
+_PHASES = {
+    "detection_s": "failure",  # from what the first survivor saw to the controller
+    "teardown_s": "group",
+    "start_s": "group",  # until the nodes have room
+    "imports_s": "group",  # of new processes, with their start; of spares next to nothing
+    "process_group_s": "group",
+    "build_s": "training",  # model, optimizer
+    "data_s": "training",  # text, and the other objects of a rank
+    "load_s": "training",  # checkpoint
+    "first_step_s": "training",
+}
+
+
+def goodput(run: RunDir) -> dict[str, Any]:
+    """The account of a run.
+
+    Returns:
+        wall_s: from each submission to its last sign of life.
+        steps_s: in steps that stand; those that were lost with a worker and computed again stand once.
+        share: steps_s / wall_s.
+        saves_s: in which training was blocked by saves.
+        lost_steps: that were computed and lost, as far as that is known.
+        attempts: for every start of the workers why it came, its phases in seconds, and lost steps.
+    """
+    events = run.events()
+    starts = [i for i, event in enumerate(events) if event["event"] == "submitted"]
+    wall = sum(events[after - 1]["time"] - events[i]["time"] for i, after in pairwise([*starts, len(events)]))
+    timed = [line for line in run.metrics() if "step_time_s" in line]
+    steps = [0] + [line["step"] for line in timed]
+    in_steps = sum(line["step_time_s"] * (b - a) for line, (a, b) in zip(timed, pairwise(steps), strict=True))
+    attempts = _attempts(events)
+    return {
+        "wall_s": round(wall, 2),
+        "steps_s": round(in_steps, 2),
+        "share": round(in_steps / wall, 4) if wall > 0 else None,
+        "saves_s": round(sum(event["blocked_s"] for event in events if event["event"] == "saved"), 2),
+        "lost_steps": sum(attempt["lost_steps"] or 0 for attempt in attempts),
+        "attempts": attempts,
+    }
+
+
+def _attempts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for every start of the workers, oldest first."""
+    found: list[dict[str, Any]] = []
+    since: list[dict[str, Any]] = []  # events that led to the next attempt
+    for event in events:
+        since.append(event)
+        if event["event"] == "attempt":
+            found.append({"attempt": event["attempt"], "after": _reason(since), "lost_steps": None})
+        if event["event"] in ("attempt", "training", "restored", "started") and found:
+            found[-1].update(_times(since))
+            if event["event"] in ("restored", "started") and len(found) > 1:
+                # What a survivor said, or the last line of the metrics, where nobody survived to say it.
+                failed = [e["step"] - 1 for e in since if e["event"] == "failure" and e.get("step")]
+                found[-1]["lost_steps"] = max(0, max([*failed, event.get("reached", 0)]) - event["step"])
+        if event["event"] == "training":
+            since = []
+    return found
+
+
+def _times(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the last time that each phase was gone through."""
+    times: dict[str, float] = {}
+    for event in events:
+        times |= {p: event[p] for p, kind in _PHASES.items() if event["event"] == kind and event.get(p) is not None}
+    return times
+
+
+def _reason(events: list[dict[str, Any]]) -> str:
+    """Why workers were started: the last thing that happened before."""
+    for event in reversed(events):
+        if event["event"] == "failure":
+            return f"worker {event['rank']}: {event['cause']}"
+        if event["event"] in ("controller_died", "controller_trouble"):
+            return "the controller failed"
+        if event["event"] == "not_started":
+            return "the workers did not start"
+        if event["event"] == "left":
+            return str(event["reason"])
+        if event["event"] == "submitted":
+            return "submitted"
+    return "unknown"
+
+
+def table(account: dict[str, Any]) -> str:
+    """The account as lines for the end of a run."""
+    rows = [["attempt", "after", *(name.removesuffix("_s").replace("_", " ") for name in _PHASES), "lost steps"]]
+    for attempt in account["attempts"]:
+        seconds = [f"{attempt[name]:.1f}" if name in attempt else "-" for name in _PHASES]
+        lost = "-" if attempt["lost_steps"] is None else str(attempt["lost_steps"])
+        rows.append([str(attempt["attempt"]), attempt["after"][:40], *seconds, lost])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        aligned.append([cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in cells])
+    return "\n".join("  ".join(row).rstrip() for row in aligned)

@@ -1,0 +1,93 @@
+"""Where runs live: a small interface over a directory tree, made for state that must survive a crash.
+
+Everything that is written is durable when the call returns, and nothing is ever changed in place: a file is created
+whole, replaced whole, or (logs) appended to. Floor 0: checkpoints, run directory and tools use it without Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Protocol
+
+
+class Sink(Protocol):
+    """A file that is being written."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+
+class Storage(Protocol):
+    """A directory. Names are relative to it, with `/` between their parts; one that leads out raises ValueError."""
+
+    @property
+    def location(self) -> str:
+        """The absolute path or URI of this directory, as a user would type it."""
+        ...
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Arguments of `storage_at` that open it in another process; may hold credentials, so never to be shown."""
+        ...
+
+    @property
+    def can_append(self) -> bool:
+        """Whether `append` is there; object storage has none."""
+        ...
+
+    def sub(self, name: str) -> Storage:
+        """The directory `name` below this one, whether it exists or not."""
+        ...
+
+    def names(self) -> list[str]:
+        """What is directly in here, sorted; empty if there is no such directory."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file directly in here, by name, with one look."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the file `name`; None if there is no such file."""
+        ...
+
+    def make(self) -> None:
+        """Create this directory, which must not exist yet (FileExistsError): nobody ever writes into another's."""
+        ...
+
+    def ensure(self) -> None:
+        """Create this directory unless it exists."""
+        ...
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Sink]:
+        """A new file to write to, which must not exist yet (FileExistsError); durable once the block is left."""
+        ...
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write the small file `name` so that a reader sees either all of the old bytes or all of the new ones."""
+        ...
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Write the small file `name` in one piece; if somebody else has (FileExistsError), theirs stays."""
+        ...
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add `data` to the end of `name` in one piece, creating it when needed."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """The file `name` for reading, seekable (FileNotFoundError)."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """All bytes of `name` (FileNotFoundError)."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove the file `name` (FileNotFoundError), durably."""
+        ...
+
+    def delete(self) -> None:
+        """Remove this directory with everything in it."""
+        ...

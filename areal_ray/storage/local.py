@@ -1,0 +1,140 @@
+"""A directory on a local or shared file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO
+
+from areal_ray.storage.base import Sink
+
+
+class LocalStorage:
+    """A directory on a local or shared (NFS and the like) file system."""
+
+    can_append = True
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        # Resolved once: Ray compares paths by prefix, and a symlink would pass one of its checks and fail another.
+        self._path = os.path.realpath(os.path.expanduser(path))
+
+    @property
+    def location(self) -> str:
+        return self._path
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {"path": self._path}
+
+    def sub(self, name: str) -> LocalStorage:
+        return LocalStorage(self._inside(name))
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self._path))
+        except FileNotFoundError:
+            return []
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            with os.scandir(self._path) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except FileNotFoundError:
+            return {}
+
+    def size(self, name: str) -> int | None:
+        path = self._inside(name)
+        return os.path.getsize(path) if os.path.isfile(path) else None
+
+    def make(self) -> None:
+        os.mkdir(self._path)
+        _sync_directory(os.path.dirname(self._path))
+
+    def ensure(self) -> None:
+        os.makedirs(self._path, exist_ok=True)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Sink]:
+        path = self._inside(name)
+        with open(path, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_directory(os.path.dirname(path))
+
+    def replace(self, name: str, data: bytes) -> None:
+        path = self._inside(name)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
+        _sync_directory(os.path.dirname(path))
+
+    def publish(self, name: str, data: bytes) -> None:
+        # Made by one writer alone, see `make`: between them a check is enough, and not every file system has links.
+        if os.path.lexists(self._inside(name)):
+            raise FileExistsError(f"{self._inside(name)} exists")
+        self.replace(name, data)
+
+    def append(self, name: str, data: bytes) -> None:
+        # One write on a descriptor opened for appending: lines of several writers on one machine do not mix.
+        fd = os.open(self._inside(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            before, written = os.fstat(fd).st_size, 0
+            try:
+                written = os.write(fd, data)
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._inside(name))
+                os.fsync(fd)
+            except OSError:
+                # Taken back: whoever tries again writes all of it, and a part would stand twice.
+                if os.fstat(fd).st_size == before + written:
+                    os.ftruncate(fd, before)
+                raise
+        finally:
+            os.close(fd)
+
+    def open(self, name: str) -> BinaryIO:
+        return open(self._inside(name), "rb")
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def remove(self, name: str) -> None:
+        path = self._inside(name)
+        os.remove(path)
+        _sync_directory(os.path.dirname(path))
+
+    def delete(self) -> None:
+        shutil.rmtree(self._path)
+
+    def _inside(self, name: str) -> str:
+        path = os.path.realpath(os.path.join(self._path, name))
+        if (
+            not name
+            or os.path.isabs(name)
+            or os.path.commonpath([path, self._path]) != self._path
+            or path == self._path
+        ):
+            raise ValueError(f"{name!r} is not a name inside {self._path}")
+        return path
+
+
+def _sync_directory(path: str) -> None:
+    """Make the entries of a directory durable: fsync of a file does not make its name survive a power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

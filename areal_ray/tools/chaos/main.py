@@ -1,0 +1,114 @@
+"""areal-ray chaos: an experiment under real faults in a seeded order, and what must be true of it afterwards."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from areal_ray.config import ConfigError, load
+from areal_ray.tools.chaos import faults
+from areal_ray.tools.chaos.checks import check
+from areal_ray.tools.chaos.world import BACK_S, World
+from areal_ray.tools.verify_resume import Check
+
+_PAUSE_S = (2.0, 10.0)  # of undisturbed training between recovery and the next fault
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A fault that happened: what, when (seconds since the epoch), and how long until the next finished step."""
+
+    kind: str
+    time: float
+    recovery_s: float
+
+
+def chaos(
+    path: str,
+    overrides: Sequence[str],
+    folder: Path,
+    minutes: float,
+    seed: int,
+    only: Sequence[str] = (),
+    storage_process: int | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[list[Injected], list[Check]]:
+    """Disturb an experiment for some minutes, stop it, run it undisturbed as far, and compare.
+
+    Args:
+        path, overrides: the experiment; its storage may be elsewhere than `folder`.
+        folder: an empty directory for the runs and their logs.
+        minutes: of disturbed training.
+        seed: of order, targets and moments of the faults.
+        only: kinds of faults; all that are possible if none is named.
+        storage_process: of the storage server, on this machine, to be stopped now and then.
+        say: prints a line for the user.
+
+    Returns:
+        The faults, and the checks (verify.Check) of what was promised.
+
+    Raises:
+        ConfigError: if the experiment is wrong.
+        RuntimeError: if a kind of fault is unknown, or not possible here.
+        NotSurvived: if the run did not come back after a fault.
+    """
+    given = load(path, overrides)
+    if given.cluster.use_gpu:
+        raise ConfigError("cluster.use_gpu", "chaos starts nodes of its own, on this machine, with CPUs only")
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, injected = random.Random(seed), list[Injected]()
+    checks: list[Check] = []
+    with ExitStack() as stack:
+        disk = faults.small_disk(folder / "disk", stack) if not _elsewhere(overrides) else None
+        if disk:  # it is gone with the block, and what was lost on it could not be looked into
+            stack.callback(lambda: None if _kept(checks) else shutil.copytree(disk, folder / "runs"))
+        workers = given.usable_sizes[-1]
+        kinds = faults.possible(workers, disk, storage_process, only)
+        own = [
+            *([] if _elsewhere(overrides) else [f"run.storage_path={disk or folder / 'runs'}"]),
+            "run.name=chaos",
+            "train.steps=1000000",
+            "logging.sample_ids=true",
+            f"cluster.num_workers={workers}",
+            *([] if given.checkpoint.keep.last else ["checkpoint.keep.last=3"]),
+        ]
+        all_overrides = [*overrides, *own]
+        config = load(path, all_overrides)
+        world = stack.enter_context(World(path, all_overrides, folder, config, storage_process, disk))
+        world.start_driver()
+        world.until("the first checkpoint", world.newest)
+        deck: list[str] = []
+        began = time.monotonic()
+        while time.monotonic() - began < 60 * minutes:
+            time.sleep(draw.uniform(*_PAUSE_S))
+            deck = deck or draw.sample(kinds, len(kinds))
+            kind = deck.pop()
+            hits = world.hits
+            faults.KINDS[kind](world, draw)
+            at = time.time()  # it has happened; some take a while to find their moment
+            if world.hits == hits:
+                say(f"{time.monotonic() - began:6.0f} s  {kind:<34} nobody was there")
+                continue
+            world.until(f"a step after: {kind}", lambda at=at: faults.has_gone_on(world, at))  # type: ignore[misc]
+            injected.append(Injected(kind, at, world.run.events("training")[-1]["time"] - at))
+            say(f"{time.monotonic() - began:6.0f} s  {kind:<34} back after {injected[-1].recovery_s:5.1f} s")
+        world.until("a checkpoint", world.newest)
+        assert world.driver is not None
+        world.driver.terminate()
+        status = world.driver.wait(timeout=BACK_S)
+        checks = check(world, status, path, overrides, folder, workers)
+    return injected, checks
+
+
+def _kept(checks: Sequence[Check]) -> bool:
+    """Whether all that was promised was found, if one came so far as to look."""
+    return bool(checks) and all(check.kept for check in checks)
+
+
+def _elsewhere(overrides: Sequence[str]) -> bool:
+    return any(text.startswith("run.storage_path=") for text in overrides)

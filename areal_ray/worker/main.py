@@ -1,0 +1,118 @@
+"""The composition root of one rank: config -> objects -> loop.train."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from areal_ray.checkpoint import Catalog
+from areal_ray.cluster import failures
+from areal_ray.cluster.console import say, say_end
+from areal_ray.cluster.requests import Control, PlannedRestart
+from areal_ray.config import Config
+from areal_ray.distributed import Ranks
+from areal_ray.engine import FSDPEngine
+from areal_ray.run import RunDir
+from areal_ray.storage import storage_at
+from areal_ray.train import loop
+from areal_ray.train.faults import Faults
+from areal_ray.train.journal import Journal
+from areal_ray.worker import sidecars
+from areal_ray.worker.provenance import announce
+from areal_ray.worker.session import RaySession
+from areal_ray.worker.watchdog import Watchdog
+from areal_ray.worker.wiring import _memory, wire
+
+
+def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, Any]:
+    """Train one rank; Ray calls it in every worker, again after every restart.
+
+    Args:
+        config: with absolute paths.
+        recipe: of the run directory's storage.
+        submission: under which name requests to this job are made.
+
+    Returns:
+        step, loss (None if the last step was left out) and world_size at the end, for the driver; reason, "stop" if it
+        was asked to.
+
+    Raises:
+        PlannedRestart: when the workers are to be started again, in another number or elsewhere.
+    """
+    # A spare process has imported torch before Ray said how many cores it has; threads change speed and last bits.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        return _train(config, recipe, submission)
+    except PlannedRestart:
+        raise
+    except Exception as error:
+        if not hasattr(error, "areal_ray"):
+            failures.annotate(error, None)
+        failures.ensure_picklable(error)
+        raise
+
+
+def _train(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, Any]:
+    run, ranks = RunDir(storage_at(**recipe)), Ranks()
+    with sidecars.watchdog(config, run, ranks) or nullcontext() as watchdog:
+        return _train_watched(config, run, ranks, submission, watchdog)
+
+
+def _train_watched(
+    config: Config, run: RunDir, ranks: Ranks, submission: str, watchdog: Watchdog | None
+) -> dict[str, Any]:
+    clock = sidecars.Stopwatch()
+    catalog = Catalog(run.storage)
+    engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
+    # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
+    engine.initialize(weights=not ranks.on_rank_zero(lambda: catalog.last_committed() is not None))
+    attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
+    places = ranks.gather((socket.gethostname(), os.getpid()))
+    nodes, pids = [node for node, _ in places], [pid for _, pid in places]
+    clock.lap("build_s")
+    if ranks.rank == 0:
+        run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
+    faults = Faults(config.faults, run, ranks)
+    session = RaySession(faults, ranks, Control(submission), sidecars.standbys(config, run, ranks, nodes), watchdog)
+    job = wire(config, engine, ranks, run, catalog, attempt, faults, session, _memory(config, ranks, run, submission))
+    session.pace = sidecars.pace(config, engine, job.batches, ranks, run, nodes)
+    clock.lap("data_s")
+    copy = job.recover.restore_from_memory()
+    checkpoint = None if copy else job.recover.load()
+    clock.lap("load_s")
+    if ranks.rank == 0:
+        Journal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
+    announce(run, attempt, copy or checkpoint, job, engine, ranks)
+
+    def stepped(step: int) -> None:
+        clock.lap("first_step_s")
+        if ranks.rank == 0:
+            run.note("training", say, attempt=attempt, step=step, **clock.laps)
+
+    session.first_step = stepped
+    try:
+        loop.train(job)
+    except Exception as error:
+        failures.annotate(error, session.computing)
+        raise
+    # What is finished is not interrupted.
+    reason = session.reason if job.progress.step < config.last_step else None
+    # All wait for rank 0's last lines: the first worker that ends has the others ended.
+    ranks.on_rank_zero(lambda: _leave(run, reason, job.progress.step))
+    if reason in ("resize", "preempted"):
+        raise PlannedRestart(f"{reason} at step {job.progress.step}")
+    loss = job.progress.metrics.get("loss")
+    return {"step": job.progress.step, "loss": loss, "world_size": ranks.size, "reason": reason}
+
+
+def _leave(run: RunDir, reason: str | None, step: int) -> None:
+    if reason is not None:
+        run.note("left", say, reason=reason, step=step)
+    if reason == "preempted":
+        say(f"a node is being taken away: saved at step {step}, going on without it")
+    run.flush()
+    say_end()

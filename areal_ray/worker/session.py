@@ -1,0 +1,130 @@
+"""The loop's RunContext over Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from ray.train import Checkpoint, get_context, report
+from ray.train import CheckpointUploadMode as Upload
+from ray.train.v2._internal.execution import context as ray_context
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
+
+from areal_ray.checkpoint import Manifest
+from areal_ray.cluster.requests import AWAY, Control, Reason
+from areal_ray.cluster.standbys import Standbys
+from areal_ray.distributed import Ranks
+from areal_ray.train.faults import Faults
+from areal_ray.train.recovery import PendingSave
+from areal_ray.worker.stragglers import StragglerDetector
+from areal_ray.worker.watchdog import Watchdog
+
+_CALM_STEPS, _CALM_S = 4, 4.0  # after so much training new standbys are not in its way
+_LISTEN_S = 0.5  # between two looks at what the job is asked for
+_REASONS: tuple[Reason | None, ...] = (None, "stop", "resize", "preempted")
+
+
+class RaySession:
+    """Tells Ray what is committed, and hears when the job is asked to leave.
+
+    Args:
+        faults: what is to go wrong on purpose.
+        ranks: all ranks.
+        control: where rank 0 listens.
+        standbys: of this node, to be replenished when training is under way; None in all but one of its workers.
+        watchdog: told of progress; None if there is none.
+    """
+
+    def __init__(
+        self,
+        faults: Faults,
+        ranks: Ranks,
+        control: Control,
+        standbys: Standbys | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self._faults, self._ranks, self._control = faults, ranks, control
+        self._standbys, self._watchdog = standbys, watchdog
+        self._steps, self._began = 0, time.monotonic()  # of this attempt
+        self._step = 0
+        # Both look at parts that are wired around this one: told of every step that is finished, and of the first.
+        self.pace: StragglerDetector | None = None
+        self.first_step: Callable[[int], None] | None = None
+        self.computing: int | None = None  # the step that is being computed
+        self._context = get_internal_train_context()
+        self._storage = get_context().get_storage()
+        self._error: Exception | None = None
+        self._asked: Reason | None = None
+        self.reason: Reason | None = None  # why the workers leave, the same on all ranks
+        if ranks.rank == 0:
+            threading.Thread(target=self._listen, name="control", daemon=True).start()
+        # Ray announces every report of every rank, by a logger that RunConfig's log level does not reach.
+        ray_context.logger.setLevel(logging.WARNING)
+
+    def leaving(self) -> bool:
+        """Whether to leave after this step. One word of rank 0 to all, so that they leave together."""
+        self.computing = None
+        if self.first_step:
+            self.first_step(self._step)
+            self.first_step = None
+        if self.pace:
+            self.pace.after_step()
+        # The notice reaches every worker; Ray's own get_preemption_info() waits for all ranks on an actor each time.
+        preempted = self._context.preemption_context.preemption_info is not None
+        mine: Reason | None = "preempted" if preempted else self._asked
+        self.reason = _REASONS[self._ranks.broadcast_int(_REASONS.index(mine))]
+        return self.reason is not None
+
+    def _listen(self) -> None:
+        while self._asked is None:
+            try:
+                self._asked = self._control.asked()
+            except AWAY as error:  # the head node is away; when it is back, listen on
+                logging.getLogger(__name__).warning("cannot hear requests: %s", error)
+            time.sleep(_LISTEN_S)
+
+    def enter(self, phase: str) -> None:
+        self._enter(phase, None)
+
+    def _enter(self, phase: str, step: int | None) -> None:
+        self.computing = step
+        if self._watchdog:
+            self._watchdog.beat(phase, step)
+
+    def before_step(self, step: int) -> None:
+        self.check()
+        self._enter("step", step)
+        self._step = step
+        self._steps += 1
+        if self._standbys and self._steps > _CALM_STEPS and time.monotonic() - self._began > _CALM_S:
+            self._standbys.replenish()
+            self._standbys = None
+        self._faults.before_step(step)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background: after a report that failed, Ray would wait for the next for ever."""
+        if self._error is not None:
+            raise self._error
+
+    def saving(self, dump: PendingSave, metrics: dict[str, float]) -> None:
+        """Have a checkpoint registered once it is committed. It lies where it stays; Ray copies nothing.
+
+        The report, a barrier of all ranks on an actor, is made by the thread that learns of the commit, and for a save
+        that failed there is none: Ray's own asynchronous report would take a failed upload for the end of training.
+        """
+        path = self._storage.build_checkpoint_path_from_name(dump.name)
+        values = {"step": dump.step, **metrics}
+
+        def register(manifest: Future[Manifest]) -> None:
+            if manifest.exception() is not None or self._error is not None:
+                return
+            try:
+                checkpoint = Checkpoint(path, self._storage.storage_filesystem)
+                report(values, checkpoint=checkpoint, checkpoint_upload_mode=Upload.NO_UPLOAD)
+            except Exception as error:  # noqa: BLE001  (a future drops what its callbacks raise; see check)
+                self._error = error
+
+        dump.manifest.add_done_callback(register)

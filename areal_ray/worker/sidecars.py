@@ -1,0 +1,86 @@
+"""What looks after a training worker, beside its training: spares for its place, a watchdog, who is slow, how long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import ray.train
+
+from areal_ray import models
+from areal_ray.cluster.console import log, say
+from areal_ray.cluster.standbys import Standbys
+from areal_ray.config import Config
+from areal_ray.data import GlobalBatches
+from areal_ray.distributed import Ranks
+from areal_ray.engine import FSDPEngine
+from areal_ray.run import RunDir
+from areal_ray.worker.stragglers import StragglerDetector
+from areal_ray.worker.watchdog import Stuck, Watchdog
+
+_PACE_STEPS = 16  # between two comparisons of the ranks
+
+
+def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) -> Standbys | None:
+    """In one worker of each node. Rank 0's writes its figures down: several machines would mix their lines on NFS."""
+    context = ray.train.get_context()
+    count = config.standbys(context.get_local_world_size())
+    if not count or context.get_local_rank() != 0:
+        return None
+
+    def report(ready: int, memory: int, seconds: float) -> None:
+        if ranks.rank == 0:
+            figures = {"ready": ready, "memory_mb": round(memory / 1e6), "seconds": round(seconds, 2)}
+            run.note("standbys", say, node=nodes[0], **figures)
+
+    return Standbys("worker", count, report, say)
+
+
+def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
+    """In every worker. It writes where the process hangs to the log and the run directory."""
+    if config.cluster.watchdog is None:
+        return None
+
+    def stuck(what: Stuck) -> None:
+        log(f"stuck for {what.seconds:.1f} s in phase {what.phase}\n{what.stacks}")
+        waits = " (waiting for others)" if what.waiting else ""
+        say(f"worker {ranks.rank} is stuck for {what.seconds:.1f} s at {what.where}{waits}: ending it")
+        attempt = 0
+        with suppress(OSError):
+            attempt = max((event["attempt"] for event in run.events("attempt")), default=0)
+        name = f"stacks.a{attempt}.rank{ranks.rank}.txt"
+        fields = {"phase": what.phase, "step": what.step, "seconds": round(what.seconds, 2), "where": what.where}
+        run.note("stuck", say, attempt=attempt, rank=ranks.rank, **fields, waiting=what.waiting, stacks=name)
+        with suppress(OSError):  # it is in the log, too
+            run.storage.replace(name, what.stacks.encode())
+
+    return Watchdog(config.cluster.watchdog, stuck)
+
+
+def pace(
+    config: Config, engine: FSDPEngine, batches: GlobalBatches, ranks: Ranks, run: RunDir, nodes: Sequence[str]
+) -> StragglerDetector | None:
+    """In every worker; None where it would be in the way."""
+    if config.engine.compile:  # its hooks would cut the compiled graphs
+        return None
+
+    def slow(rank: int, seconds: float, usual: float) -> None:
+        say(f"worker {rank} on {nodes[rank]} is slow: {seconds:.2f} s of its own per step, the others {usual:.2f} s")
+        what = {"rank": rank, "node": nodes[rank], "own_s": round(seconds, 4), "others_s": round(usual, 4)}
+        run.note("straggler", say, **what)
+
+    units = models.shard_units(engine.model, config.model.shard_units)
+    return StragglerDetector(units, lambda: batches.seconds, engine.device, ranks, _PACE_STEPS, slow)
+
+
+class Stopwatch:
+    """Seconds from lap to lap, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._at = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._at = round(now - self._at, 3), now

@@ -1,0 +1,96 @@
+"""Which rank is slow: every rank's own time, without the time that it waits for others."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from areal_ray.distributed import Ranks
+
+_FACTOR = 2.0  # so many times the median of the others is slow
+_SHARE = 0.1  # of a step's time; less than that costs nobody anything
+_WINDOWS = 2  # in a row, before it is said
+
+
+class StragglerDetector:
+    """Measures forward passes of the sharded units and the making of batches, and compares the ranks now and then.
+
+    In a synchronous step all ranks take the same time, the slowest one's. What tells them apart is the time between a
+    unit's parameters being there and its output: it has no collective in it.
+
+    Args:
+        units: modules that are gathered and computed as one; their hooks must have been set before.
+        making: seconds that this rank has spent on making batches so far.
+        device: of the computation; on CUDA the device's own clock is read.
+        ranks: all ranks.
+        every: steps between two comparisons.
+        slow: told on rank 0 of a rank that is slow: its number, its seconds per step, the median of the others.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[nn.Module],
+        making: Callable[[], float],
+        device: torch.device,
+        ranks: Ranks,
+        every: int,
+        slow: Callable[[int, float, float], None],
+    ) -> None:
+        self._making, self._cuda = making, device.type == "cuda"
+        self._ranks, self._every, self._slow = ranks, every, slow
+        self._seconds = 0.0
+        self._open: dict[nn.Module, Any] = {}
+        self._pairs: list[tuple[Any, Any]] = []
+        self._steps, self._made, self._began = 0, 0.0, time.monotonic()
+        self._in_a_row: dict[int, int] = {}
+        for unit in units:
+            unit.register_forward_pre_hook(self._enter)
+            unit.register_forward_hook(self._leave, prepend=True)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._open[module] = self._now()
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        began, ended = self._open.pop(module), self._now()
+        if self._cuda:
+            self._pairs.append((began, ended))
+        else:
+            self._seconds += ended - began
+
+    def after_step(self) -> None:
+        """A step is finished. A collective once in `every` calls."""
+        self._steps += 1
+        if self._steps < self._every:
+            return
+        if self._cuda:  # the step's numbers have been read, so all of this has happened
+            self._seconds = sum(began.elapsed_time(ended) for began, ended in self._pairs) / 1e3
+            self._pairs = []
+        made, now = self._making(), time.monotonic()
+        own = (self._seconds + made - self._made) / self._steps
+        wall = (now - self._began) / self._steps
+        self._seconds, self._made, self._steps, self._began = 0.0, made, 0, now
+        everybody = self._ranks.gather(own)
+        if self._ranks.rank == 0 and len(everybody) > 1:
+            self._compare(everybody, wall)
+
+    def _compare(self, own: list[float], wall: float) -> None:
+        for rank, seconds in enumerate(own):
+            usual = statistics.median(own[:rank] + own[rank + 1 :])
+            if seconds < _FACTOR * usual or seconds - usual < _SHARE * wall:
+                self._in_a_row.pop(rank, None)
+                continue
+            self._in_a_row[rank] = self._in_a_row.get(rank, 0) + 1
+            if self._in_a_row[rank] == _WINDOWS:
+                self._slow(rank, seconds, usual)

@@ -1,0 +1,290 @@
+"""What restarts the workers and what ends the run."""
+
+import pickle
+from copy import copy
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, FailureConfig, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+
+from areal_ray.cluster.failures import annotate
+from areal_ray.cluster.requests import PlannedRestart
+from areal_ray.controller import failure_policy as restart_rules
+from areal_ray.controller import scaling_policy
+from areal_ray.controller.failure_policy import FailurePolicy
+from areal_ray.controller.scaling_policy import StoppedWhileWaiting
+from areal_ray.distributed import RankError
+from areal_ray.run import RunDir
+from areal_ray.storage import LocalStorage
+from areal_ray.train.bad_steps import BadStepError
+from areal_ray.train.recovery import TooManyFailedSaves
+from tests.unit.checkpoint.boxes import save_box
+
+from .controller_fakes import Control, Count
+
+pytestmark = pytest.mark.unit
+
+RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
+RESET = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4411")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(LocalStorage(tmp_path))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time passes when a test says so, and more of it between failures than would have them waited between."""
+    clock = SimpleNamespace(now=1000.0, step=2 * restart_rules._QUICK_S)
+
+    def monotonic():
+        clock.now += clock.step
+        return clock.now
+
+    monkeypatch.setattr(restart_rules, "time", SimpleNamespace(monotonic=monotonic))
+    return clock
+
+
+@pytest.fixture
+def count(run, monkeypatch):
+    monkeypatch.setattr(scaling_policy, "_PAUSE_S", 0.0)
+    count = Count(Control(), run.storage.recipe)
+    count.held = []
+    count.hold = count.held.append
+    return count
+
+
+@pytest.fixture
+def make(clock, count, run):
+    def make(max_failures=-1, skip=False):
+        return FailurePolicy(FailureConfig(max_failures=max_failures), count, run.storage.recipe, skip)
+
+    return make
+
+
+def raised(error, step):
+    """The exception as the controller gets it from a worker that computed `step`."""
+    try:
+        raise copy(error)  # some tests share one, and each raising would add to its notes
+    except type(error) as caught:
+        annotate(caught, step)
+        return pickle.loads(pickle.dumps(caught))  # noqa: S301
+
+
+def failed(*errors, step=6):
+    """What the controller decides on: the exceptions of the ranks, of which dead ones cannot say their step."""
+    seen = [error if isinstance(error, ActorDiedError) else raised(error, step) for error in errors]
+    return WorkerGroupError("failed", dict(enumerate(seen)))
+
+
+def decide(restarts, *failures):
+    return [restarts.make_decision(failure) for failure in failures]
+
+
+def test_leaving_on_request_is_no_failure(make):
+    left = failed(PlannedRestart("resize"), RESET)
+    assert decide(make(max_failures=0), *[left] * 5) == [RETRY] * 5
+
+
+def test_failures_are_counted_up_to_their_limit(make):
+    decisions = decide(make(max_failures=1), failed(ActorDiedError(), RESET), failed(ActorDiedError(), RESET))
+    assert decisions == [RETRY, RAISE]
+
+
+@pytest.mark.parametrize(
+    "error", [BadStepError("step 7"), TooManyFailedSaves([(0, "OSError: full", ["OSError"])])], ids=str
+)
+def test_what_says_that_the_run_is_to_stop_stops_it(make, error):
+    assert decide(make(skip=True), failed(error, RESET)) == [RAISE]
+
+
+def test_being_asked_to_stop_while_nothing_runs_stops_it(make):
+    assert decide(make(), ControllerError(StoppedWhileWaiting("asked"))) == [RAISE]
+
+
+class TestTheCodeFails:
+    def test_the_same_error_at_the_same_step_twice_ends_the_run(self, make, capsys):
+        decisions = decide(make(), failed(KeyError("no such column"), RESET), failed(KeyError("no such column"), RESET))
+        assert decisions == [RETRY, RAISE]
+        assert "the same error at step 6 twice, without a new checkpoint in between" in capsys.readouterr().out
+
+    def test_twice_before_the_first_step_ends_it_too(self, make, capsys):
+        assert decide(make(), *[failed(ValueError("mine"), step=None)] * 2) == [RETRY, RAISE]
+        assert "the same error before the first step twice" in capsys.readouterr().out
+
+    def test_on_whatever_rank(self, make):
+        assert decide(make(), failed(ValueError("mine"), RESET), failed(RESET, ValueError("mine"))) == [RETRY, RAISE]
+
+    def test_with_a_new_checkpoint_in_between_it_is_tried_again(self, make, tmp_path):
+        restarts = make()
+        for step in range(1, 5):
+            assert decide(restarts, failed(ValueError("mine"))) == [RETRY]
+            save_box(tmp_path, step=step)
+        assert decide(restarts, *[failed(ValueError("mine"))] * 2) == [RETRY, RAISE]
+
+    def test_at_another_step_it_is_tried_again(self, make):
+        errors = [failed(ValueError("mine"), step=step) for step in (6, 7, 8, None)]
+        assert decide(make(), *errors) == [RETRY] * 4
+
+    def test_another_error_is_another(self, make):
+        assert decide(make(), failed(ValueError("one")), failed(KeyError("one"))) == [RETRY] * 2
+
+    def test_whatever_else_happened_in_between(self, make):
+        code, death = failed(ValueError("mine"), RESET), failed(ActorDiedError(), RESET)
+        assert decide(make(), code, death, code) == [RETRY, RETRY, RAISE]
+
+    def test_a_module_that_the_workers_lack_is_tried_twice(self, make):
+        lacking = ControllerError(ModuleNotFoundError("No module named 'mine'"))
+        assert decide(make(), lacking, lacking) == [RETRY, RAISE]
+
+    @pytest.mark.parametrize(
+        "error", [FileNotFoundError(2, "No such file", "data.txt"), PermissionError(13, "no")], ids=str
+    )
+    def test_a_wrong_path_is_the_user_s_own(self, make, error):
+        assert decide(make(), *[failed(error)] * 2) == [RETRY, RAISE]
+
+    def test_work_of_all_ranks_fails_for_what_failed_on_one(self, make):
+        together = RankError([(1, "FileNotFoundError: data.txt", ["FileNotFoundError", "OSError"])])
+        assert decide(make(), *[failed(together, together)] * 2) == [RETRY, RAISE]
+
+
+class TestAMachineFails:
+    MANY = 12
+
+    @pytest.mark.parametrize(
+        "errors",
+        [
+            (ActorDiedError(), RESET),
+            (ActorDiedError(), ActorDiedError()),
+            (OSError(5, "Input/output error"), RESET),
+            (OSError(28, "No space left on device"),),
+            (ConnectionResetError("by the object store"),),
+            (TimeoutError("slow"),),
+            (RESET, RESET),
+            (RankError([(1, "OSError: No space left on device", ["OSError"])]),),
+        ],
+        ids=lambda errors: type(errors[0]).__name__ + str(errors[0])[:20],
+    )
+    def test_a_run_goes_on_for_ever(self, make, errors):
+        assert decide(make(), *[failed(*errors)] * self.MANY) == [RETRY] * self.MANY
+
+
+class TestPoisonSteps:
+    def test_the_second_time_the_step_is_left_out(self, make, run, capsys):
+        restarts = make(skip=True)
+        assert decide(restarts, failed(ValueError("mine"))) == [RETRY]
+        assert run.events("poison_step") == []
+        assert decide(restarts, failed(ValueError("mine"))) == [RETRY]
+        (event,) = run.events("poison_step")
+        assert (event["step"], event["cause"], event["error"]) == (6, "ValueError", "mine")
+        assert "step 6 has failed 2 times, and is left out from now on" in capsys.readouterr().out
+        assert decide(restarts, failed(ValueError("mine"))) == [RETRY]
+        assert len(run.events("poison_step")) == 1
+
+    def test_the_next_one_is_judged_anew(self, make, run):
+        failures = [failed(ValueError("mine"), step=step) for step in (6, 6, 7, 7)]
+        assert decide(make(skip=True), *failures) == [RETRY] * 4
+        assert [event["step"] for event in run.events("poison_step")] == [6, 7]
+
+    def test_deaths_at_one_step_take_a_third_time(self, make, run):
+        restarts, death = make(skip=True), failed(ActorDiedError(), RESET)
+        assert decide(restarts, death, death) == [RETRY] * 2
+        assert run.events("poison_step") == []
+        assert decide(restarts, death) == [RETRY]
+        assert [(event["step"], event["cause"]) for event in run.events("poison_step")] == [
+            (6, "the worker process died")
+        ]
+
+    def test_so_do_hangs(self, make, run):
+        restarts, death = make(skip=True), failed(ActorDiedError(), ActorDiedError())
+        for attempt in (1, 2, 3):
+            run.event("attempt", attempt=attempt, world_size=2)
+            run.event("stuck", attempt=attempt, rank=1, step=8, phase="step", waiting=False)
+            assert decide(restarts, death) == [RETRY]
+            assert [event["step"] for event in run.events("poison_step")] == [8] * (attempt == 3)
+
+    def test_before_the_first_step_there_is_none_to_leave_out(self, make, run):
+        assert decide(make(skip=True), *[failed(ValueError("mine"), step=None)] * 2) == [RETRY, RAISE]
+        assert run.events("poison_step") == []
+
+
+class TestFailuresInQuickSuccession:
+    @pytest.fixture
+    def clock(self, clock):
+        clock.step = 1.0
+        return clock
+
+    def test_they_are_waited_between_longer_and_longer(self, make, count, capsys):
+        decide(make(), *[failed(ActorDiedError(), RESET)] * 10)
+        assert count.held == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+        assert "3 failures without a new checkpoint: starting again in 1 s" in capsys.readouterr().out
+
+    def test_a_new_checkpoint_ends_that(self, make, count, tmp_path):
+        restarts = make()
+        decide(restarts, *[failed(ActorDiedError(), RESET)] * 4)
+        save_box(tmp_path)
+        decide(restarts, failed(ActorDiedError(), RESET))
+        assert count.held == [1.0, 2.0]
+        decide(restarts, *[failed(ActorDiedError(), RESET)] * 2)
+        assert count.held == [1.0, 2.0, 1.0, 2.0]
+
+    def test_so_does_a_while_without(self, make, count, clock):
+        restarts = make()
+        decide(restarts, *[failed(ActorDiedError(), RESET)] * 4)
+        clock.now += 2 * restart_rules._QUICK_S
+        decide(restarts, *[failed(ActorDiedError(), RESET)] * 2)
+        assert count.held == [1.0, 2.0]
+
+    def test_leaving_on_request_is_not_waited_for(self, make, count):
+        decide(make(), *[failed(PlannedRestart("resize"), RESET)] * 5)
+        assert count.held == []
+
+    def test_trouble_is_known_as_such_until_the_workers_have_saved(self, make):
+        restarts, seen = make(), []
+        for _ in range(4):
+            decide(restarts, failed(ActorDiedError(), RESET))
+            seen.append(restarts.troubled)
+        assert seen == [False, False, True, True]
+        decide(restarts, failed(PlannedRestart("resize"), RESET))
+        assert not restarts.troubled
+
+    def test_controller_troubles_are_waited_between_too(self, make, count):
+        decide(make(), *[ControllerError(RuntimeError("init_process_group"))] * 4)
+        assert count.held == [1.0, 2.0]
+
+
+class TestTheControllerIsInTrouble:
+    @pytest.mark.parametrize(
+        "error", [OSError(28, "No space left on device"), RuntimeError("init_process_group: timed out")], ids=str
+    )
+    def test_it_is_tried_again_up_to_a_limit(self, make, run, monkeypatch, error):
+        monkeypatch.setattr(restart_rules, "_TROUBLES", 2)
+        assert decide(make(max_failures=0), *[ControllerError(error)] * 3) == [RETRY, RETRY, RAISE]
+        assert len(run.events("controller_trouble")) == 2
+        assert str(error) in run.events("controller_trouble")[0]["error"]
+
+    def test_a_new_checkpoint_gives_it_all_tries_again(self, make, tmp_path, monkeypatch):
+        monkeypatch.setattr(restart_rules, "_TROUBLES", 2)
+        restarts, trouble = make(), ControllerError(RuntimeError("init_process_group"))
+        assert decide(restarts, trouble, trouble) == [RETRY] * 2
+        save_box(tmp_path)
+        assert decide(restarts, trouble, trouble, trouble) == [RETRY, RETRY, RAISE]
+
+    def test_workers_that_could_not_be_placed_are_said_and_fewer_are_tried(self, make, count, capsys):
+        count.room = 2
+        assert count.start() == 2
+        assert decide(make(), ControllerError(WorkerGroupStartupTimeoutError(2))) == [RETRY]
+        assert "there was no room for 2 workers" in capsys.readouterr().out
+        assert count.start() == 1
+
+    def test_storage_that_cannot_be_looked_at_decides_nothing(self, make, monkeypatch):
+        def away(**recipe):
+            raise OSError(5, "Input/output error")
+
+        restarts = make()
+        monkeypatch.setattr(restart_rules, "storage_at", away)
+        assert decide(restarts, failed(ValueError("mine")), failed(KeyError("mine"))) == [RETRY] * 2

@@ -1,0 +1,97 @@
+"""The controller that runs in place of Ray's."""
+
+import asyncio
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.controller import TrainController
+
+from areal_ray.controller.preemption import Preemption
+from areal_ray.controller.trainer import Controller
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def controller(monkeypatch):
+    """A Controller whose list of checkpoints is written by `write`."""
+
+    def make(write):
+        def init(self, failure_policy, **options):
+            self._failure_policy = failure_policy
+            self._checkpoint_manager = SimpleNamespace(_write_state_to_storage=write)
+            self._worker_group_callbacks_to_propagate = ["another", PreemptionCallback()]
+
+        monkeypatch.setattr(TrainController, "__init__", init)
+        return Controller((None, SimpleNamespace(troubled=False)))
+
+    return make
+
+
+def test_a_list_of_checkpoints_that_cannot_be_written_is_said_and_stops_nobody(controller, capsys):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    controller(full)._checkpoint_manager._write_state_to_storage()
+    assert "could not write Ray's list of checkpoints: [Errno 28] No space left on device" in capsys.readouterr().out
+
+
+def test_it_is_written_when_it_can_be(controller):
+    written = []
+    controller(lambda: written.append(True))._checkpoint_manager._write_state_to_storage()
+    assert written == [True]
+
+
+def test_what_is_wrong_with_the_list_itself_is_raised(controller):
+    def wrong():
+        raise ValueError("not a list")
+
+    with pytest.raises(ValueError, match="not a list"):
+        controller(wrong)._checkpoint_manager._write_state_to_storage()
+
+
+def test_ray_s_actor_that_hears_of_preemption_is_a_thread(controller):
+    callbacks = controller(None)._worker_group_callbacks_to_propagate
+    assert [type(each) for each in callbacks] == [str, Preemption]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_at_the_end_nothing_stays_reserved(controller, monkeypatch, fails):
+    async def shutdown(self):
+        if fails:
+            raise RuntimeError("no end")
+        return "ended"
+
+    monkeypatch.setattr(TrainController, "_shutdown", shutdown)
+    made, given_back = controller(None), []
+    made._placement_groups.release = lambda: given_back.append(True)
+    with pytest.raises(RuntimeError, match="no end") if fails else nullcontext():
+        assert asyncio.run(made._shutdown()) == "ended"
+    assert given_back == [True]
+
+
+@pytest.mark.parametrize("troubled", [False, True])
+def test_after_failures_in_a_row_the_workers_may_be_placed_elsewhere(controller, monkeypatch, troubled):
+    done = []
+    monkeypatch.setattr(
+        TrainController, "_start_worker_group", lambda self, *args, **kwargs: done.append((args, kwargs))
+    )
+    made = controller(None)
+    made._failure_policy.troubled = troubled
+    made._placement_groups.release = lambda: done.append("given back")
+    made._start_worker_group(2, resources_per_worker={"CPU": 1})
+    assert done == ["given back"] * troubled + [((2,), {"resources_per_worker": {"CPU": 1}})]
+
+
+def test_a_start_that_fails_keeps_nothing_reserved(controller, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no start")
+
+    monkeypatch.setattr(TrainController, "_start_worker_group", fail)
+    made, given_back = controller(None), []
+    made._placement_groups.release = lambda: given_back.append(True)
+    with pytest.raises(RuntimeError, match="no start"):
+        made._start_worker_group(2, resources_per_worker={"CPU": 1})
+    assert given_back == [True]

@@ -1,0 +1,100 @@
+"""The driver's checks before anything is started, and what it writes down."""
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from areal_ray.config import ConfigError, load
+from areal_ray.driver.main import _record, prepare
+from tests.unit.checkpoint.boxes import save_box
+
+pytestmark = pytest.mark.unit
+
+TINY = str(Path(__file__).parents[3] / "conf" / "experiments" / "tiny.yaml")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Of an experiment on a corpus of two files; more overrides as arguments."""
+    (tmp_path / "corpus").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "corpus" / name).write_bytes(b"a" * 1000)
+
+    def config(*overrides):
+        sizes = ["train.seq_len=64", "data=text", f"data.paths=[{tmp_path}/corpus]", f"run.storage_path={tmp_path}"]
+        return load(TINY, [*sizes, *overrides])
+
+    return config
+
+
+def key_of(config):
+    with pytest.raises(ConfigError) as caught:
+        prepare(config)
+    return caught.value.key
+
+
+def test_a_new_run_is_prepared_without_touching_anything(config, tmp_path):
+    run, fixed = prepare(config())
+    assert run.storage.location == str(tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists()
+    assert fixed == config()
+
+
+def test_a_relative_storage_path_becomes_absolute(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare(config("run.storage_path=runs"))[1].run.storage_path == str(tmp_path / "runs")
+
+
+def test_what_cannot_be_is_found_before_anything_starts(config):
+    assert key_of(config("run.storage_path=s3://bucket/runs")) == "run.storage_path"
+    assert key_of(config("model.config.vocab_size=100")) == "model.config.vocab_size"
+    assert key_of(config("train.seq_len=1024")) == "data.paths"
+    assert key_of(config("data.tokenizer=/nothing")) == "data.tokenizer"
+    assert key_of(config("engine.mesh.tensor=4", "cluster.num_workers=4")) == "engine.mesh.tensor"
+
+
+def test_fresh_refuses_a_used_directory(config, tmp_path):
+    prepare(config("run.recover=fresh"))
+    (tmp_path / "tiny").mkdir()
+    prepare(config("run.recover=fresh"))
+    (tmp_path / "tiny" / "events.jsonl").write_text("")
+    assert key_of(config("run.recover=fresh")) == "run.recover"
+
+
+def test_resume_insists_on_a_checkpoint(config, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "step-00000001.a1").mkdir()
+    assert key_of(config("run.recover=resume")) == "run.recover"
+    save_box(tmp_path / "tiny", step=2)
+    prepare(config("run.recover=resume"))
+
+
+@pytest.fixture
+def _no_git(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="abc123\n"))
+
+
+@pytest.mark.usefixtures("_no_git")
+def test_the_record_tells_revision_overrides_and_all_values(config, tmp_path):
+    text = _record(config(), ["train.steps=300"])
+    assert text.startswith("# git revision: abc123\n# override: train.steps=300\nrun:\n")
+    (tmp_path / "recorded.yaml").write_text(text)
+    assert load(str(tmp_path / "recorded.yaml")) == config()
+
+
+@pytest.mark.usefixtures("_no_git")
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.args.api_key=hunter2",
+        "model.args={hf_token: hunter2}",
+        "model.args.credentials={value: hunter2}",
+        "model.args.credentials.value=hunter2",
+    ],
+)
+def test_the_record_does_not_tell_a_secret_that_was_typed(config, override):
+    text = _record(config(), [override])
+    assert "hunter2" not in text
+    assert "# override: model.args" in text

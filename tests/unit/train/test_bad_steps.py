@@ -1,0 +1,170 @@
+"""Which steps may change the weights, what follows from the others, and that a resumed run decides the same."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from areal_ray.config import BadStep, Fault
+from areal_ray.distributed import Ranks
+from areal_ray.run import RunDir
+from areal_ray.storage import LocalStorage
+from areal_ray.train.bad_steps import BadStepError, BadStepPolicy
+from areal_ray.train.faults import Faults
+from areal_ray.train.journal import Journal
+
+pytestmark = pytest.mark.unit
+
+NAN, INF = math.nan, math.inf
+SPIKES = BadStep(on_bad="skip", spike_factor=2.0, spike_window=3, max_bad_steps=100)
+
+
+class Run:
+    """Steps as the engine and the loop ask about them; `heard` has the refusals."""
+
+    def __init__(self, config, known=()):
+        self.heard, self.step = [], 0
+        self.guard = BadStepPolicy(config, known, self.heard.append)
+
+    def take(self, loss, grad_norm=1.0):
+        """(accepted, back to the last checkpoint)"""
+        self.step += 1
+        accepted = self.guard.accept(self.step, loss, grad_norm)
+        stats = {"loss": torch.tensor(loss, dtype=torch.float64), "grad_norm": grad_norm, "skipped": not accepted}
+        return accepted, self.guard.after_step(self.step, stats)
+
+    def accepted(self, *losses):
+        return [self.take(loss)[0] for loss in losses]
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (1.0, INF), (-INF, 1.0)])
+def test_what_is_not_finite_is_refused_and_stops_the_run_by_default(loss, grad_norm):
+    run = Run(BadStep())
+    assert run.take(3.0) == (True, False)
+    with pytest.raises(
+        BadStepError, match=r"^step 2: loss .*, gradient norm .* \(not finite\); it was not taken\. .*skip"
+    ):
+        run.take(loss, grad_norm)
+    assert [(refusal.step, refusal.action) for refusal in run.heard] == [(2, "stop")]
+    assert run.guard.state_dict()["left_out"] == []  # the next attempt tries it again
+
+
+@pytest.mark.parametrize(("action", "back"), [("skip", False), ("rollback", True)])
+def test_a_bad_step_is_left_out_for_good(action, back):
+    run = Run(BadStep(on_bad=action))
+    run.take(1.0)
+    assert run.take(NAN) == (False, back)
+    (refusal,) = run.heard
+    assert (refusal.step, refusal.grad_norm, refusal.reason, refusal.action) == (2, 1.0, "not finite", action)
+    run.step = 1  # the same step once more, good this time
+    assert run.take(1.0) == (False, False)
+    assert len(run.heard) == 1
+    assert run.take(1.0) == (True, False)
+
+
+def test_a_spike_is_a_multiple_of_the_median_of_the_last_good_losses():
+    run = Run(SPIKES)
+    assert run.accepted(9.0, 1.0, 2.0) == [True] * 3
+    assert run.accepted(4.0, 4.1, 4.1) == [True, False, False]  # the medians: 2 of (9, 1, 2), then 2 of (1, 2, 4)
+    assert run.heard[0].reason == "a spike: the median was 2"
+    assert run.accepted(3.9, 7.8, 8.1) == [True, True, False]  # 3.9 of (2, 4, 3.9) and of (4, 3.9, 7.8) is 4
+
+
+def test_nothing_is_a_spike_before_the_window_is_full():
+    assert Run(SPIKES).accepted(1.0, 50.0, 900.0) == [True] * 3
+
+
+def test_without_a_factor_any_finite_loss_is_good():
+    assert Run(BadStep(spike_window=1)).accepted(1.0, 1e30) == [True, True]
+
+
+def test_losses_that_are_not_positive_have_no_spikes():
+    assert Run(SPIKES).accepted(-1.0, -2.0, 0.0, 5.0) == [True] * 4
+
+
+def test_more_bad_steps_than_allowed_stop_the_run_whatever_is_configured():
+    run = Run(BadStep(on_bad="skip", max_bad_steps=2))
+    assert run.accepted(NAN, 1.0, NAN, 1.0) == [False, True, False, True]
+    with pytest.raises(BadStepError, match=r"step 5: .* after 2 bad steps .*max_bad_steps above 2"):
+        run.take(NAN)
+    assert [refusal.action for refusal in run.heard] == ["skip", "skip", "stop"]
+
+
+def test_the_limit_counts_what_the_state_and_the_ledger_know_each_step_once():
+    run = Run(BadStep(on_bad="skip", max_bad_steps=3), known=[5, 7])
+    run.guard.load_state_dict({"losses": [], "left_out": [2, 5]})
+    run.step = 9
+    with pytest.raises(BadStepError, match="after 3 bad steps"):
+        run.take(NAN)
+
+
+def test_a_state_from_before_there_was_a_guard_is_an_empty_one():
+    run = Run(SPIKES, known=[4])
+    run.guard.load_state_dict({})
+    assert run.guard.state_dict() == {"losses": [], "left_out": [4]}
+
+
+def test_going_back_forgets_losses_and_not_what_was_left_out():
+    run = Run(SPIKES)
+    run.accepted(1.0, 1.0)
+    state = json.loads(json.dumps(run.guard.state_dict()))
+    run.accepted(1.5, NAN, 1.5)
+    run.guard.load_state_dict(state)
+    assert run.guard.state_dict() == {"losses": [1.0, 1.0], "left_out": [4]}
+
+
+losses = st.lists(st.floats(0.125, 10, width=32) | st.sampled_from([NAN, INF]), max_size=30)
+
+
+@given(losses, losses)
+def test_a_resumed_run_decides_as_the_undisturbed_one(before, after):
+    undisturbed, first, second = Run(SPIKES), Run(SPIKES), Run(SPIKES)
+    expected = undisturbed.accepted(*before, *after)
+    decided = first.accepted(*before)
+    second.guard.load_state_dict(json.loads(json.dumps(first.guard.state_dict())))
+    second.step = len(before)
+    assert decided + second.accepted(*after) == expected
+    assert second.guard.state_dict() == undisturbed.guard.state_dict()
+
+
+def test_the_ledger_says_what_was_refused_in_numbers_that_can_be_read_back(tmp_path):
+    storage, said = RunDir(LocalStorage(tmp_path)), []
+    journal = Journal(storage, 3, said.append, None, None)
+    run = Run(BadStep(on_bad="skip"))
+    run.guard._on_bad_step = lambda refusal: journal.refused(refusal, 16, 8)
+    run.take(NAN, 2.5)
+    (event,) = storage.events("bad_step")
+    assert {**event, "time": 0} == {
+        "time": 0,
+        "event": "bad_step",
+        "attempt": 3,
+        "step": 1,
+        "loss": "nan",
+        "grad_norm": 2.5,
+        "reason": "not finite",
+        "action": "skip",
+        "first_sample": 16,
+        "samples": 8,
+    }
+    assert math.isnan(float(event["loss"]))
+    assert said == ["step 1 is bad: loss nan, grad norm 2.5 (not finite); left out"]
+
+
+def test_a_nan_fault_spoils_loss_and_gradients_of_its_step_once(tmp_path):
+    run = RunDir(LocalStorage(tmp_path))
+    faults = Faults([Fault("nan", 0, 2), Fault("nan", 1, 3)], run, Ranks())
+    loss_fn = faults.spoiling(lambda logits, batch: logits.sum())
+    seen = []
+    for step in (1, 2, 3, 2):
+        faults.before_step(step)
+        logits = torch.ones(2, requires_grad=True)
+        loss_fn(logits, {}).backward()
+        seen.append(bool(logits.grad.isnan().all()))
+    assert seen == [False, True, False, False]
+    assert [event["step"] for event in run.events("fault")] == [2, 3]
+    again = Faults([Fault("nan", 0, 2)], run, Ranks())
+    again.before_step(2)
+    assert not again.spoiling(lambda logits, batch: logits.sum())(torch.ones(2), {}).isnan()
