@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from areal_ray.checkpoint.catalog import Catalog, Entry
 from areal_ray.checkpoint.manifest import MANIFEST
 from areal_ray.checkpoint.read_lock import has_readers
-from areal_ray.config import Keep
+from areal_ray.config import KeepConfig
 
 
-def deletable(entries: Sequence[Entry], keep: Keep) -> list[Entry]:
+def deletable(entries: Sequence[Entry], keep: KeepConfig) -> list[Entry]:
     """Those of the good checkpoints (newest first) that no rule keeps. The newest one is never among them.
 
     What is not good is not counted, so damage does not push good ones out.
@@ -61,7 +61,7 @@ def remove(catalog: Catalog, name: str) -> bool:
     return True
 
 
-def _metric(entry: Entry, keep: Keep) -> float | None:
+def _metric(entry: Entry, keep: KeepConfig) -> float | None:
     assert entry.manifest is not None
     value = entry.manifest.info.get("metrics", {}).get(keep.metric)
     return value if isinstance(value, int | float) and value == value else None

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class S3:
+class S3Config:
     """For a storage_path of s3://. What is not given comes from the AWS variables, profile files or machine roles."""
 
     endpoint: str | None = None  # URL of a server other than Amazon's
@@ -18,17 +18,17 @@ class S3:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     name: str = "run"  # the run directory's name; the same name and storage_path resume
     storage_path: str = "~/areal_ray"  # a path that every node sees, or s3://bucket/prefix; ${oc.env:NAME} works here
-    s3: S3 = field(default_factory=S3)
+    s3: S3Config = field(default_factory=S3Config)
     seed: int = 0  # weights, order of the data and all randomness follow from it
     recover: Literal["auto", "resume", "fresh"] = "auto"  # if there is something · insist · refuse a used directory
     allow_changes: list[str] = field(default_factory=list)  # data, run.seed, model.config, model.path, model.factory
 
 
 @dataclass(frozen=True)
-class Watch:
+class WatchdogConfig:
     """When a worker counts as stuck and is ended, so that the run goes on from its last checkpoint."""
 
     factor: float = 10.0  # so many times the usual time of a step, or of an evaluation's batch, without progress
@@ -37,19 +37,19 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterConfig:
     num_workers: Any = 2  # or [min, max]: as many as there is room for, more when machines come back
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = field(default_factory=dict)  # default: one CPU, or one CPU and one GPU
     max_failures: int = -1  # before the run is given up; -1: no limit, but the same error twice at one step
-    watchdog: Watch | None = field(default_factory=Watch)  # null: none
+    watchdog: WatchdogConfig | None = field(default_factory=WatchdogConfig)  # null: none
     standbys: Any = "auto"  # warm spare processes per node, for quick restarts: auto (one a worker), off, or a number
     template: bool = True  # one process per node imports everything, the others are forked from it: quick starts
     collective_timeout_s: float = 600.0  # longest wait of a rank for the others before it counts as failed
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)  # arguments of a transformers config, model_type among them
     path: str | None = None  # instead: a Hugging Face directory or hub name, whose weights are the first ones
     factory: str | None = None  # instead: "package.module:function", called with args, returns an nn.Module
@@ -58,7 +58,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     source: Literal["stdlib", "text"] = "stdlib"  # Python's standard library · files of one's own
     paths: list[str] = field(default_factory=list)  # text: files, directories or globs, one document a file
     tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer
@@ -66,7 +66,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -78,15 +78,15 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class MeshConfig:
     replicate: int = 1  # copies of the sharded model (HSDP)
     shard: int = -1  # ranks that share one copy (FSDP); -1: all that the others leave
     tensor: int = 1  # ranks that compute one layer together (tensor parallelism), by the model's own plan
 
 
 @dataclass(frozen=True)
-class Engine:
-    mesh: Mesh = field(default_factory=Mesh)
+class EngineConfig:
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
     reshard_after_forward: bool = True  # but for the last unit and the rest, with which the backward pass begins
     activation_checkpointing: bool = False
@@ -94,7 +94,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class BadStep:
+class BadStepConfig:
     """A step whose loss or gradient norm is not finite, or whose loss is a spike: it never changes the weights."""
 
     on_bad: Literal["stop", "skip", "rollback"] = "stop"  # fail · leave its batch out · that, from the last checkpoint
@@ -104,18 +104,18 @@ class BadStep:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     steps: int = 100  # length of the run and of the learning-rate schedule
     stop_at: int | None = None  # end early, resumable; the schedule stays that of steps
     global_batch_size: int = 8  # sequences per optimizer step, whatever the number of workers
     micro_batch_size: int = 4  # sequences per forward pass of one rank
     seq_len: int = 256  # tokens
-    bad_step: BadStep = field(default_factory=BadStep)
+    bad_step: BadStepConfig = field(default_factory=BadStepConfig)
     skip_poison_steps: bool = False  # leave out a step at which the workers fail again and again, with its batch
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepConfig:
     """Which checkpoints stay; any rule is enough, and the newest good one always does."""
 
     last: int | None = None  # so many of the newest; null keeps all
@@ -126,7 +126,7 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     every_steps: int | None = 50
     every_seconds: float | None = None
     every_epochs: int | None = None
@@ -134,17 +134,17 @@ class Checkpoint:
     async_save: bool = True  # training goes on while a process beside each rank writes
     when_busy: Literal["wait", "skip"] = "wait"  # if storage still writes the last one when the next is due
     max_failed_saves: int = 3  # in a row, after which the run stops
-    keep: Keep = field(default_factory=Keep)
+    keep: KeepConfig = field(default_factory=KeepConfig)
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalConfig:
     every_steps: int | None = 50  # null: never
     batches: int = 8  # global batches of held-out text
 
 
 @dataclass(frozen=True)
-class Logging:
+class LoggingConfig:
     every_steps: int = 10
     sample_ids: bool = False  # write the numbers of every global batch's sequences to samples.jsonl, to check order
 
@@ -160,16 +160,16 @@ class Fault:
 
 @dataclass(frozen=True)
 class Config:
-    run: Run = field(default_factory=Run)
-    cluster: Cluster = field(default_factory=Cluster)
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    optim: Optim = field(default_factory=Optim)
-    engine: Engine = field(default_factory=Engine)
-    train: Train = field(default_factory=Train)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    eval: Eval = field(default_factory=Eval)
-    logging: Logging = field(default_factory=Logging)
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     faults: list[Fault] = field(default_factory=list)
 
     @property

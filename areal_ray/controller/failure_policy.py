@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from ray.train import FailureConfig
@@ -26,7 +25,6 @@ from areal_ray.cluster.failures import Cause, root_cause, step_of
 from areal_ray.cluster.requests import is_planned
 from areal_ray.controller.scaling_policy import ScalingPolicy, StoppedWhileWaiting
 from areal_ray.run import RunDir
-from areal_ray.storage import storage_at
 from areal_ray.train.bad_steps import BadStepError
 from areal_ray.train.recovery import TooManyFailedSaves
 
@@ -53,15 +51,15 @@ class FailurePolicy(DefaultFailurePolicy):
     Args:
         failure_config: limits of the number of failures, if any.
         count: told of workers that could not be placed, and when to wait.
-        recipe: of the run directory's storage.
+        run: the run directory.
         skip_poison_steps: leave out a step that fails again and again instead of ending the run.
     """
 
     def __init__(
-        self, failure_config: FailureConfig, count: ScalingPolicy, recipe: dict[str, Any], skip_poison_steps: bool
+        self, failure_config: FailureConfig, count: ScalingPolicy, run: RunDir, skip_poison_steps: bool
     ) -> None:
         super().__init__(failure_config)
-        self._count, self._recipe, self._skip = count, recipe, skip_poison_steps
+        self._count, self._run, self._skip = count, run, skip_poison_steps
         self._seen: Counter[_Failure] = Counter()  # since the newest checkpoint
         self._trouble = ""
         self._rapid_failures = self._controller_failures = 0
@@ -156,7 +154,3 @@ class FailurePolicy(DefaultFailurePolicy):
             self._at += wait
             say(f"{self._rapid_failures + 1} failures without a new checkpoint: starting again in {wait:.0f} s")
             self._count.hold(wait)
-
-    @cached_property
-    def _run(self) -> RunDir:
-        return RunDir(storage_at(**self._recipe))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 from ray.train import UserCallback
@@ -11,22 +10,17 @@ from areal_ray.cluster.console import say
 from areal_ray.cluster.failures import _detection_s, _hung, root_cause, step_of
 from areal_ray.cluster.requests import is_planned
 from areal_ray.run import RunDir
-from areal_ray.storage import storage_at
 
 
 class Reporter(UserCallback):
     """Runs in Ray's controller: tells of every failure of the workers when it is noticed.
 
     Args:
-        recipe: of the run directory's storage.
+        run: the run directory.
     """
 
-    def __init__(self, recipe: dict[str, Any]) -> None:
-        self._recipe = recipe
-
-    @cached_property
-    def _run(self) -> RunDir:
-        return RunDir(storage_at(**self._recipe))
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if is_planned(worker_exceptions):

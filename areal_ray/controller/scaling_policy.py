@@ -22,7 +22,6 @@ from areal_ray.cluster.console import say
 from areal_ray.cluster.nodes import is_reachable
 from areal_ray.cluster.requests import AWAY, Control
 from areal_ray.run import RunDir
-from areal_ray.storage import storage_at
 
 _LOOK_S = 5.0  # between two looks for more machines
 _REMIND_S = 30.0  # between two lines about machines that are missing
@@ -43,22 +42,16 @@ class ScalingPolicy(ElasticScalingPolicy):
         scaling_config: with resources per worker.
         sizes: the numbers that can be used, ascending.
         control: to ask running workers to make room for more.
-        recipe: of the run directory's storage, for the ledger.
+        run: the run directory, for the ledger.
     """
 
-    def __init__(
-        self, scaling_config: ScalingConfig, sizes: Sequence[int], control: Control, recipe: dict[str, Any]
-    ) -> None:
+    def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], control: Control, run: RunDir) -> None:
         super().__init__(scaling_config)
-        self._sizes, self._control, self._recipe = list(sizes), control, recipe
+        self._sizes, self._control, self._run = list(sizes), control, run
         self._reminded = self._looked = self._refused = self._not_before = float("-inf")
         self._asked = self._seen = self._tried = 0
         self._limit = self._sizes[-1]  # so many could be placed, for all that is known
         self._requested = False
-
-    @cached_property
-    def _run(self) -> RunDir:
-        return RunDir(storage_at(**self._recipe))
 
     @cached_property
     def _others(self) -> _Others:

@@ -27,6 +27,7 @@ from areal_ray.controller.placement import PlacementGroupCache, release_all
 from areal_ray.controller.preemption import Preemption
 from areal_ray.controller.scaling_policy import ScalingPolicy
 from areal_ray.controller.worker_group import Groups
+from areal_ray.run.directory import RunDir
 
 
 class Controller(TrainController):
@@ -76,7 +77,7 @@ class Trainer(TorchTrainer):
     Args:
         sizes: numbers of workers that can be used, ascending.
         control: of this job.
-        recipe: of the run directory's storage.
+        run: the run directory.
         skip_poison_steps: as in the configuration.
         options: as for TorchTrainer.
     """
@@ -86,21 +87,21 @@ class Trainer(TorchTrainer):
         *args: Any,
         sizes: Sequence[int],
         control: Control,
-        recipe: dict[str, Any],
+        run: RunDir,
         skip_poison_steps: bool,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self._sizes, self._control, self._recipe, self._skip = sizes, control, recipe, skip_poison_steps
+        self._sizes, self._control, self._run_directory, self._skip = sizes, control, run, skip_poison_steps
 
     def fit(self) -> Result:
-        count = ScalingPolicy(self.scaling_config, self._sizes, self._control, self._recipe)
+        count = ScalingPolicy(self.scaling_config, self._sizes, self._control, self._run_directory)
         limits = self.run_config.failure_config or FailureConfig()
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             result = self._run(
-                policies=(count, FailurePolicy(limits, count, self._recipe, self._skip)),
+                policies=(count, FailurePolicy(limits, count, self._run_directory, self._skip)),
                 train_fn_ref=ObjectRefWrapper(self._get_train_func()),
                 train_run_context=self.train_run_context,
                 callbacks=self._create_default_callbacks(),

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import ray
@@ -23,7 +22,6 @@ from areal_ray.cluster.console import say
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.controller.placement import PlacementGroupCache, release_all
 from areal_ray.run import RunDir
-from areal_ray.storage import storage_at
 
 _CALM_S = 8.0  # after the start of the workers; what it starts then is not in their way
 
@@ -129,20 +127,16 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
     """Runs in Ray's controller: ends workers at once, does not wait for ever for their start, writes down how long.
 
     Args:
-        recipe: of the run directory's storage.
+        run: the run directory.
         start_limit_s: workers that have not all begun to train by then are ended, which counts as a failed start.
         standbys: for the actors that Ray Train starts beside every group; None for no spares.
     """
 
-    def __init__(self, recipe: dict[str, Any], start_limit_s: float, standbys: Standbys | None) -> None:
-        self._recipe, self._limit, self._standbys = recipe, start_limit_s, standbys
+    def __init__(self, run: RunDir, start_limit_s: float, standbys: Standbys | None) -> None:
+        self._run, self._limit, self._standbys = run, start_limit_s, standbys
         self._times: dict[str, float] = {}
         self._replenish_at = float("inf")
         self._workers: list[Any] = []
-
-    @cached_property
-    def _run(self) -> RunDir:
-        return RunDir(storage_at(**self._recipe))
 
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import xxhash
 
-from areal_ray.config import ConfigError, Data
+from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data.sources import documents
 from areal_ray.data.tokenizers import Tokenizer
 
@@ -39,7 +39,7 @@ class PackedTokens:
 
 
 def load_splits(
-    config: Data, tokenizer: Tokenizer, seq_len: int, global_batch_size: int
+    config: DataConfig, tokenizer: Tokenizer, seq_len: int, global_batch_size: int
 ) -> tuple[PackedTokens, PackedTokens]:
     """Read everything once: (train, held-out), split by document.
 

@@ -8,13 +8,13 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from areal_ray.config import ConfigError, Data
+from areal_ray.config import ConfigError, DataConfig
 
 # Not written as prose to learn from: test data with broken encodings, installed packages, generated tables.
 _STDLIB_SKIPS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "encodings"}
 
 
-def documents(config: Data) -> Iterator[tuple[str, bytes]]:
+def documents(config: DataConfig) -> Iterator[tuple[str, bytes]]:
     """(name, content) of every document, sorted by name.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from areal_ray.config import Mesh
+from areal_ray.config import MeshConfig
 
 
 def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
@@ -45,7 +45,7 @@ def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     return device
 
 
-def build_mesh(config: Mesh, device: torch.device, timeout_s: float) -> DeviceMesh:
+def build_mesh(config: MeshConfig, device: torch.device, timeout_s: float) -> DeviceMesh:
     """The mesh of all ranks, ("replicate", "shard", "tensor"); of these only "shard" is there with size 1.
 
     The ranks of a tensor group are neighbours: they exchange the most, and belong on one machine.

@@ -9,12 +9,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from areal_ray.config import ConfigError, Engine
+from areal_ray.config import ConfigError, EngineConfig
 from areal_ray.distributed.mesh import data_parallel
 from areal_ray.distributed.tensor_parallel import split_tensors, tensor_plan
 
 
-def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, config: Engine) -> None:
+def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, config: EngineConfig) -> None:
     """Split tensors, checkpoint activations, compile and shard, in this order.
 
     Each unit is sharded by itself, and then the rest as one.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from areal_ray.config import ConfigError, Model
+from areal_ray.config import ConfigError, ModelConfig
 
 _BEFORE = (
     "torch.distributed.checkpoint",
@@ -45,7 +45,7 @@ _AFTER = (
 )
 
 
-def prepare(model: Model | None) -> None:
+def prepare(model: ModelConfig | None) -> None:
     """Import and warm up, once for all forks, everything but Ray."""
     _import(_BEFORE)
     # A factory's module may import Ray, and a name on the hub may be asked for over the network.

@@ -26,7 +26,7 @@ from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
 from areal_ray.driver.supervisor import supervise
 from areal_ray.processes.fork_server import ForkServer
-from areal_ray.run import RunDir
+from areal_ray.run import JobContext, RunDir
 from areal_ray.run.goodput import goodput, table
 from areal_ray.run.lease import RunInUse, hold_lease
 
@@ -77,7 +77,7 @@ def _drive(config: Config, run: RunDir, console: Console, control: Control, subm
     address = ray.get_runtime_context().gcs_address
     try:
         with watching(address, _print, lambda: _lost_head(run, address)):
-            outcome = supervise(config, run, submission)
+            outcome = supervise(config, JobContext(run, submission))
     except (TrainingFailedError, RayError, OSError) as error:
         if isinstance(getattr(error, "controller_failure", None), StoppedWhileWaiting):
             return _interrupted(run)

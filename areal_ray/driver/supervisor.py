@@ -21,9 +21,7 @@ from areal_ray.controller.trainer import Trainer
 from areal_ray.controller.worker_group import GroupLife
 from areal_ray.driver import warm_start
 from areal_ray.driver.connect import BESIDE, resources
-from areal_ray.run import RunDir
-from areal_ray.storage import Storage
-from areal_ray.storage.s3 import filesystem
+from areal_ray.run.job_context import JobContext
 
 _WORKER = "areal_ray.worker.main"  # not imported here: what only workers need takes the driver half a second
 _TROUBLES = 6  # deaths of the controller in a row, without a new checkpoint, before they end the run
@@ -31,7 +29,7 @@ _LONGEST_WAIT_S = 60.0
 _START_S = 300.0  # limit of a start at least: with cold imports from a slow disk
 
 
-def supervise(config: Config, run: RunDir, submission: str) -> dict[str, Any]:
+def supervise(config: Config, context: JobContext) -> dict[str, Any]:
     """Train until the workers have come to an end.
 
     What goes wrong with workers is the controller's business, see restarts.py; here it is about the controller, an
@@ -39,8 +37,7 @@ def supervise(config: Config, run: RunDir, submission: str) -> dict[str, Any]:
 
     Args:
         config: with absolute paths.
-        run: the run directory.
-        submission: under which name requests to this job are made.
+        context: of this submission.
 
     Returns:
         What `worker.main` returned.
@@ -49,13 +46,14 @@ def supervise(config: Config, run: RunDir, submission: str) -> dict[str, Any]:
         TrainingFailedError: when the run is given up.
         RayError: when the controller cannot be kept alive. Storage that is away is waited for, however long.
     """
+    run = context.run
     catalog = Catalog(run.storage)
     troubles = 0
     newest: str | None = None
     while True:
         try:
             snapshot.rebuild(run.storage)
-            outcome: dict[str, Any] = _trainer(config, run.storage, submission).fit().return_value
+            outcome: dict[str, Any] = _trainer(config, context).fit().return_value
             return outcome
         except (RayError, OSError) as error:
             before = newest
@@ -70,15 +68,13 @@ def supervise(config: Config, run: RunDir, submission: str) -> dict[str, Any]:
             time.sleep(min(_LONGEST_WAIT_S, 2.0 ** (troubles - 2)) if troubles > 1 else 0.0)
 
 
-def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:
-    recipe = storage.recipe
-    root, files, module = config.run.storage_path, None, _WORKER
-    if "s3" in recipe:
-        root, files = root.removeprefix("s3://"), filesystem(recipe["s3"])
+def _trainer(config: Config, context: JobContext) -> Trainer:
+    run, files, module = context.run, context.run.storage.filesystem, _WORKER
+    root = config.run.storage_path.removeprefix("s3://") if files else config.run.storage_path
 
     def work() -> dict[str, Any]:
         # Not as train_loop_config, which Ray shows on its dashboard, with credentials if there are any.
-        outcome: dict[str, Any] = import_module(module).main(config, recipe, submission)
+        outcome: dict[str, Any] = import_module(module).main(config, context)
         return outcome
 
     wanted = config.cluster
@@ -97,14 +93,14 @@ def _trainer(config: Config, storage: Storage, submission: str) -> Trainer:
             failure_config=FailureConfig(max_failures=wanted.max_failures),
             checkpoint_config=CheckpointConfig(),
             callbacks=[
-                Reporter(recipe),
-                GroupLife(recipe, max(_START_S, wanted.collective_timeout_s), beside),
+                Reporter(run),
+                GroupLife(run, max(_START_S, wanted.collective_timeout_s), beside),
             ],
             logging_config=LoggingConfig(log_level="CRITICAL"),
             worker_runtime_env={"env_vars": warm_start.worker_environment(config)},
         ),
         sizes=config.usable_sizes,
-        control=Control(submission),
-        recipe=recipe,
+        control=Control(context.submission),
+        run=run,
         skip_poison_steps=config.train.skip_poison_steps,
     )

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from areal_ray.cluster.standbys import _WARM_S, _folder
-from areal_ray.config import Config, ConfigError, Model, redact
+from areal_ray.config import Config, ConfigError, ModelConfig, redact
 from areal_ray.processes.launch import MODEL
 
 _HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # Ray's: a function that a new process runs before anything else
@@ -65,7 +65,7 @@ def warm() -> None:
         import_module("areal_ray.controller.rendezvous")
         import_module("areal_ray.worker.main")  # and with it everything else that a worker imports
         with suppress(ConfigError):  # a factory on the driver's path, which Ray tells a process with its work only
-            import_module("areal_ray.models").build_model(Model(**json.loads(os.environ[MODEL])))
+            import_module("areal_ray.models").build_model(ModelConfig(**json.loads(os.environ[MODEL])))
         if not late.is_set():  # beside real training a rehearsal would meet its process group
             import_module("areal_ray.engine.warmup").warm_up()
 

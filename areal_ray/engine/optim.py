@@ -11,10 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from areal_ray.config import Optim
+from areal_ray.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019); matrices decay, vectors (norms, biases) do not.
 
     The state (step, exp_avg, exp_avg_sq) is made at once: a run that does not fit into memory says so at its start,
@@ -84,7 +84,7 @@ class LrSchedule:
         steps: where the cosine ends; a run that stops earlier (train.stop_at) does not change it.
     """
 
-    def __init__(self, config: Optim, steps: int) -> None:
+    def __init__(self, config: OptimConfig, steps: int) -> None:
         self._config, self._steps = config, steps
         self.step = 0  # optimizer steps taken
 

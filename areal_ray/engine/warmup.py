@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from areal_ray.config import Config, Model
+from areal_ray.config import Config, ModelConfig
 from areal_ray.engine import FSDPEngine, SaveLoadMeta
 from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 
@@ -33,7 +33,7 @@ def warm_up() -> None:
     It leaves no process group and no thread, and PyTorch with one thread for its operations.
     """
     torch.set_num_threads(1)
-    config = Config(model=Model(config=_TINY))
+    config = Config(model=ModelConfig(config=_TINY))
     ids = torch.ones(2, 4, dtype=torch.long)
     engine = FSDPEngine(config, device="cpu")
     # Not gloo: its threads wake up a hundred times a second, and what DTensor caches keeps them alive for ever.

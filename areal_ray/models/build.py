@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from areal_ray.config import ConfigError, Model
+from areal_ray.config import ConfigError, ModelConfig
 
 
-def build_model(config: Model) -> nn.Module:
+def build_model(config: ModelConfig) -> nn.Module:
     """The model on the meta device: shapes and names, no memory.
 
     Raises:
@@ -23,7 +23,7 @@ def build_model(config: Model) -> nn.Module:
     return model.train()
 
 
-def check_model(config: Model, vocab_size: int) -> None:
+def check_model(config: ModelConfig, vocab_size: int) -> None:
     """Find out before anything is started whether the model can be built and has a row for every token.
 
     Raises:
@@ -38,7 +38,7 @@ def check_model(config: Model, vocab_size: int) -> None:
         raise ConfigError(key, f"the model has {rows} rows of embeddings, but the tokenizer has {vocab_size} tokens")
 
 
-def architecture(config: Model) -> dict[str, Any] | None:
+def architecture(config: ModelConfig) -> dict[str, Any] | None:
     """What config.json says of the model in a Hugging Face directory; None for a factory's."""
     if config.factory:
         return None
@@ -50,7 +50,7 @@ def architecture(config: Model) -> dict[str, Any] | None:
     return dict(json.loads(transformers_config.to_json_string()))
 
 
-def same_architecture(saved: dict[str, Any], config: Model) -> bool:
+def same_architecture(saved: dict[str, Any], config: ModelConfig) -> bool:
     """Whether the config of a directory, as `architecture` gives it, is that of this model."""
     from transformers import AutoConfig
 
@@ -59,7 +59,7 @@ def same_architecture(saved: dict[str, Any], config: Model) -> bool:
     return both[0] == both[1]
 
 
-def _transformers_config(config: Model) -> Any:
+def _transformers_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -85,7 +85,7 @@ def _transformers_config(config: Model) -> Any:
         raise ConfigError("model.config", " ".join(str(error).split())) from None
 
 
-def _from_transformers(config: Model) -> nn.Module:
+def _from_transformers(config: ModelConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     transformers_config = _transformers_config(config)
@@ -109,7 +109,7 @@ def _find_factory(name: str) -> Any:
         raise ConfigError("model.factory", f"{module_name} has no {function}") from None
 
 
-def _from_factory(config: Model) -> nn.Module:
+def _from_factory(config: ModelConfig) -> nn.Module:
     assert config.factory
     factory = _find_factory(config.factory)
     try:

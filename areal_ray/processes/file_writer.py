@@ -6,9 +6,11 @@ time goes in as a line of JSON, one answer comes back. It ends when its parent d
 
 from __future__ import annotations
 
+import base64
 import json
 import mmap
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from areal_ray.storage import Storage, storage_at
+from areal_ray.storage import Storage
 
 Buffer = bytes | memoryview
 _PIECE = 8 << 20  # bytes hashed and written at a time: they stay in the processor's cache in between
@@ -83,7 +85,13 @@ class FileWriter:
         assert self._child is not None
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        request = {"storage": directory.recipe, "name": name, "memory": memory, "size": size, "chunks": chunks}
+        request = {
+            "storage": base64.b64encode(pickle.dumps(directory)).decode(),
+            "name": name,
+            "memory": memory,
+            "size": size,
+            "chunks": chunks,
+        }
         try:
             self._child.stdin.write(json.dumps(request) + "\n")
             self._child.stdin.flush()
@@ -133,7 +141,8 @@ def _serve() -> None:
         try:
             image = memory.image(request["memory"], request["size"])
             chunks = ([image[start : start + length]] for start, length in request["chunks"])
-            reply = write_summed(storage_at(**request["storage"]), request["name"], chunks)
+            directory = pickle.loads(base64.b64decode(request["storage"]))  # noqa: S301  (of its parent)
+            reply = write_summed(directory, request["name"], chunks)
         except OSError as error:
             reply = {"error": [error.errno, error.strerror, error.filename] if error.errno else [str(error)]}
         print(json.dumps(reply), flush=True)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-from areal_ray.config import Config, Model, redact
+from areal_ray.config import Config, ModelConfig, redact
 from areal_ray.processes import launch
 
 # How glibc's malloc is to behave in all processes of a job. Training runs in a thread of Ray's, and a thread's own heap
@@ -40,7 +40,7 @@ class ForkServer:
         preparation: module whose `prepare` and `import_ray` it calls before it forks.
     """
 
-    def __init__(self, model: Model, preparation: str) -> None:
+    def __init__(self, model: ModelConfig, preparation: str) -> None:
         self._name, self._preparation = secrets.token_hex(16), preparation
         self._process = subprocess.Popen(
             launch.fork_server_command(self._name, os.getpid(), preparation),

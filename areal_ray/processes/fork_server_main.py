@@ -21,7 +21,7 @@ from typing import Any
 if __name__ == "__main__":  # of whatever Python path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from areal_ray.config import Model
+from areal_ray.config import ModelConfig
 from areal_ray.processes import fork_checks, launch
 
 _IDLE_S = 60.0  # without a process of the job on this node it is not needed
@@ -45,7 +45,7 @@ class Server:
         model: to get ready for; None if it is not known.
     """
 
-    def __init__(self, name: str, owner: int, preparation: str, model: Model | None) -> None:
+    def __init__(self, name: str, owner: int, preparation: str, model: ModelConfig | None) -> None:
         self._name, self._preparation, self._model = name, preparation, model
         self._owner = os.pidfd_open(owner)
         self._base = _base_path()
@@ -207,7 +207,7 @@ def main(name: str, owner: str, preparation: str) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     model = os.environ.get(launch.MODEL)
-    work = Server(name, int(owner), preparation, Model(**json.loads(model)) if model else None).serve()
+    work = Server(name, int(owner), preparation, ModelConfig(**json.loads(model)) if model else None).serve()
     if work is not None:
         work()
 

@@ -26,6 +26,9 @@ class RunDir:
         self._metrics = open_log(storage, METRICS, at_once=False)
         self._samples = open_log(storage, SAMPLES, at_once=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunDir, (self.storage,)
+
     @property
     def ledger(self) -> str:
         """Where the events are, as a user would type it."""

@@ -18,7 +18,10 @@ class Sink(Protocol):
 
 
 class Storage(Protocol):
-    """A directory. Names are relative to it, with `/` between their parts; one that leads out raises ValueError."""
+    """A directory. Names are relative to it, with `/` between their parts; one that leads out raises ValueError.
+
+    It can be pickled, to be opened in another process; the pickle may hold credentials, and is never to be shown.
+    """
 
     @property
     def location(self) -> str:
@@ -26,8 +29,8 @@ class Storage(Protocol):
         ...
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """Arguments of `storage_at` that open it in another process; may hold credentials, so never to be shown."""
+    def filesystem(self) -> Any:
+        """The pyarrow filesystem for Ray Train; None where a path is enough."""
         ...
 
     @property

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from areal_ray.storage.base import Sink
 
@@ -26,8 +26,8 @@ class LocalStorage:
         return self._path
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        return {"path": self._path}
+    def filesystem(self) -> None:
+        return None
 
     def sub(self, name: str) -> LocalStorage:
         return LocalStorage(self._inside(name))

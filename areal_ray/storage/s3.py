@@ -58,8 +58,11 @@ class S3Storage:
         return f"s3://{self._path}"
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        return {"path": self.location, "s3": self._options}
+    def filesystem(self) -> Any:
+        return self._files
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return S3Storage, (self.location, self._options)
 
     def sub(self, name: str) -> S3Storage:
         below = S3Storage.__new__(S3Storage)

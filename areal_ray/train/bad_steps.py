@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from areal_ray.config import BadStep
+from areal_ray.config import BadStepConfig
 from areal_ray.engine.base import finite
 
 
@@ -49,7 +49,7 @@ class BadStepPolicy:
         on_bad_step: told of a refusal, once for each step, before anything follows from it.
     """
 
-    def __init__(self, config: BadStep, known: Iterable[int], on_bad_step: Callable[[Refusal], None]) -> None:
+    def __init__(self, config: BadStepConfig, known: Iterable[int], on_bad_step: Callable[[Refusal], None]) -> None:
         self._config, self._on_bad_step = config, on_bad_step
         self._left_out = set(known)
         self._losses: deque[float] = deque(maxlen=config.spike_window)  # of the last steps that counted

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from areal_ray.checkpoint import Catalog
 from areal_ray.checkpoint.manifest import MANIFEST
 from areal_ray.checkpoint.retention import deletable, remove, uncommitted
-from areal_ray.config import Keep
+from areal_ray.config import KeepConfig
 from areal_ray.run import RunDir
 from areal_ray.train.bad_steps import Refusal
 from areal_ray.train.recovery import PendingSave
@@ -27,7 +27,7 @@ class Journal:
     """
 
     def __init__(
-        self, run: RunDir | None, attempt: int, say: Callable[[str], None], catalog: Catalog, keep: Keep
+        self, run: RunDir | None, attempt: int, say: Callable[[str], None], catalog: Catalog, keep: KeepConfig
     ) -> None:
         self._run, self._attempt, self._say = run, attempt, say
         self._catalog, self._keep = catalog, keep

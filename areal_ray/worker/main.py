@@ -17,7 +17,7 @@ from areal_ray.config import Config
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
 from areal_ray.run import RunDir
-from areal_ray.storage import storage_at
+from areal_ray.run.job_context import JobContext
 from areal_ray.train import loop
 from areal_ray.train.faults import Faults
 from areal_ray.train.journal import Journal
@@ -25,16 +25,15 @@ from areal_ray.worker import sidecars
 from areal_ray.worker.provenance import announce
 from areal_ray.worker.session import RaySession
 from areal_ray.worker.watchdog import Watchdog
-from areal_ray.worker.wiring import _memory, wire
+from areal_ray.worker.wiring import memory_copies, wire
 
 
-def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, Any]:
+def main(config: Config, context: JobContext) -> dict[str, Any]:
     """Train one rank; Ray calls it in every worker, again after every restart.
 
     Args:
         config: with absolute paths.
-        recipe: of the run directory's storage.
-        submission: under which name requests to this job are made.
+        context: of this submission.
 
     Returns:
         step, loss (None if the last step was left out) and world_size at the end, for the driver; reason, "stop" if it
@@ -46,7 +45,7 @@ def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, A
     # A spare process has imported torch before Ray said how many cores it has; threads change speed and last bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        return _train(config, recipe, submission)
+        return _train(config, context)
     except PlannedRestart:
         raise
     except Exception as error:
@@ -56,15 +55,14 @@ def main(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, A
         raise
 
 
-def _train(config: Config, recipe: dict[str, Any], submission: str) -> dict[str, Any]:
-    run, ranks = RunDir(storage_at(**recipe)), Ranks()
+def _train(config: Config, context: JobContext) -> dict[str, Any]:
+    run, ranks = context.run, Ranks()
     with sidecars.watchdog(config, run, ranks) or nullcontext() as watchdog:
-        return _train_watched(config, run, ranks, submission, watchdog)
+        return _train_watched(config, context, ranks, watchdog)
 
 
-def _train_watched(
-    config: Config, run: RunDir, ranks: Ranks, submission: str, watchdog: Watchdog | None
-) -> dict[str, Any]:
+def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None) -> dict[str, Any]:
+    run = context.run
     clock = sidecars.Stopwatch()
     catalog = Catalog(run.storage)
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
@@ -77,8 +75,10 @@ def _train_watched(
     if ranks.rank == 0:
         run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
     faults = Faults(config.faults, run, ranks)
-    session = RaySession(faults, ranks, Control(submission), sidecars.standbys(config, run, ranks, nodes), watchdog)
-    job = wire(config, engine, ranks, run, catalog, attempt, faults, session, _memory(config, ranks, run, submission))
+    session = RaySession(
+        faults, ranks, Control(context.submission), sidecars.standbys(config, run, ranks, nodes), watchdog
+    )
+    job = wire(config, engine, ranks, run, catalog, attempt, faults, session, memory_copies(config, ranks, context))
     session.pace = sidecars.pace(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
     copy = job.recover.restore_from_memory()

@@ -13,7 +13,7 @@ import transformers
 from areal_ray import __version__, models
 from areal_ray.checkpoint import Catalog, Copy, StoredState
 from areal_ray.cluster.console import say
-from areal_ray.config import Config, Run, dump, redact
+from areal_ray.config import Config, RunConfig, dump, redact
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
 from areal_ray.run import RunDir
@@ -26,7 +26,7 @@ def provenance(config: Config) -> dict[str, Any]:
     # Name and place, faults and the end of this invocation do not make it another experiment.
     lasting = dataclasses.replace(
         config,
-        run=Run(seed=config.run.seed),
+        run=RunConfig(seed=config.run.seed),
         train=dataclasses.replace(config.train, stop_at=None),
         faults=[],
     )

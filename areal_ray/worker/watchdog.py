@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from areal_ray.config import Watch
+from areal_ray.config import WatchdogConfig
 from areal_ray.run.stack_frames import innermost
 
 EXIT_STATUS = 86  # of a process that was ended because it was stuck
@@ -64,7 +64,9 @@ class Watchdog:
         end: ends the process.
     """
 
-    def __init__(self, limits: Watch, stuck: Callable[[Stuck], None], end: Callable[[int], object] = os._exit) -> None:
+    def __init__(
+        self, limits: WatchdogConfig, stuck: Callable[[Stuck], None], end: Callable[[int], object] = os._exit
+    ) -> None:
         self._limits, self._stuck, self._end = limits, stuck, end
         self._watched = threading.get_ident()
         self._usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))

@@ -18,6 +18,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
 from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.run import RunDir
+from areal_ray.run.job_context import JobContext
 from areal_ray.train import loop
 from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import Cadence
@@ -172,12 +173,12 @@ def _writer(config: Config, ranks: Ranks) -> CheckpointWriter:
     return AsyncWriter(ranks, background)
 
 
-def _memory(config: Config, ranks: Ranks, run: RunDir, submission: str) -> MemoryCopies | None:
+def memory_copies(config: Config, ranks: Ranks, context: JobContext) -> MemoryCopies | None:
     if config.checkpoint.memory_every_steps is None:
         return None
     # Steps that are not computed again must have left their metrics.
-    durable = run.flush if ranks.rank == 0 else lambda: None
-    return MemoryCopies(submission, ranks, int(os.environ["RAY_RAYLET_PID"]), say, durable)
+    durable = context.run.flush if ranks.rank == 0 else lambda: None
+    return MemoryCopies(context.submission, ranks, int(os.environ["RAY_RAYLET_PID"]), say, durable)
 
 
 def _silent(_: str) -> None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from areal_ray.config import Cluster as ClusterConfig
-from areal_ray.config import load
+from areal_ray.config import ClusterConfig, load
 
 from .launch import ROOT, Cluster, Job, run_folder
 from .peers.common import Work

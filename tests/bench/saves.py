@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from areal_ray.checkpoint import AsyncWriter, Catalog
 from areal_ray.cluster.console import Console
 from areal_ray.cluster.requests import Control
-from areal_ray.config import Config, Keep, load
+from areal_ray.config import Config, KeepConfig, load
 from areal_ray.distributed import Ranks
 from areal_ray.driver.connect import cluster
 from areal_ray.engine import FSDPEngine
@@ -114,7 +114,7 @@ class Ours:
         writer = AsyncWriter(ranks, background)
         self.fence = writer.fence
         catalog = Catalog(run.storage)
-        journal = Journal(run if ranks.rank == 0 else None, 1, lambda _: None, catalog, Keep(last=2))
+        journal = Journal(run if ranks.rank == 0 else None, 1, lambda _: None, catalog, KeepConfig(last=2))
         state = {"engine": engine.state}
         self._recover = RecoverHandler(catalog, state, writer, journal, 1, engine.describe(), ranks, SavePolicy())
 

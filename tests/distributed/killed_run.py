@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from areal_ray.checkpoint import AsyncWriter, Catalog, SyncWriter, writer
-from areal_ray.config import Keep
+from areal_ray.config import KeepConfig
 from areal_ray.distributed import Ranks
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
@@ -115,7 +115,7 @@ def go_on(rank: int, root: str, stage: Stage | None, background: bool) -> None:
     attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
     if rank == 0:
         run.event("attempt", attempt=attempt)
-    journal = Journal(run if rank == 0 else None, attempt, silent, catalog, Keep(last=2))
+    journal = Journal(run if rank == 0 else None, attempt, silent, catalog, KeepConfig(last=2))
     writer.FileWriter = TrappedFileWriter  # type: ignore[misc]
     saves = AsyncWriter(ranks, Ranks(dist.new_group(backend="gloo"))) if background else SyncWriter(ranks)
     recover = RecoverHandler(catalog, {"numbers": numbers}, saves, journal, attempt, {}, ranks, SavePolicy())

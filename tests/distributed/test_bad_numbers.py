@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from areal_ray.checkpoint import AsyncWriter, Catalog
-from areal_ray.config import BadStep, Fault, Keep
+from areal_ray.config import BadStepConfig, Fault, KeepConfig
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
 from areal_ray.engine.objectives import next_token_loss, predicted_tokens
@@ -119,7 +119,7 @@ class SlowStorage(LocalStorage):
 class Run:
     """One attempt of the real loop: everything that a worker wires, without Ray."""
 
-    def __init__(self, root: str, config: BadStep, attempt: int = 1, fault: Fault | None = None) -> None:
+    def __init__(self, root: str, config: BadStepConfig, attempt: int = 1, fault: Fault | None = None) -> None:
         # Here, so that this module can be collected where there is a torch but no grain.
         from areal_ray.data import GlobalBatches, PackedTokens
         from areal_ray.run import RunDir
@@ -139,7 +139,7 @@ class Run:
         self.progress = loop.Progress()
         self.began: list[int] = []
         catalog = Catalog(self.run.storage)
-        journal = Journal(here, attempt, lambda text: None, catalog, Keep())
+        journal = Journal(here, attempt, lambda text: None, catalog, KeepConfig())
         known = [event["step"] for event in self.run.events("bad_step") if event["action"] != "stop"]
         self.guard = BadStepPolicy(
             config, known, lambda refusal: journal.refused(refusal, self.progress.samples, GLOBAL_BATCH)
@@ -203,9 +203,9 @@ class Run:
 
 def go_through(rank: int, parent: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
-    whole = Run(f"{parent}/whole", BadStep()).train()
-    skipped = Run(f"{parent}/skipped", BadStep("skip"), fault=NAN_ON_RANK_1).train()
-    back = Run(f"{parent}/back", BadStep("rollback"), fault=NAN_ON_RANK_1).train()
+    whole = Run(f"{parent}/whole", BadStepConfig()).train()
+    skipped = Run(f"{parent}/skipped", BadStepConfig("skip"), fault=NAN_ON_RANK_1).train()
+    back = Run(f"{parent}/back", BadStepConfig("rollback"), fault=NAN_ON_RANK_1).train()
     seen["began"] = whole.began, skipped.began, back.began
     seen["restored"] = [name for name, _ in back.restored]
     seen["restored differs"] = differing(back.restored[0][1], whole.weights[EVERY + 1][0])
@@ -223,7 +223,7 @@ def go_through(rank: int, parent: str) -> dict[str, Any]:
     if rank == 0:
         Path(f"{parent}/skipped/step-{STEPS:08d}.a1").rename(f"{parent}/set_aside")
     dist.barrier()
-    again = Run(f"{parent}/skipped", BadStep(), attempt=2, fault=NAN_ON_RANK_1)
+    again = Run(f"{parent}/skipped", BadStepConfig(), attempt=2, fault=NAN_ON_RANK_1)
     seen["again from"] = again.recover.load()
     again.train()
     seen["again differs"] = differing(again.standing()[0], skipped.standing()[0])

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from areal_ray import models
 from areal_ray.checkpoint import CheckpointDamaged, save
 from areal_ray.cli.main import main as run_cli
-from areal_ray.config import Model
+from areal_ray.config import ModelConfig
 from areal_ray.data import build_tokenizer
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
@@ -244,7 +244,7 @@ def test_a_model_that_transformers_does_not_know_is_not_exported(tmp_path: Path,
 
 
 def test_the_config_of_a_directory_is_compared_as_its_library_reads_it(root: Path) -> None:
-    model = Model(path=str(root / "tied" / "given"))
+    model = ModelConfig(path=str(root / "tied" / "given"))
     saved = models.architecture(model)
     assert saved is not None
     assert saved["architectures"] == ["Qwen3ForCausalLM"]

@@ -76,10 +76,9 @@ class Heard:
         self.passed.append((checkpoint, reason))
 
 
-def save_and_load(rank: int, recipe: dict[str, Any], switch: tuple[str, int]) -> dict[str, Any]:
+def save_and_load(rank: int, run: Storage, switch: tuple[str, int]) -> dict[str, Any]:
     """Saves at once and beside the training, damage, and a server that is away for a while."""
     s3._ATTEMPTS = 1
-    run = storage_at(**recipe)
     engine = start_engine()
     state, seen = {"engine": engine.state}, {}
     writer = AsyncWriter(Ranks(), Ranks(dist.new_group(backend="gloo")))
@@ -148,7 +147,7 @@ def run(server: S3Server) -> Storage:
 @pytest.fixture(scope="module")
 def saved(server: S3Server, run: Storage) -> list[dict[str, Any]]:
     with Switch(server) as switch:
-        return run_ranks(save_and_load, 2, run.recipe, switch)
+        return run_ranks(save_and_load, 2, run, switch)
 
 
 def test_what_was_saved_is_loaded_bit_for_bit(saved: list[dict[str, Any]]) -> None:

@@ -84,7 +84,7 @@ def test_a_key_that_the_server_repeats_is_masked(storage: Storage) -> None:
 
 
 def test_what_is_refused_is_not_tried_again(proxy: S3Proxy, proxied: Storage) -> None:
-    refused = storage_at(proxied.location, {**proxied.recipe["s3"], "secret_key": "hidden"})
+    refused = storage_at(proxied.location, {**proxied._options, "secret_key": "hidden"})
     for work in (refused.names, lambda: refused.publish("a", b"")):
         proxy.methods.clear()
         with pytest.raises(PermissionError):

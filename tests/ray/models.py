@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from areal_ray.cli.main import main as run_cli
-from areal_ray.config import Model
+from areal_ray.config import ModelConfig
 from areal_ray.models import build_model
 
 from .conftest import EXPERIMENT, Run
@@ -78,6 +78,6 @@ def poisoned(folder: str, calls: int) -> nn.Module:
 
 
 def _with_hook(hook: Any) -> nn.Module:
-    model = build_model(Model(config=CONFIG))
+    model = build_model(ModelConfig(config=CONFIG))
     model.register_forward_pre_hook(hook, with_kwargs=True)
     return model

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from areal_ray.checkpoint import Entry, Manifest
 from areal_ray.checkpoint.retention import deletable
-from areal_ray.config import ConfigError, Keep, load
+from areal_ray.config import ConfigError, KeepConfig, load
 from tests.unit.config.test_config import TINY
 
 pytestmark = pytest.mark.unit
@@ -27,30 +27,30 @@ STEPS = [entry(step) for step in (60, 50, 40, 30, 20, 10)]
 
 
 def test_by_default_all_stay():
-    assert deletable(STEPS, Keep()) == []
+    assert deletable(STEPS, KeepConfig()) == []
 
 
 def test_the_last_ones_stay():
-    assert left(STEPS, Keep(last=2)) == [60, 50]
+    assert left(STEPS, KeepConfig(last=2)) == [60, 50]
 
 
 def test_every_so_many_steps_stay_for_good():
-    assert left(STEPS, Keep(last=1, every_steps=20)) == [60, 40, 20]
+    assert left(STEPS, KeepConfig(last=1, every_steps=20)) == [60, 40, 20]
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("min", [60, 30]), ("max", [60, 50])])
 def test_the_best_stay(mode, expected):
     entries = [entry(60, 3.0), entry(50, 9.0), entry(40), entry(30, 1.0), entry(20, float("nan"))]
-    assert left(entries, Keep(last=1, best=1, mode=mode)) == expected
+    assert left(entries, KeepConfig(last=1, best=1, mode=mode)) == expected
 
 
 def test_what_is_not_a_number_is_not_the_best():
-    assert left([entry(60), entry(50, float("nan")), entry(40, 2.0)], Keep(last=1, best=1)) == [60, 40]
+    assert left([entry(60), entry(50, float("nan")), entry(40, 2.0)], KeepConfig(last=1, best=1)) == [60, 40]
 
 
 def test_what_is_damaged_is_not_counted_and_not_touched():
     entries = [entry(60, problem="torn"), entry(50), entry(40), entry(30)]
-    assert left(entries, Keep(last=2)) == [60, 50, 40]
+    assert left(entries, KeepConfig(last=2)) == [60, 50, 40]
 
 
 @given(
@@ -61,7 +61,7 @@ def test_what_is_damaged_is_not_counted_and_not_touched():
 )
 def test_the_newest_good_one_is_never_expendable(states, last, every_steps, best):
     entries = [entry(step, loss, None if good else "torn") for step, good, loss in sorted(states, reverse=True)]
-    gone = deletable(entries, Keep(last=last, every_steps=every_steps, best=best))
+    gone = deletable(entries, KeepConfig(last=last, every_steps=every_steps, best=best))
     good = [e for e in entries if e.problem is None]
     assert all(e.problem is None for e in gone)
     assert not good or good[0] not in gone

@@ -166,7 +166,7 @@ def test_the_cause_of_a_failed_controller_has_no_rank(run):
 
 def test_a_failure_is_written_down_when_it_is_noticed(run, tmp_path):
     errors = {1: from_worker(ValueError("mine")), 0: from_worker(RuntimeError(RESET))}
-    Reporter(run.storage.recipe).after_exception(None, errors)
+    Reporter(run).after_exception(None, errors)
     (event,) = run.events("failure")
     assert {key: event[key] for key in ("rank", "cause", "error", "ranks")} == {
         "rank": 1,
@@ -189,7 +189,7 @@ def failure(run):
             run.event("attempt", attempt=attempt, world_size=3)
         for fields in stuck:
             run.event("stuck", **{**HUNG, **fields})
-        Reporter(run.storage.recipe).after_exception(None, DIED)
+        Reporter(run).after_exception(None, DIED)
         return run.events("failure")[-1]
 
     return failure
@@ -220,7 +220,7 @@ def test_a_rank_that_could_still_say_what_it_saw_was_not_the_one_that_stopped(ru
     run.event("stuck", **{**HUNG, "attempt": 1}, rank=0, waiting=True)
     errors = {0: ActorDiedError(), 1: ActorDiedError(), 2: from_worker(RuntimeError(RESET))}
     annotate(errors[2], 7)
-    Reporter(run.storage.recipe).after_exception(None, errors)
+    Reporter(run).after_exception(None, errors)
     (event,) = run.events("failure")
     assert (event["rank"], event["cause"]) == (1, "stopped")
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_written_down_takes_no_place_of_what_was_raised(run, caps
         def __str__(self):
             raise ValueError("no text")
 
-    Reporter(run.storage.recipe).after_exception(None, {0: Odd()})
+    Reporter(run).after_exception(None, {0: Odd()})
     assert "could not write down a failure: ValueError: no text" in capsys.readouterr().out
 
 
@@ -257,9 +257,9 @@ def test_the_step_of_a_failure_is_that_of_the_ranks_that_lived_to_tell_it(run):
             annotate(caught, step)
             return pickle.loads(pickle.dumps(caught))  # noqa: S301
 
-    Reporter(run.storage.recipe).after_exception(None, {0: marked(RuntimeError(RESET), 7), 1: ActorDiedError()})
-    Reporter(run.storage.recipe).after_exception(None, {0: marked(ValueError("mine"), None)})
-    Reporter(run.storage.recipe).after_exception(None, {1: ActorDiedError()})
+    Reporter(run).after_exception(None, {0: marked(RuntimeError(RESET), 7), 1: ActorDiedError()})
+    Reporter(run).after_exception(None, {0: marked(ValueError("mine"), None)})
+    Reporter(run).after_exception(None, {1: ActorDiedError()})
     events = run.events("failure")
     assert [event["step"] for event in events] == [7, None, None]
     assert [event["detection_s"] is None for event in events] == [False, False, True]

@@ -9,7 +9,7 @@ import pytest
 
 from areal_ray.cluster import standbys
 from areal_ray.cluster.standbys import Standbys
-from areal_ray.config import Cluster, Config
+from areal_ray.config import ClusterConfig, Config
 from areal_ray.driver import warm_start
 from areal_ray.driver.warm_start import job_environment, worker_environment
 
@@ -95,7 +95,7 @@ def test_those_that_do_not_get_warm_are_not_waited_for_for_ever(spares, monkeypa
 
 @pytest.mark.parametrize(("wanted", "count"), [("auto", 3), ("off", 0), (False, 0), (0, 0), (5, 5)])
 def test_as_many_as_are_wanted(wanted, count):
-    config = Config(cluster=Cluster(standbys=wanted))
+    config = Config(cluster=ClusterConfig(standbys=wanted))
     assert config.standbys(3) == count
     assert bool(job_environment(config)) == bool(worker_environment(config)) == bool(count)
 

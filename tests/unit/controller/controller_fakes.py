@@ -28,8 +28,8 @@ class Control:
 class Count(ScalingPolicy):
     """A ScalingPolicy that is told how much room there is."""
 
-    def __init__(self, control, recipe, sizes=(1, 2, 4)):
-        super().__init__(ScalingConfig(num_workers=(sizes[0], sizes[-1])), sizes, control, recipe)
+    def __init__(self, control, run, sizes=(1, 2, 4)):
+        super().__init__(ScalingConfig(num_workers=(sizes[0], sizes[-1])), sizes, control, run)
         self.room, self.free, self.requests = 0, 8, 0
 
     def _maybe_send_resource_request(self):

@@ -52,7 +52,7 @@ def clock(monkeypatch):
 @pytest.fixture
 def count(run, monkeypatch):
     monkeypatch.setattr(scaling_policy, "_PAUSE_S", 0.0)
-    count = Count(Control(), run.storage.recipe)
+    count = Count(Control(), run)
     count.held = []
     count.hold = count.held.append
     return count
@@ -61,7 +61,7 @@ def count(run, monkeypatch):
 @pytest.fixture
 def make(clock, count, run):
     def make(max_failures=-1, skip=False):
-        return FailurePolicy(FailureConfig(max_failures=max_failures), count, run.storage.recipe, skip)
+        return FailurePolicy(FailureConfig(max_failures=max_failures), count, run, skip)
 
     return make
 
@@ -282,9 +282,9 @@ class TestTheControllerIsInTrouble:
         assert count.start() == 1
 
     def test_storage_that_cannot_be_looked_at_decides_nothing(self, make, monkeypatch):
-        def away(**recipe):
+        def away(self):
             raise OSError(5, "Input/output error")
 
         restarts = make()
-        monkeypatch.setattr(restart_rules, "storage_at", away)
+        monkeypatch.setattr(restart_rules.Catalog, "last_committed", away)
         assert decide(restarts, failed(ValueError("mine")), failed(KeyError("mine"))) == [RETRY] * 2

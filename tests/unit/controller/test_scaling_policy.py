@@ -29,7 +29,7 @@ def run(tmp_path):
 def count(control, run, monkeypatch):
     monkeypatch.setattr(scaling_policy, "_PAUSE_S", 0.0)
     monkeypatch.setattr(scaling_policy, "_LOOK_S", 0.0)
-    return Count(control, run.storage.recipe)
+    return Count(control, run)
 
 
 @pytest.mark.parametrize(("room", "started"), [(1, 1), (2, 2), (3, 2), (4, 4), (9, 4)])
@@ -137,7 +137,7 @@ def test_nodes_that_died_without_a_word_are_not_counted_on(monkeypatch, control,
     monkeypatch.setattr(scaling_policy.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(scaling_policy.ray._private.state.state, "get_draining_nodes", lambda: {"leaving": 0})
     monkeypatch.setattr(scaling_policy, "is_reachable", is_reachable)
-    count = ScalingPolicy(ScalingConfig(num_workers=(1, 9)), range(1, 10), control, run.storage.recipe)
+    count = ScalingPolicy(ScalingConfig(num_workers=(1, 9)), range(1, 10), control, run)
     assert count._room() == 6
     assert asked == []
     assert count._room(ask=True) == 4

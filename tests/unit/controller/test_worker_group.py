@@ -33,7 +33,7 @@ def run(tmp_path):
 
 
 def life(run, limit_s):
-    made = GroupLife(run.storage.recipe, limit_s, None)
+    made = GroupLife(run, limit_s, None)
     made.after_controller_start(SimpleNamespace(run_id="r"))
     return made
 

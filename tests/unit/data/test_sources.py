@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from areal_ray.config import ConfigError, Data
+from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import build_tokenizer, load_splits
 from areal_ray.data.sources import documents
 
@@ -24,7 +24,7 @@ def write_corpus(folder, count=40, length=64):
 
 
 def splits(*paths, held_out=0.25, seq_len=8, batch=2):
-    config = Data(source="text", paths=[str(path) for path in paths], held_out=held_out)
+    config = DataConfig(source="text", paths=[str(path) for path in paths], held_out=held_out)
     return load_splits(config, build_tokenizer("bytes"), seq_len, batch)
 
 
@@ -33,7 +33,7 @@ def tokens(split):
 
 
 def names(*paths):
-    return [name for name, _ in documents(Data(source="text", paths=[str(path) for path in paths]))]
+    return [name for name, _ in documents(DataConfig(source="text", paths=[str(path) for path in paths]))]
 
 
 def test_byte_tokens_make_the_round_trip_with_an_end_token():
@@ -54,7 +54,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_a_config_error(tmp_path):
 
 
 def test_the_standard_library_is_split_by_file():
-    config = Data(held_out=0.05)
+    config = DataConfig(held_out=0.05)
     train, held_out = load_splits(config, build_tokenizer("bytes"), 256, 8)
     files = dict(documents(config))
     assert "json/decoder.py" in files

@@ -8,7 +8,7 @@ from ray.train import WorkerGroupError
 
 from areal_ray.driver import supervisor
 from areal_ray.driver.supervisor import supervise
-from areal_ray.run import RunDir
+from areal_ray.run import JobContext, RunDir
 from areal_ray.storage import LocalStorage
 
 pytestmark = pytest.mark.unit
@@ -48,7 +48,7 @@ def controller(monkeypatch, run):
 @pytest.mark.parametrize("error", [ActorDiedError(), RaySystemError("lost")])
 def test_a_controller_that_dies_is_started_again_with_a_new_list_of_checkpoints(controller, run, capsys, error):
     made = controller(error, {"step": 7})
-    assert supervise(None, run, "it") == {"step": 7}
+    assert supervise(None, JobContext(run, "it")) == {"step": 7}
     assert len(made.rebuilt) == 2
     assert len(run.events("controller_died")) == 1
     assert "starting Ray Train again" in capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_a_controller_that_dies_is_started_again_with_a_new_list_of_checkpoints(
 def test_it_waits_longer_and_longer_and_gives_up(controller, run):
     made = controller(*[ActorDiedError()] * 20)
     with pytest.raises(ActorDiedError):
-        supervise(None, run, "it")
+        supervise(None, JobContext(run, "it"))
     assert len(made.todo) == 20 - supervisor._TROUBLES
     assert made.waited == [0.0, 1.0, 2.0, 4.0, 8.0]
 
@@ -65,7 +65,7 @@ def test_it_waits_longer_and_longer_and_gives_up(controller, run):
 def test_a_checkpoint_in_between_begins_the_count_anew(controller, run):
     ends = [(f"step-{step:08d}.a1", ActorDiedError()) for step in range(1, 11)]
     made = controller(*ends, {"step": 10})
-    assert supervise(None, run, "it") == {"step": 10}
+    assert supervise(None, JobContext(run, "it")) == {"step": 10}
     assert made.waited == [0.0] * 10
 
 
@@ -78,12 +78,12 @@ def test_storage_that_is_away_is_waited_for_however_long(controller, run, monkey
             raise answer
 
     monkeypatch.setattr(supervisor.snapshot, "rebuild", rebuild)
-    assert supervise(None, run, "it") == {"step": 1}
+    assert supervise(None, JobContext(run, "it")) == {"step": 1}
     assert max(made.waited) == 60.0
 
 
 def test_what_the_controller_gives_up_is_not_tried_again(controller, run):
     made = controller(WorkerGroupError("failed", {0: ValueError("mine")}), {"step": 1})
     with pytest.raises(WorkerGroupError):
-        supervise(None, run, "it")
+        supervise(None, JobContext(run, "it"))
     assert len(made.todo) == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from areal_ray.config import Optim
+from areal_ray.config import OptimConfig
 from areal_ray.engine.optim import LrSchedule, build_optimizer
 
 pytestmark = pytest.mark.unit
@@ -21,12 +21,12 @@ def rates(config, steps, count):
 
 
 def test_warmup_rises_in_equal_steps_to_the_full_rate():
-    values = rates(Optim(lr=1.0, warmup_steps=4), 12, 5)
+    values = rates(OptimConfig(lr=1.0, warmup_steps=4), 12, 5)
     assert values == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_cosine_falls_over_the_middle_to_the_smallest_rate_and_stays_there():
-    values = rates(Optim(lr=2.0, warmup_steps=4, min_lr_ratio=0.1), 12, 20)
+    values = rates(OptimConfig(lr=2.0, warmup_steps=4, min_lr_ratio=0.1), 12, 20)
     assert values[4] == 2.0
     assert values[6] == pytest.approx(2.0 * (0.1 + 0.9 * (0.5 + math.sqrt(0.125))))
     assert values[8] == pytest.approx(1.1)
@@ -36,15 +36,15 @@ def test_cosine_falls_over_the_middle_to_the_smallest_rate_and_stays_there():
 
 
 def test_cosine_without_warmup_begins_at_the_full_rate():
-    assert rates(Optim(lr=3.0), 10, 1) == [3.0]
+    assert rates(OptimConfig(lr=3.0), 10, 1) == [3.0]
 
 
 def test_constant_stays_after_warmup():
-    assert rates(Optim(lr=1.0, warmup_steps=2, schedule="constant"), 4, 7) == [0.5] + [1.0] * 6
+    assert rates(OptimConfig(lr=1.0, warmup_steps=2, schedule="constant"), 4, 7) == [0.5] + [1.0] * 6
 
 
 def test_a_schedule_goes_on_where_its_state_was():
-    config = Optim(lr=1.0, warmup_steps=4)
+    config = OptimConfig(lr=1.0, warmup_steps=4)
     first, second = LrSchedule(config, 12), LrSchedule(config, 12)
     first.step = 7
     second.load_state_dict(first.state_dict())
@@ -61,7 +61,7 @@ def model():
 
 
 def test_the_state_is_made_at_once_and_stands_at_step_0(model):
-    optimizer = build_optimizer(model, Optim())
+    optimizer = build_optimizer(model, OptimConfig())
     assert set(optimizer.state) == set(model.parameters())
     for parameter, state in optimizer.state.items():
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
@@ -73,14 +73,14 @@ def test_the_state_is_made_at_once_and_stands_at_step_0(model):
 
 def test_making_the_state_changes_neither_parameters_nor_rates_nor_gradients(model):
     before = copy.deepcopy(model.state_dict())
-    optimizer = build_optimizer(model, Optim(lr=0.3, weight_decay=0.5))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.3, weight_decay=0.5))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
 
 
 def test_the_first_step_is_that_of_a_fresh_adamw(model):
-    config = Optim(lr=0.3, weight_decay=0.5)
+    config = OptimConfig(lr=0.3, weight_decay=0.5)
     other = copy.deepcopy(model)
     matrices = [p for p in other.parameters() if p.ndim == 2]
     vectors = [p for p in other.parameters() if p.ndim == 1]
@@ -98,7 +98,7 @@ def test_the_first_step_is_that_of_a_fresh_adamw(model):
 
 
 def test_only_matrices_decay(model):
-    optimizer = build_optimizer(model, Optim(weight_decay=0.5))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.5))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.5,
@@ -111,9 +111,9 @@ def test_only_matrices_decay(model):
 
 def test_frozen_parameters_are_left_out(model):
     model[0].requires_grad_(False)
-    optimizer = build_optimizer(model, Optim())
+    optimizer = build_optimizer(model, OptimConfig())
     assert set(optimizer.state) == {*model[1].parameters(), *model[2].parameters()}
 
 
 def test_a_model_without_vectors_has_one_group():
-    assert len(build_optimizer(nn.Linear(3, 2, bias=False), Optim()).param_groups) == 1
+    assert len(build_optimizer(nn.Linear(3, 2, bias=False), OptimConfig()).param_groups) == 1

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from areal_ray.config import ConfigError, Model, load
+from areal_ray.config import ConfigError, ModelConfig, load
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.models import build_model, check_model, init_buffers, init_weights, materialise, shard_units
 
@@ -62,7 +62,7 @@ def raises():
 
 
 def factory(function, **args):
-    return Model(factory=f"{__name__}:{function}", args=args)
+    return ModelConfig(factory=f"{__name__}:{function}", args=args)
 
 
 def key_of(work, *arguments):
@@ -115,12 +115,16 @@ def test_tied_embeddings_are_split_alike():
     assert (plan["model.embed_tokens"], plan["lm_head"]) == ("embedding_rowwise", "colwise_gather_output")
     # Here the plan names the head only.
     neox = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    tied = build_model(Model(config={**neox, "intermediate_size": 64, "vocab_size": 264, "tie_word_embeddings": True}))
+    tied = build_model(
+        ModelConfig(config={**neox, "intermediate_size": 64, "vocab_size": 264, "tie_word_embeddings": True})
+    )
     assert tensor_plan(tied, 2)["gpt_neox.embed_in"] == "embedding_rowwise"
 
 
-GPT2 = Model(config={"model_type": "gpt2", "n_layer": 1})
-MIXTRAL = Model(config={"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4})
+GPT2 = ModelConfig(config={"model_type": "gpt2", "n_layer": 1})
+MIXTRAL = ModelConfig(
+    config={"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+)
 UNSPLITTABLE = [
     (lambda: build_model(GPT2), 2, "GPT2LMHeadModel has no tensor-parallel plan"),
     (lambda: build_model(factory("two_layers")), 2, "TwoLayers has no tensor-parallel plan"),
@@ -142,7 +146,7 @@ def test_a_model_that_tensor_parallelism_cannot_split_is_a_config_error(model, s
 
 
 def test_first_weights_follow_from_the_seed():
-    first, again, other = (dict(initialised(Model(config=SMALL), seed).named_parameters()) for seed in (1, 1, 2))
+    first, again, other = (dict(initialised(ModelConfig(config=SMALL), seed).named_parameters()) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     random = [name for name, parameter in first.items() if parameter.ndim == 2]
     assert len(random) == 1 + 2 * 7
@@ -150,22 +154,22 @@ def test_first_weights_follow_from_the_seed():
 
 
 def test_no_two_modules_begin_with_the_same_weights():
-    layers = initialised(Model(config=SMALL)).model.layers
+    layers = initialised(ModelConfig(config=SMALL)).model.layers
     assert not torch.equal(layers[0].mlp.up_proj.weight, layers[1].mlp.up_proj.weight)
     assert not torch.equal(layers[0].mlp.up_proj.weight, layers[0].mlp.gate_proj.weight)
 
 
 def test_initialising_neither_depends_on_global_randomness_nor_changes_it():
     torch.manual_seed(5)
-    first = initialised(Model(config=SMALL)).lm_head.weight
+    first = initialised(ModelConfig(config=SMALL)).lm_head.weight
     after = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), after)
-    assert torch.equal(initialised(Model(config=SMALL)).lm_head.weight, first)
+    assert torch.equal(initialised(ModelConfig(config=SMALL)).lm_head.weight, first)
 
 
 def test_everything_is_initialised_and_the_buffers_as_transformers_does():
-    model = initialised(Model(config=SMALL))
+    model = initialised(ModelConfig(config=SMALL))
     config = AutoConfig.for_model(**SMALL)
     expected = dict(AutoModelForCausalLM.from_config(config).named_buffers())
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -177,7 +181,7 @@ def test_everything_is_initialised_and_the_buffers_as_transformers_does():
 
 
 def test_buffers_can_be_set_without_touching_the_weights():
-    model, expected = initialised(Model(config=SMALL)), initialised(Model(config=SMALL))
+    model, expected = initialised(ModelConfig(config=SMALL)), initialised(ModelConfig(config=SMALL))
     for parameter in model.parameters():
         parameter.data.fill_(7.0)
     for buffer in model.buffers():
@@ -188,9 +192,9 @@ def test_buffers_can_be_set_without_touching_the_weights():
 
 
 def test_tied_embeddings_stay_tied():
-    model = initialised(Model(config=SMALL))
+    model = initialised(ModelConfig(config=SMALL))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    loose = initialised(Model(config={**SMALL, "tie_word_embeddings": False}))
+    loose = initialised(ModelConfig(config={**SMALL, "tie_word_embeddings": False}))
     assert loose.lm_head.weight is not loose.model.embed_tokens.weight
     assert not torch.equal(loose.lm_head.weight, loose.model.embed_tokens.weight)
 
@@ -216,7 +220,7 @@ def test_a_factory_builds_a_model_of_one_s_own():
 @pytest.mark.parametrize("work", [build_model, lambda config: check_model(config, 257)], ids=["build", "check"])
 @pytest.mark.parametrize("name", ["no_such_module:f", f"{__name__}.deeper:f", f"{__name__}:no_such_function"])
 def test_a_factory_that_is_not_there_is_a_config_error(work, name):
-    assert key_of(work, Model(factory=name)) == "model.factory"
+    assert key_of(work, ModelConfig(factory=name)) == "model.factory"
 
 
 @pytest.mark.parametrize(
@@ -238,9 +242,9 @@ def test_a_factory_that_gives_no_model_is_a_config_error(config):
     ids=str,
 )
 def test_a_model_that_cannot_be_is_a_config_error_before_anything_starts(change, key):
-    assert key_of(check_model, Model(config={**SMALL, **change}), 257) == key
+    assert key_of(check_model, ModelConfig(config={**SMALL, **change}), 257) == key
 
 
 def test_a_model_with_a_row_for_every_token_passes():
     check_model(TINY, 257)
-    check_model(Model(config=SMALL), 300)
+    check_model(ModelConfig(config=SMALL), 300)

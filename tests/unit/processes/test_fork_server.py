@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from areal_ray.config import Cluster, Config, Model
+from areal_ray.config import ClusterConfig, Config, ModelConfig
 from areal_ray.processes import fork_checks, fork_server, launch
 from areal_ray.processes.fork_server import ForkServer, fork_server_for
 
@@ -338,7 +338,7 @@ def test_a_stopped_copy_ends_with_what_ray_has_started(serve, run, tmp_path, sta
 
 @pytest.fixture
 def own():
-    made = ForkServer(Model(config={"model_type": "llama"}), PREPARATION)
+    made = ForkServer(ModelConfig(config={"model_type": "llama"}), PREPARATION)
     until_there(made._name, made._process)
     yield made
     made.close()
@@ -378,7 +378,7 @@ def test_there_may_be_none(monkeypatch):
     monkeypatch.setattr(fork_server, "ForkServer", lambda *_: "made")
     monkeypatch.delenv("UV", raising=False)
     assert fork_server_for(Config(), PREPARATION) == "made"
-    assert fork_server_for(Config(cluster=Cluster(template=False)), PREPARATION) is None
+    assert fork_server_for(Config(cluster=ClusterConfig(template=False)), PREPARATION) is None
     monkeypatch.setenv("UV", "/bin/uv")
     assert fork_server_for(Config(), PREPARATION) is None
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_ray.config import BadStep, Fault
+from areal_ray.config import BadStepConfig, Fault
 from areal_ray.distributed import Ranks
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
@@ -19,7 +19,7 @@ from areal_ray.train.journal import Journal
 pytestmark = pytest.mark.unit
 
 NAN, INF = math.nan, math.inf
-SPIKES = BadStep(on_bad="skip", spike_factor=2.0, spike_window=3, max_bad_steps=100)
+SPIKES = BadStepConfig(on_bad="skip", spike_factor=2.0, spike_window=3, max_bad_steps=100)
 
 
 class Run:
@@ -42,7 +42,7 @@ class Run:
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (1.0, INF), (-INF, 1.0)])
 def test_what_is_not_finite_is_refused_and_stops_the_run_by_default(loss, grad_norm):
-    run = Run(BadStep())
+    run = Run(BadStepConfig())
     assert run.take(3.0) == (True, False)
     with pytest.raises(
         BadStepError, match=r"^step 2: loss .*, gradient norm .* \(not finite\); it was not taken\. .*skip"
@@ -54,7 +54,7 @@ def test_what_is_not_finite_is_refused_and_stops_the_run_by_default(loss, grad_n
 
 @pytest.mark.parametrize(("action", "back"), [("skip", False), ("rollback", True)])
 def test_a_bad_step_is_left_out_for_good(action, back):
-    run = Run(BadStep(on_bad=action))
+    run = Run(BadStepConfig(on_bad=action))
     run.take(1.0)
     assert run.take(NAN) == (False, back)
     (refusal,) = run.heard
@@ -78,7 +78,7 @@ def test_nothing_is_a_spike_before_the_window_is_full():
 
 
 def test_without_a_factor_any_finite_loss_is_good():
-    assert Run(BadStep(spike_window=1)).accepted(1.0, 1e30) == [True, True]
+    assert Run(BadStepConfig(spike_window=1)).accepted(1.0, 1e30) == [True, True]
 
 
 def test_losses_that_are_not_positive_have_no_spikes():
@@ -86,7 +86,7 @@ def test_losses_that_are_not_positive_have_no_spikes():
 
 
 def test_more_bad_steps_than_allowed_stop_the_run_whatever_is_configured():
-    run = Run(BadStep(on_bad="skip", max_bad_steps=2))
+    run = Run(BadStepConfig(on_bad="skip", max_bad_steps=2))
     assert run.accepted(NAN, 1.0, NAN, 1.0) == [False, True, False, True]
     with pytest.raises(BadStepError, match=r"step 5: .* after 2 bad steps .*max_bad_steps above 2"):
         run.take(NAN)
@@ -94,7 +94,7 @@ def test_more_bad_steps_than_allowed_stop_the_run_whatever_is_configured():
 
 
 def test_the_limit_counts_what_the_state_and_the_ledger_know_each_step_once():
-    run = Run(BadStep(on_bad="skip", max_bad_steps=3), known=[5, 7])
+    run = Run(BadStepConfig(on_bad="skip", max_bad_steps=3), known=[5, 7])
     run.guard.load_state_dict({"losses": [], "left_out": [2, 5]})
     run.step = 9
     with pytest.raises(BadStepError, match="after 3 bad steps"):
@@ -133,7 +133,7 @@ def test_a_resumed_run_decides_as_the_undisturbed_one(before, after):
 def test_the_ledger_says_what_was_refused_in_numbers_that_can_be_read_back(tmp_path):
     storage, said = RunDir(LocalStorage(tmp_path)), []
     journal = Journal(storage, 3, said.append, None, None)
-    run = Run(BadStep(on_bad="skip"))
+    run = Run(BadStepConfig(on_bad="skip"))
     run.guard._on_bad_step = lambda refusal: journal.refused(refusal, 16, 8)
     run.take(NAN, 2.5)
     (event,) = storage.events("bad_step")

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 import pytest
 
 from areal_ray.checkpoint import Catalog
-from areal_ray.config import Keep
+from areal_ray.config import KeepConfig
 from areal_ray.distributed import RankError
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
@@ -30,7 +30,7 @@ def said():
 
 @pytest.fixture
 def journal(run, said):
-    return Journal(run, 1, said.append, Catalog(run.storage), Keep())
+    return Journal(run, 1, said.append, Catalog(run.storage), KeepConfig())
 
 
 def failed(error):

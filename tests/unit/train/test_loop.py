@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from areal_ray.config import BadStep
+from areal_ray.config import BadStepConfig
 from areal_ray.data import GlobalBatches, PackedTokens
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
@@ -37,7 +37,7 @@ def start(tmp_path):
         evaluator = Evaluator(engine, lambda: GlobalBatches(SEQUENCES, 1, 4, 0, 1), 2, None, None)
         tracker = Tracker(Cadence(4), run, lambda text: None, TOTAL, 8)
         every = {"evaluate": Cadence(evaluate), "save": Cadence(7)}
-        guard = BadStepPolicy(BadStep(on_bad=on_bad), known, lambda refusal: None)
+        guard = BadStepPolicy(BadStepConfig(on_bad=on_bad), known, lambda refusal: None)
         engine.accept = lambda loss, grad_norm: guard.accept(progress.step + 1, loss, grad_norm)
         state = {"engine": engine, "data": cursor, "progress": progress, "tracker": tracker, "guard": guard, **every}
         recover = Recover(state, run, states)

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from areal_ray.config import Watch
+from areal_ray.config import WatchdogConfig
 from areal_ray.worker import watchdog as module
 from areal_ray.worker.watchdog import EXIT_STATUS, Watchdog
 
 pytestmark = pytest.mark.unit
 
-LIMITS = Watch(factor=10.0, floor_s=8.0, patience_s=100.0)
-SOON = Watch(factor=1.0, floor_s=0.1, patience_s=0.1)
+LIMITS = WatchdogConfig(factor=10.0, floor_s=8.0, patience_s=100.0)
+SOON = WatchdogConfig(factor=1.0, floor_s=0.1, patience_s=0.1)
 LONG = 60  # seconds after which a test has failed
 COLLECTIVE = "/x/site-packages/torch/distributed/distributed_c10d.py"
 KERNEL = "/x/site-packages/torch/nn/functional.py"
@@ -164,7 +164,7 @@ def test_while_there_are_beats_nothing_happens(make, clock):
 
 
 def test_a_beat_in_the_last_moment_counts(make, clock, monkeypatch):
-    dog = make(Watch(patience_s=5.0))
+    dog = make(WatchdogConfig(patience_s=5.0))
     stacks = module._place
 
     def place(frame):
@@ -253,7 +253,7 @@ def test_it_is_told_before_the_process_ends(make):
 
 def test_once_stopped_it_ends_nothing(make, monkeypatch):
     monkeypatch.setattr(module, "_TICK_S", 0.01)
-    dog = make(Watch(patience_s=3600.0))
+    dog = make(WatchdogConfig(patience_s=3600.0))
     dog.start()
     assert dog._thread.is_alive()
     dog.stop()
@@ -266,7 +266,7 @@ def python(*lines, **options):
     head = [
         "import ctypes, os, signal, threading",
         "from areal_ray.worker import watchdog",
-        "from areal_ray.config import Watch",
+        "from areal_ray.config import WatchdogConfig",
     ]
     command = [sys.executable, "-c", "\n".join([*head, *lines])]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
@@ -275,7 +275,7 @@ def python(*lines, **options):
 def test_once_stopped_the_last_resort_is_called_off():
     lines = [
         "watchdog._LAST_RESORT_S = 0.1",
-        "dog = watchdog.Watchdog(Watch(patience_s=1.0), print)",
+        "dog = watchdog.Watchdog(WatchdogConfig(patience_s=1.0), print)",
         "dog.start()",
         "dog.stop()",
         "ctypes.PyDLL(None).usleep(2_000_000)",  # twice as long as the last resort would have taken
@@ -288,7 +288,7 @@ def test_once_stopped_the_last_resort_is_called_off():
 
 def test_a_hang_ends_the_process_with_the_status_that_says_so():
     lines = [
-        "dog = watchdog.Watchdog(Watch(patience_s=0.1), lambda what: print(what.where, flush=True))",
+        "dog = watchdog.Watchdog(WatchdogConfig(patience_s=0.1), lambda what: print(what.where, flush=True))",
         "dog.start()",
         "threading.Event().wait()",
     ]
@@ -300,7 +300,7 @@ def test_a_hang_ends_the_process_with_the_status_that_says_so():
 def test_a_hang_of_the_interpreter_itself_ends_by_the_last_resort():
     lines = [
         "watchdog._LAST_RESORT_S = 0.2",
-        "watchdog.Watchdog(Watch(patience_s=0.1), print).start()",
+        "watchdog.Watchdog(WatchdogConfig(patience_s=0.1), print).start()",
         "print('hanging', flush=True)",
         "ctypes.PyDLL(None).sleep(1_000_000)",  # unlike CDLL it keeps the interpreter to itself
     ]
@@ -314,7 +314,7 @@ def test_a_hang_of_the_interpreter_itself_ends_by_the_last_resort():
 
 def test_a_process_that_was_stopped_and_goes_on_is_not_ended():
     lines = [
-        "dog = watchdog.Watchdog(Watch(patience_s=2.0), print)",
+        "dog = watchdog.Watchdog(WatchdogConfig(patience_s=2.0), print)",
         "dog.start()",
         "os.kill(os.getpid(), signal.SIGSTOP)",
         "for _ in range(3):",
