@@ -75,7 +75,7 @@ class Attempt:
         self.told.value = self.numbers.step if self.ranks.rank == 0 else -1
         self.copies.take((1, self.numbers.step), self.state, INFO)
 
-    def recall(
+    def restore(
         self, info: dict[str, Any] = INFO, newer_than: tuple[int, int] | None = None, attempt: int = 1
     ) -> dict[str, Any]:
         copy = self.copies.restore(self.state, info, attempt, newer_than)
