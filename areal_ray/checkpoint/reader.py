@@ -26,25 +26,26 @@ from areal_ray.storage import Storage
 _READ_BYTES = 16 << 20  # of neighbouring chunks that are read in one piece
 
 
-def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Manifest:
+def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: bool = False) -> Manifest:
     """Bring objects to the state that a checkpoint holds, at any world size and mesh. A collective.
 
     Args:
         directory: a committed checkpoint.
         state: the objects, by the names under which they were saved. Tensors are filled in place.
         ranks: all ranks of the job.
+        part: let the checkpoint hold more than the objects have; what is left over is not read.
 
     Raises:
         RankError: on every rank, if the checkpoint is damaged anywhere (each rank checks what it reads).
         ValueError: if it holds other tensors, or of other shapes, than the objects have.
     """
     with read_lock(directory) if ranks.rank == 0 else nullcontext():
-        return _load(directory, state, ranks)
+        return _load(directory, state, ranks, part)
 
 
-def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Manifest:
+def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: bool) -> Manifest:
     ranks.agree(True)  # nobody reads the manifest before rank 0 has said that it is being read
-    trees = {name: part.state_dict() for name, part in state.items()}
+    trees = {name: each.state_dict() for name, each in state.items()}
     tensors, _ = flatten(trees)
 
     def read_small_files() -> tuple[Manifest, Metadata, dict[str, Any]]:
@@ -53,10 +54,10 @@ def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> Ma
         return manifest, metadata, json.loads(read_checked(directory, STATE, manifest))
 
     manifest, metadata, values = ranks.all_or_raise(read_small_files)[ranks.rank]
-    _check_keys(tensors, metadata, directory.location)
+    _check_keys(tensors, metadata, directory.location, part)
     ranks.all_or_raise(lambda: _read_tensors(directory, manifest, metadata, tensors))
-    for name, part in state.items():
-        part.load_state_dict(merge(trees[name], values.get(name, {})))
+    for name, each in state.items():
+        each.load_state_dict(merge(trees[name], values.get(name, {})))
     return manifest
 
 
@@ -165,11 +166,12 @@ class StoredState:
         return tensor
 
 
-def _check_keys(tensors: Mapping[str, torch.Tensor], metadata: Metadata, location: str) -> None:
+def _check_keys(tensors: Mapping[str, torch.Tensor], metadata: Metadata, location: str, part: bool) -> None:
     """DCP itself ignores what the checkpoint has too much; here both directions are errors."""
     saved = metadata.state_dict_metadata
     problems = [f"missing in it: {name}" for name in sorted(set(tensors) - set(saved))]
-    problems += [f"unknown here: {name}" for name in sorted(set(saved) - set(tensors))]
+    if not part:
+        problems += [f"unknown here: {name}" for name in sorted(set(saved) - set(tensors))]
     for name in sorted(set(saved) & set(tensors)):
         entry, tensor = saved[name], tensors[name]
         size = tuple(entry.size)  # type: ignore[union-attr]

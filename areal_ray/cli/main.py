@@ -57,7 +57,7 @@ def _add_experiment(parser: argparse.ArgumentParser, run: Callable[[argparse.Nam
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    return _with_config(arguments, lambda config: _driver_train(config, arguments.overrides))
+    return _with_config(arguments, lambda config: _driver_train(config, arguments))
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -126,7 +126,8 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
     return 1
 
 
-def _driver_train(config: Any, overrides: Sequence[str]) -> int:
+def _driver_train(config: Any, arguments: argparse.Namespace) -> int:
+    from areal_ray.config import plugin
     from areal_ray.driver.connect import PREPARATION, answering, cluster, use_token
     from areal_ray.processes.fork_server import fork_server_for
 
@@ -137,21 +138,22 @@ def _driver_train(config: Any, overrides: Sequence[str]) -> int:
     try:
         # A cluster that runs is asked for the first processes before this one imports what it needs itself.
         with cluster(config, template) if answering() else nullcontext():
-            return _drive(config, overrides, template)
+            return _drive(config, arguments.overrides, template, plugin.search_path(arguments.config))
     finally:
         if template:
             template.close()
 
 
-def _drive(config: Any, overrides: Sequence[str], template: Any) -> int:
+def _drive(config: Any, overrides: Sequence[str], template: Any, search_path: tuple[str, ...]) -> int:
     from areal_ray.driver.main import train  # imports Ray and torch: seconds that a typing error need not wait for
 
-    return train(config, overrides, template)
+    return train(config, overrides, template, search_path)
 
 
 def _with_config(arguments: argparse.Namespace, run: Callable[[Any], int]) -> int:
-    from areal_ray.config import ConfigError, dump, load
+    from areal_ray.config import ConfigError, dump, load, plugin
 
+    plugin.extend_path(plugin.search_path(arguments.config))
     try:
         config = load(arguments.config, arguments.overrides)
         if arguments.print_config:

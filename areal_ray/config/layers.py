@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from areal_ray.config.errors import ConfigError
 
 T = TypeVar("T")
+ALIASES = {"optim.factory": "optim.name"}  # other names of keys, accepted wherever these are
 GROUPS = ("model", "data", "cluster")  # folders of conf/ that a `defaults:` list may pick from
 _SECRETS = {"access_key", "secret_key", "session_token"}  # keys of the schema whose values are shown nowhere
 
@@ -45,7 +46,19 @@ def read_layers(path: str, overrides: Sequence[str]) -> list[Layer]:
             assignments.append(text)
     folder = _conf_folder(Path(path))
     layers = [_group_layer(folder, group, *choice) for group, choice in groups.items()]
-    return [*layers, experiment, Layer("command line", _read_assignments(assignments))]
+    return [
+        _plain_names(layer) for layer in (*layers, experiment, Layer("command line", _read_assignments(assignments)))
+    ]
+
+
+def _plain_names(layer: Layer) -> Layer:
+    """The layer with every alias in it replaced by the key that it stands for."""
+    for alias, key in ALIASES.items():
+        parent, _, name = alias.rpartition(".")
+        section = OmegaConf.select(layer.values, parent, throw_on_resolution_failure=False)
+        if isinstance(section, DictConfig) and name in section:
+            section[key.rpartition(".")[2]] = section.pop(name)
+    return layer
 
 
 def compose(schema: type[T], layers: Sequence[Layer]) -> T:

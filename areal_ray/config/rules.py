@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.plugin import check_form, is_plugin
+from areal_ray.config.types import StandbyCount, WorkerRange
 
 if TYPE_CHECKING:
     from areal_ray.config import Config
@@ -49,6 +51,7 @@ def check(config: Config) -> None:
         if value is not None and not value > 0:
             raise ConfigError(key, f"must be greater than 0, not {value}")
     _check_run(config)
+    _check_plugins(config)
     _check_train(config)
     _check_sizes(config)
     _check_resources(config)
@@ -68,9 +71,7 @@ def _check_run(config: Config) -> None:
         raise ConfigError("run.seed", f"must be in [0, 2**32), not {config.run.seed}")
     if other := set(config.run.allow_changes) - set(ALLOWABLE):
         raise ConfigError("run.allow_changes", f"knows {', '.join(ALLOWABLE)}; not {', '.join(sorted(other))}")
-    standbys = config.cluster.standbys
-    if standbys not in ("auto", "off", False) and not (type(standbys) is int and standbys >= 0):
-        raise ConfigError("cluster.standbys", f"must be auto, off or a number of processes per node, not {standbys!r}")
+    StandbyCount.parse(config.cluster.standbys)
     if config.cluster.max_failures < -1:
         raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
     ways = [bool(config.model.config), bool(config.model.path), bool(config.model.factory)]
@@ -80,16 +81,44 @@ def _check_run(config: Config) -> None:
         raise ConfigError("model.config", text + hint)
     if config.model.config and "model_type" not in config.model.config:
         raise ConfigError("model.config", "model_type is missing, for example model_type: qwen3")
-    if config.model.factory and not re.fullmatch(r"[\w.]+:\w+", config.model.factory):
-        raise ConfigError("model.factory", f"{config.model.factory!r} is not of the form package.module:function")
-    if config.model.args and not config.model.factory:
-        raise ConfigError("model.args", "are for model.factory, which is not set")
     if config.data.source == "text" and not config.data.paths:
         raise ConfigError("data.paths", "source `text` needs files, directories or globs")
     if config.data.source != "text" and config.data.paths:
         raise ConfigError("data.paths", f"are for source `text`; the source is {config.data.source!r}")
     if not 0 < config.data.held_out < 1:
         raise ConfigError("data.held_out", f"must be between 0 and 1, not {config.data.held_out}")
+
+
+def _check_plugins(config: Config) -> None:
+    """Parts are named: this package's by a short name, the user's, which alone take args, as package.module:name."""
+    parts = (
+        ("data.source", config.data.source, ("stdlib", "text"), "data.args", config.data.args),
+        ("optim.name", config.optim.name, ("adamw",), "optim.args", config.optim.args),
+        ("objective.name", config.objective.name, ("language_modeling",), "objective.args", config.objective.args),
+    )
+    for key, name, builtin, args_key, args in parts:
+        if is_plugin(name):
+            check_form(name, key)
+        elif name not in builtin:
+            known = ", ".join(builtin)
+            raise ConfigError(key, f"knows {known}, or package.module:name for your own; not {name!r}")
+        elif args:
+            raise ConfigError(args_key, f"are for your own package.module:name; {name!r} takes none")
+    if config.model.factory:
+        check_form(config.model.factory, "model.factory")
+    elif config.model.args:
+        raise ConfigError("model.args", "are for model.factory, which is not set")
+    for i, tracker in enumerate(config.trackers):
+        check_form(tracker.name, f"trackers[{i}].name")
+    for i, group in enumerate(config.optim.groups):
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            raise ConfigError(f"optim.groups[{i}].pattern", f"{group.pattern!r} is no pattern: {error}") from None
+        for name in ("lr_scale", "weight_decay"):
+            value = getattr(group, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"optim.groups[{i}].{name}", f"must be 0 or more, not {value}")
 
 
 def _check_train(config: Config) -> None:
@@ -111,17 +140,8 @@ def _check_train(config: Config) -> None:
         raise ConfigError("optim.betas", f"must be in [0, 1), not {list(optim.betas)}")
 
 
-def _check_workers(config: Config) -> None:
-    workers = config.cluster.num_workers
-    numbers = workers if isinstance(workers, list) else [workers, workers]
-    if not (len(numbers) == 2 and all(type(number) is int for number in numbers)):
-        raise ConfigError("cluster.num_workers", f"must be a number, or [least, most], not {workers}")
-    if not 0 < numbers[0] <= numbers[1]:
-        raise ConfigError("cluster.num_workers", f"must be greater than 0, least before most, not {workers}")
-
-
 def _check_sizes(config: Config) -> None:
-    _check_workers(config)
+    WorkerRange.parse(config.cluster.num_workers)
     workers, mesh = config.cluster.num_workers, config.engine.mesh
     if isinstance(workers, list):
         if not config.usable_sizes:

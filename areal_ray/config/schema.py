@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
+
+from areal_ray.config.types import StandbyCount, WorkerRange
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ClusterConfig:
     resources_per_worker: dict[str, float] = field(default_factory=dict)  # default: one CPU, or one CPU and one GPU
     max_failures: int = -1  # before the run is given up; -1: no limit, but the same error twice at one step
     watchdog: WatchdogConfig | None = field(default_factory=WatchdogConfig)  # null: none
-    standbys: Any = "auto"  # warm spare processes per node, for quick restarts: auto (one a worker), off, or a number
+    standbys: Any = "auto"  # processes per node that wait for a restart: auto (one a worker), off, or a number
     template: bool = True  # one process per node imports everything, the others are forked from it: quick starts
     collective_timeout_s: float = 600.0  # longest wait of a rank for the others before it counts as failed
 
@@ -59,14 +62,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["stdlib", "text"] = "stdlib"  # Python's standard library · files of one's own
+    source: str = "stdlib"  # Python's standard library · text: files of one's own · package.module:function
+    args: dict[str, Any] = field(default_factory=dict)  # of one's own source
     paths: list[str] = field(default_factory=list)  # text: files, directories or globs, one document a file
     tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer
     held_out: float = 0.05  # share of the documents kept for evaluation, chosen by the hash of their content
 
 
 @dataclass(frozen=True)
+class ParameterGroupConfig:
+    """Settings of the parameters whose names a regular expression is found in; the first group that matches counts."""
+
+    pattern: str
+    lr_scale: float = 1.0  # of the learning rate, whatever the schedule makes of it
+    weight_decay: float | None = None  # null: as without a group
+    freeze: bool = False  # not trained at all
+
+
+@dataclass(frozen=True)
 class OptimConfig:
+    name: str = "adamw"  # or package.module:function, called with parameter groups and args
+    args: dict[str, Any] = field(default_factory=dict)  # of one's own optimizer
+    groups: list[ParameterGroupConfig] = field(default_factory=list)
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -144,6 +161,20 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str = "language_modeling"  # or package.module:Class, an areal_ray.engine.Objective
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Where metrics go beside the screen and metrics.jsonl."""
+
+    name: str  # package.module:Class, with log, rewind and close
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     every_steps: int = 10
     sample_ids: bool = False  # write the numbers of every global batch's sequences to samples.jsonl, to check order
@@ -164,19 +195,20 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    trackers: list[TrackerConfig] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
-    @property
-    def worker_range(self) -> tuple[int, int]:
-        """The least and the most workers; the same when cluster.num_workers is one number."""
-        workers = self.cluster.num_workers
-        return (workers, workers) if isinstance(workers, int) else (workers[0], workers[1])
+    @cached_property
+    def worker_range(self) -> WorkerRange:
+        """The numbers of workers that cluster.num_workers allows."""
+        return WorkerRange.parse(self.cluster.num_workers)
 
     @property
     def usable_sizes(self) -> list[int]:
@@ -185,10 +217,8 @@ class Config:
         return [size for size in range(low, high + 1) if fits(self, size)]
 
     def standbys(self, local_workers: int) -> int:
-        """How many warm spare processes there are on a node that has so many workers."""
-        wanted = self.cluster.standbys
-        # YAML reads the word off as False.
-        return local_workers if wanted == "auto" else 0 if wanted in ("off", False) else wanted
+        """How many standbys there are on a node that has so many workers."""
+        return StandbyCount.parse(self.cluster.standbys).on(local_workers)
 
     @property
     def last_step(self) -> int:

@@ -1,7 +1,8 @@
 """Text to token batches: sources, tokenizers, packing, and global batches addressed by one cursor."""
 
 from areal_ray.data.batches import GlobalBatches
+from areal_ray.data.dataset import IGNORED, TokenDataset, next_tokens
 from areal_ray.data.packing import PackedTokens, load_splits
 from areal_ray.data.tokenizers import build_tokenizer
 
-__all__ = ["GlobalBatches", "PackedTokens", "build_tokenizer", "load_splits"]
+__all__ = ["IGNORED", "GlobalBatches", "PackedTokens", "TokenDataset", "build_tokenizer", "load_splits", "next_tokens"]

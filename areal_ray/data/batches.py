@@ -10,7 +10,7 @@ import absl.logging
 import numpy as np
 import torch
 
-from areal_ray.data.packing import PackedTokens
+from areal_ray.data.dataset import TokenDataset
 
 absl.logging.set_verbosity(absl.logging.ERROR)  # grain warns at import that JAX is not there
 import grain.python as grain  # noqa: E402
@@ -37,7 +37,7 @@ class GlobalBatches:
 
     def __init__(
         self,
-        sequences: PackedTokens,
+        sequences: TokenDataset,
         seed: int,
         global_batch_size: int,
         rank: int,
@@ -52,7 +52,7 @@ class GlobalBatches:
         # Random access, O(1) memory: grain's shuffle is a permutation computed per index.
         self._order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
         self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._fingerprint, self._seed, self._may_differ = sequences.fingerprint(), seed, may_differ
+        self._fingerprint, self._seed, self._may_differ = sequences.fingerprint, seed, may_differ
         self._record = record
         self.next_sample = 0
         self.seconds = 0.0  # spent on making batches
@@ -67,19 +67,20 @@ class GlobalBatches:
         return [int(self._order[n]) for n in range(first, first + self._batch_size)]
 
     def __next__(self) -> Batch:
-        """input_ids and attention_mask, each (global_batch_size / world_size, seq_len)."""
+        """This rank's rows as tensors: what the data set gives, each (global_batch_size / world_size, seq_len)."""
         began = time.perf_counter()
         if self._record is not None:
             self._record(self.next_sample, self.ids(self.next_sample))
         after = self.next_sample + self._batch_size
         mine = [int(self._order[n]) for n in range(self.next_sample + self._rank, after, self._world_size)]
         self.next_sample = after
-        input_ids = torch.from_numpy(self._sequences[np.asarray(mine)])
-        if self._device.type == "cuda":
-            input_ids = input_ids.pin_memory().to(self._device, non_blocking=True)
-        batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        batch = {name: self._on_device(rows) for name, rows in self._sequences[np.asarray(mine)].items()}
         self.seconds += time.perf_counter() - began
         return batch
+
+    def _on_device(self, rows: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(rows)
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def skip(self) -> None:
         """Go past the next batch without making it."""

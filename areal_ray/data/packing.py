@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from functools import cached_property
 
 import numpy as np
 import xxhash
 
-from areal_ray.config import ConfigError, DataConfig
+from areal_ray.config import ConfigError, DataConfig, plugin
+from areal_ray.data.dataset import TokenDataset, next_tokens
 from areal_ray.data.sources import documents
 from areal_ray.data.tokenizers import Tokenizer
 
@@ -27,10 +29,12 @@ class PackedTokens:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """The sequences of the given numbers: (len(indices), seq_len), int64."""
-        return self._sequences[indices].astype(np.int64)
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """input_ids, labels and attention_mask (all ones) of the sequences of the given numbers."""
+        input_ids = self._sequences[indices].astype(np.int64)
+        return {"input_ids": input_ids, "labels": next_tokens(input_ids), "attention_mask": np.ones_like(input_ids)}
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of shape and content: the same data, tokenizer and length, or not."""
         digest = xxhash.xxh3_128(str((self._sequences.shape, self._sequences.dtype.str)).encode())
@@ -40,14 +44,40 @@ class PackedTokens:
 
 def load_splits(
     config: DataConfig, tokenizer: Tokenizer, seq_len: int, global_batch_size: int
-) -> tuple[PackedTokens, PackedTokens]:
-    """Read everything once: (train, held-out), split by document.
+) -> tuple[TokenDataset, TokenDataset]:
+    """The data to train on and the held-out data.
+
+    A source of one's own is called as `source(tokenizer, seq_len, **data.args)` and returns both.
+
+    Raises:
+        ConfigError: if there is too little for one global batch of each, or one's own source fails.
+    """
+    if plugin.is_plugin(config.source):
+        source = plugin.factory(config.source, "data.source", {})
+        made = plugin.call(source, config.source, "data.source", tokenizer, seq_len, **config.args)
+        if not (isinstance(made, tuple) and len(made) == 2):
+            raise ConfigError("data.source", f"{config.source} must return two data sets: (train, held out)")
+        train, held_out = made
+        counts = {"train on": f"{len(train)} rows", "hold out": f"{len(held_out)} rows"}
+    else:
+        train, held_out, counts = _split_documents(config, tokenizer, seq_len)
+    for side, split in (("train on", train), ("hold out", held_out)):
+        if len(split) < global_batch_size:
+            raise ConfigError(
+                "data.paths" if config.source == "text" else "data.source",
+                f"{counts[side]} to {side} give {len(split)} sequences of train.seq_len={seq_len} tokens, "
+                f"but a global batch takes {global_batch_size}: give more text or smaller sizes",
+            )
+    return train, held_out
+
+
+def _split_documents(
+    config: DataConfig, tokenizer: Tokenizer, seq_len: int
+) -> tuple[PackedTokens, PackedTokens, dict[str, str]]:
+    """Read everything once: train, held out, and how many documents each has.
 
     A document's side follows from its content alone: it never changes sides when others come or go, and copies of it
     are on the same side.
-
-    Raises:
-        ConfigError: if there are too few documents or tokens for one global batch of each.
     """
     train: list[bytes] = []
     held_out: list[bytes] = []
@@ -55,16 +85,10 @@ def load_splits(
         (held_out if zlib.crc32(content) / 2**32 < config.held_out else train).append(content)
     if not held_out and len(train) > 1:  # few documents: keep one back all the same
         held_out.append(train.pop(min(range(len(train)), key=lambda i: zlib.crc32(train[i]))))
-    splits = []
-    for side, chosen in (("train on", train), ("hold out", held_out)):
+
+    def packed(chosen: list[bytes]) -> PackedTokens:
         tokens = np.concatenate([tokenizer.encode(content) for content in chosen] or [np.zeros(0, np.uint32)])
-        split = PackedTokens(tokens, seq_len)
-        if len(split) < global_batch_size:
-            key = "data.paths" if config.source == "text" else "data.source"
-            raise ConfigError(
-                key,
-                f"{len(chosen)} documents to {side} give {len(split)} sequences of train.seq_len={seq_len} tokens, "
-                f"but a global batch takes {global_batch_size}: give more text or smaller sizes",
-            )
-        splits.append(split)
-    return splits[0], splits[1]
+        return PackedTokens(tokens, seq_len)
+
+    counts = {"train on": f"{len(train)} documents", "hold out": f"{len(held_out)} documents"}
+    return packed(train), packed(held_out), counts

@@ -1,10 +1,11 @@
-"""From the world size to a device and a DeviceMesh."""
+"""From the world size to a device, a DeviceMesh, and who takes which part of it."""
 
 from __future__ import annotations
 
 import math
 import os
 import socket
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -45,20 +46,71 @@ def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     return device
 
 
-def build_mesh(config: MeshConfig, device: torch.device, timeout_s: float) -> DeviceMesh:
-    """The mesh of all ranks, ("replicate", "shard", "tensor"); of these only "shard" is there with size 1.
+@dataclass(frozen=True)
+class ParallelDims:
+    """Which ranks share what: the one place that knows the names of the mesh's dimensions.
 
-    The ranks of a tensor group are neighbours: they exchange the most, and belong on one machine.
+    After torchtitan's class of that name.
 
     Args:
-        config: sizes.
-        device: of this rank.
-        timeout_s: longest wait of a rank for the others of one dimension.
-
-    Raises:
-        ValueError: if the world size is not replicate x shard x tensor.
+        mesh: of all ranks, ("replicate", "shard", "tensor"); of these only "shard" is there with size 1.
+        fsdp: the part over which parameters are sharded and replicated, and over which rows of a batch differ.
+        tensor: the ranks that compute one layer together; None if each computes its own.
+        batch_group: the ranks of `fsdp` in one group, in the order of their rows; None: all ranks. Losses and their
+            weights are summed over it.
     """
-    world, others = dist.get_world_size(), config.replicate * config.tensor
+
+    mesh: DeviceMesh
+    fsdp: DeviceMesh
+    tensor: DeviceMesh | None
+    batch_group: dist.ProcessGroup | None
+
+    @staticmethod
+    def build(config: MeshConfig, device: torch.device, timeout_s: float) -> ParallelDims:
+        """Lay a mesh over all ranks. The ranks of a tensor group are neighbours: they exchange the most.
+
+        Args:
+            config: sizes.
+            device: of this rank.
+            timeout_s: longest wait of a rank for the others of one dimension.
+
+        Raises:
+            ValueError: if the world size is not replicate x shard x tensor.
+        """
+        sizes = _sizes(config, dist.get_world_size())
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        groups, fsdp, tensor, batch_group = mesh.get_all_groups(), mesh, None, None
+        if "tensor" in sizes:
+            fsdp, tensor = mesh[tuple(name for name in sizes if name != "tensor")], mesh["tensor"]
+            batch_group = fsdp._flatten().get_group()
+            # DTensor finds this one and sums over both at once, where it would sum over one and then over the other.
+            groups += [mesh["shard", "tensor"]._flatten().get_group(), batch_group]
+        for group in groups:  # made with the backend's own limit, half an hour for gloo
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+        return ParallelDims(mesh, fsdp, tensor, batch_group)
+
+    @property
+    def batch_rank(self) -> int:
+        """Which part of a global batch is this rank's, and which random numbers: the same within a tensor group."""
+        return dist.get_rank(self.batch_group)
+
+    @property
+    def batch_size(self) -> int:
+        """Into how many parts a global batch is cut."""
+        return dist.get_world_size(self.batch_group)
+
+    @property
+    def only_shards(self) -> bool:
+        """Whether parameters are sharded over all ranks, and nothing else is done to them."""
+        return self.mesh.ndim == 1
+
+    def sizes(self) -> dict[str, int]:
+        """Ranks of each dimension, by its name, for manifests and the screen."""
+        return dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
+
+
+def _sizes(config: MeshConfig, world: int) -> dict[str, int]:
+    others = config.replicate * config.tensor
     sizes = {
         "replicate": config.replicate,
         "shard": max(1, world // others) if config.shard == -1 else config.shard,
@@ -67,28 +119,7 @@ def build_mesh(config: MeshConfig, device: torch.device, timeout_s: float) -> De
     if math.prod(sizes.values()) != world:
         product = " x ".join(map(str, sizes.values()))
         raise ValueError(f"engine.mesh: {' x '.join(sizes)} = {product}, but there are {world} ranks")
-    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    groups = mesh.get_all_groups()
-    if "tensor" in sizes:
-        # DTensor finds this one and sums over both at once, where it would sum over one and then over the other.
-        groups.append(mesh["shard", "tensor"]._flatten().get_group())
-        groups.append(data_parallel(mesh)._flatten().get_group())
-    for group in groups:  # made with the backend's own limit, half an hour for gloo
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
-    return mesh
-
-
-def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
-    """The part of the mesh whose ranks have different rows of a batch: this rank's, without "tensor"."""
-    names = mesh.mesh_dim_names or ()
-    return mesh[tuple(name for name in names if name != "tensor")] if "tensor" in names else mesh
-
-
-def data_parallel_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The ranks of `data_parallel` in one group, in the order of their rows; None: all ranks."""
-    across = data_parallel(mesh)
-    return None if across is mesh else across._flatten().get_group()  # that of build_mesh, no new one
+    return {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
 
 
 def _free_port() -> int:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+
+from areal_ray.distributed.mesh import ParallelDims
 
 # torch 2.13 has given it another name, and warns of the old one.
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -50,21 +51,21 @@ class LateReduceScatter:
         return reduce_scatter(output, input, async_op=True, **how)
 
 
-def overlap(model: nn.Module, mesh: DeviceMesh) -> LateReduceScatter:
+def overlap(model: nn.Module, dims: ParallelDims) -> LateReduceScatter:
     """Gather the next unit beside the backward pass of this one, and reduce its gradients beside that of the next.
 
     Where FSDP has streams for that, or would do more than make views of the gradients, all is left as it is.
 
     Args:
         model: sharded over this mesh.
-        mesh: see `build_mesh`.
+        dims: of the mesh.
 
     Returns:
         What is to be waited for after every backward pass; at once, if nothing was changed.
     """
     late = LateReduceScatter()
     whole = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    if mesh.device_type == "cpu" and mesh.mesh_dim_names == ("shard",) and whole:
+    if dims.mesh.device_type == "cpu" and dims.only_shards and whole:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(late)  # type: ignore[arg-type]

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from areal_ray.config import ConfigError, EngineConfig
-from areal_ray.distributed.mesh import data_parallel
+from areal_ray.distributed.mesh import ParallelDims
 from areal_ray.distributed.tensor_parallel import split_tensors, tensor_plan
 
 
-def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, config: EngineConfig) -> None:
+def parallelize(model: nn.Module, units: Sequence[nn.Module], dims: ParallelDims, config: EngineConfig) -> None:
     """Split tensors, checkpoint activations, compile and shard, in this order.
 
     Each unit is sharded by itself, and then the rest as one.
@@ -22,13 +21,13 @@ def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, 
     Args:
         model: on the meta device.
         units: modules that are gathered one at a time.
-        mesh: see `build_mesh`.
+        dims: of the mesh that it is laid over.
 
     Raises:
         ConfigError: if the model cannot do what the config asks for.
     """
-    if config.mesh.tensor > 1:
-        split_tensors(model, tensor_plan(model, config.mesh.tensor), mesh["tensor"])
+    if dims.tensor is not None:
+        split_tensors(model, tensor_plan(model, dims.tensor.size()), dims.tensor)
     if config.activation_checkpointing:
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ConfigError("engine.activation_checkpointing", "this model has no gradient_checkpointing_enable()")
@@ -40,9 +39,8 @@ def parallelize(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, 
     policy = MixedPrecisionPolicy()
     if config.precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    across = data_parallel(mesh)
     for unit in units:
         # Backward begins with the last unit and with the rest: given up, they would be gathered again at once.
         reshard = config.reshard_after_forward and unit is not units[-1]
-        fully_shard(unit, mesh=across, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=across, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(unit, mesh=dims.fsdp, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=dims.fsdp, mp_policy=policy, reshard_after_forward=False)

@@ -31,13 +31,16 @@ from areal_ray.run.goodput import goodput, table
 from areal_ray.run.lease import RunInUse, hold_lease
 
 
-def train(config: Config, overrides: Sequence[str] = (), template: ForkServer | None = None) -> int:
+def train(
+    config: Config, overrides: Sequence[str] = (), template: ForkServer | None = None, search_path: Sequence[str] = ()
+) -> int:
     """Run an experiment to its end.
 
     Args:
         config: as loaded.
         overrides: what was typed beside the file, for the record.
         template: for the job's processes, if one has been started.
+        search_path: folders with the user's own code, for the workers.
 
     Returns:
         The exit status: 0 when the run reached its last step, 1 when training failed.
@@ -69,15 +72,17 @@ def train(config: Config, overrides: Sequence[str] = (), template: ForkServer | 
             raise ConfigError("run.name", str(error)) from None
         except OSError as error:
             raise ConfigError("run.storage_path", str(error)) from None
-        return _drive(config, run, console, control, submission)
+        context = JobContext(run, submission, tuple(search_path))
+        return _drive(config, context, console, control)
 
 
-def _drive(config: Config, run: RunDir, console: Console, control: Control, submission: str) -> int:
-    run.note("submitted", print, last_step=config.last_step, submission=submission)
+def _drive(config: Config, context: JobContext, console: Console, control: Control) -> int:
+    run = context.run
+    run.note("submitted", print, last_step=config.last_step, submission=context.submission)
     address = ray.get_runtime_context().gcs_address
     try:
         with watching(address, _print, lambda: _lost_head(run, address)):
-            outcome = supervise(config, JobContext(run, submission))
+            outcome = supervise(config, context)
     except (TrainingFailedError, RayError, OSError) as error:
         if isinstance(getattr(error, "controller_failure", None), StoppedWhileWaiting):
             return _interrupted(run)

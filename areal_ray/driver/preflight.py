@@ -10,8 +10,10 @@ from typing import Any
 
 from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
-from areal_ray.config import Config, ConfigError, redact
+from areal_ray.config import Config, ConfigError, plugin, redact
 from areal_ray.distributed.tensor_parallel import tensor_plan
+from areal_ray.engine.objectives import build_objective
+from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
@@ -38,6 +40,7 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
         tensor_plan(models.build_model(config.model), config.engine.mesh.tensor)
     if config.model.path:
         _check_weights(config)
+    _check_plugins(config)
     sequences, _ = data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
     run = RunDir(storage.sub(config.run.name))
     has_checkpoint = any(entry.manifest for entry in Catalog(run.storage).entries())
@@ -49,8 +52,20 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
     newest = Catalog(run.storage).newest()
     if newest is not None and newest.manifest is not None:
-        _check_continues(newest.manifest.info, config, sequences.fingerprint())
+        _check_continues(newest.manifest.info, config, sequences.fingerprint)
     return run, config
+
+
+def _check_plugins(config: Config) -> None:
+    """Resolve what the configuration names of the user's own code, and make what can be made without a cluster."""
+    build_objective(config.objective)
+    for name, key in [(config.optim.name, "optim.name")] + [
+        (tracker.name, f"trackers[{i}].name") for i, tracker in enumerate(config.trackers)
+    ]:
+        if plugin.is_plugin(name):
+            plugin.factory(name, key, {})
+    if config.optim.groups:
+        freeze(models.build_model(config.model), config.optim.groups)
 
 
 def _check_weights(config: Config) -> None:

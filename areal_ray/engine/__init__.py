@@ -1,7 +1,18 @@
-"""What the loop and the recover handler train with."""
+"""A sharded model with its optimizer: forward, backward, step, state. Imports models, checkpoint and distributed."""
 
-from areal_ray.engine.base import SaveLoadMeta, TrainEngine
+from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, TrainEngine
 from areal_ray.engine.fsdp import FSDPEngine
+from areal_ray.engine.objectives import Batch, FrozenModel, Objective
 from areal_ray.engine.state import DCPState
 
-__all__ = ["DCPState", "FSDPEngine", "SaveLoadMeta", "TrainEngine"]
+__all__ = [
+    "Batch",
+    "DCPState",
+    "EvalResult",
+    "FSDPEngine",
+    "FrozenModel",
+    "Objective",
+    "SaveLoadMeta",
+    "StepResult",
+    "TrainEngine",
+]

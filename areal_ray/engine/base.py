@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.engine.objectives import Batch, LossFn, LossWeightFn
+from areal_ray.engine.objectives import Batch, LossFn, LossWeightFn, Objective
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,55 @@ class SaveLoadMeta:
     """Where and how an engine saves or loads.
 
     Args:
-        path: a directory; new for a `dcp` save.
+        path: a directory; for a `dcp` save it must not exist, or be empty.
         weight_format: `dcp`, sharded and exact, or `hf`, safetensors that transformers reads.
-        with_optim: optimizer and schedule too (with `hf`: as DCP in the subdirectory `optim`).
+        with_optim: optimizer and schedule too (with `hf`: as DCP in the subdirectory `optim`). A load without them
+            takes the weights of a full checkpoint as well.
+        tokenizer: anything with `save_pretrained`, written beside the weights.
+
+    Raises:
+        ValueError: for another format.
     """
 
     path: str
-    weight_format: Literal["dcp", "hf"] = "dcp"
+    weight_format: str = "dcp"
     with_optim: bool = True
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        if self.weight_format not in ("dcp", "hf"):
+            raise ValueError(f"weight_format must be dcp or hf, not {self.weight_format!r}")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of a forward and backward pass over a global batch, the same on every rank.
+
+    Args:
+        loss: weighted mean over all micro-batches and ranks, a scalar on the device.
+        grad_norm: 2-norm of all gradients before clipping, a scalar on the device.
+        lr: the rate that the optimizer step will use.
+        metrics: what the objective says beside the loss, means like it.
+    """
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    lr: float
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def numbers(self) -> tuple[float, float]:
+        """Loss and gradient norm. Waits for the device, once."""
+        loss, grad_norm = torch.stack([self.loss, self.grad_norm]).tolist()
+        return loss, grad_norm
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A loss and its weight, and other means with the same weight: scalars on the device, sums over all ranks."""
+
+    loss: torch.Tensor
+    weight: torch.Tensor
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def finite(loss: float, grad_norm: float) -> bool:
@@ -33,9 +75,10 @@ def finite(loss: float, grad_norm: float) -> bool:
 
 
 class TrainEngine(Protocol):
-    """A sharded model with its optimizer. All methods but the properties are collectives.
+    """A sharded model with its optimizer, after AReaL's engine. All methods but the properties are collectives.
 
-    A batch is a dict of this rank's tensors, `input_ids` and `attention_mask` of shape (B, S).
+    One optimizer step is `forward_backward`, then `optimizer_step` or `skip_step`, then `lr_scheduler_step`; who calls
+    them decides in between. A batch is a dict of this rank's tensors, rows first, cut into micro-batches here.
     """
 
     @property
@@ -56,26 +99,47 @@ class TrainEngine(Protocol):
         """Everything of the engine that a resumed run needs."""
         ...
 
-    def initialize(self, weights: bool = True) -> None:
-        """Build, shard and initialise; without weights, if they are loaded next."""
+    @property
+    def lr(self) -> float:
+        """The rate of the next optimizer step."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """world_size and mesh, for the manifest."""
+        ...
+
+    def forward_backward(self, batch: Batch, objective: Objective) -> StepResult:
+        """Gradients of the objective's mean over the global batch of which `batch` is this rank's part."""
+        ...
+
+    def optimizer_step(self) -> None:
+        """Clip the gradients, change the weights, drop the gradients."""
+        ...
+
+    def skip_step(self) -> None:
+        """Drop the gradients, if there are any; weights and optimizer state stay what they are."""
+        ...
+
+    def lr_scheduler_step(self) -> None:
+        """The schedule goes on by one step, whether that changed the weights or not."""
+        ...
+
+    def evaluate(self, batch: Batch, objective: Objective) -> EvalResult:
+        """The objective on this rank's part of a global batch, without gradients."""
         ...
 
     def train_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
-        """One optimizer step on the global batch of which `batch` is this rank's part.
+        """A whole step, the schedule's included; the weights change if loss and gradient norm are finite.
 
         Args:
-            batch: (B, S) tensors; cut into micro-batches here.
+            batch: (B, S) tensors.
             loss_fn: (logits, micro-batch) -> scalar mean; must not change the logits in place.
             loss_weight_fn: micro-batch -> its weight in the mean over all micro-batches and ranks.
 
         Returns:
             loss and grad_norm (scalars of the global batch, before clipping), lr (the rate that was used), skipped
-            (the numbers were refused: the schedule goes on, weights and optimizer state are what they were).
+            (they were not finite).
         """
-        ...
-
-    def skip_batch(self) -> dict[str, Any]:
-        """A step that is left out: the schedule goes on, nothing else changes. As train_batch, but loss is NaN."""
         ...
 
     def eval_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:

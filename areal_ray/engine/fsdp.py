@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import random
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
-from areal_ray import models
-from areal_ray.checkpoint import load, save
 from areal_ray.config import Config
 from areal_ray.distributed import Ranks
-from areal_ray.distributed.mesh import build_mesh, data_parallel_group, init_distributed
-from areal_ray.distributed.overlap import overlap
-from areal_ray.distributed.parallelize import parallelize
-from areal_ray.engine.base import SaveLoadMeta, finite
-from areal_ray.engine.objectives import Batch, LossFn, LossWeightFn
-from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_grad_norm
+from areal_ray.distributed.mesh import ParallelDims, init_distributed
+from areal_ray.engine import save_load
+from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
+from areal_ray.engine.objectives import Batch, FunctionObjective, LossFn, LossWeightFn, Objective, text_inputs
+from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm
+from areal_ray.engine.randomness import reseed
+from areal_ray.engine.sharded_model import ShardedModel
 from areal_ray.engine.state import DCPState
-from areal_ray.models import hf_weights
-from areal_ray.storage import LocalStorage
 
 
 class FSDPEngine:
@@ -38,22 +29,19 @@ class FSDPEngine:
         device: "cpu" or "cuda"; None takes the GPU where there is one.
     """
 
-    model: nn.Module
     optimizer: torch.optim.Optimizer
 
     def __init__(self, config: Config, device: str | None = None) -> None:
         self._config, self._kind = config, device
         self._schedule = LrSchedule(config.optim, config.train.steps)
-        # called before the weights change, to wait for copies of them
-        self.before_update: Callable[[], None] = lambda: None
-        # (loss, gradient norm), equal on all ranks -> whether the weights may change
-        self.accept: Callable[[float, float], bool] = finite
+        self._grad_norm: torch.Tensor | None = None  # of gradients that no step has used yet
 
-    def initialize(self, weights: bool = True) -> None:
+    def initialize(self, weights: bool = True, references: Sequence[str] = ()) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
 
         Args:
             weights: False leaves parameters undefined, for when a checkpoint is loaded next.
+            references: names of frozen models beside it, each with the first weights; see `Objective.references`.
 
         Raises:
             RankError: on every rank, if weights cannot be read from model.path.
@@ -61,142 +49,158 @@ class FSDPEngine:
         """
         config = self._config
         self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
-        self.mesh = build_mesh(config.engine.mesh, self.device, config.cluster.collective_timeout_s)
-        self._dp_group = data_parallel_group(self.mesh)
-        self.model = models.build_model(config.model)
-        parallelize(self.model, models.shard_units(self.model, config.model.shard_units), self.mesh, config.engine)
-        self._late = overlap(self.model, self.mesh)
-        models.materialise(self.model, self.device)
+        self.dims = ParallelDims.build(config.engine.mesh, self.device, config.cluster.collective_timeout_s)
         self._ranks = Ranks()
-        if weights and not config.model.path:
-            models.init_weights(self.model, config.run.seed)
+        self._sharded = self._build()
+        if weights:
+            self._sharded.init_weights()
         else:
-            models.init_buffers(self.model)
-        if weights and config.model.path:
-            self._load_pretrained(config.model.path)
+            self._sharded.init_buffers()
         self.optimizer = build_optimizer(self.model, config.optim)
+        self._references = {name: self._build() for name in references}
+        for reference in self._references.values():
+            reference.init_weights()
+            reference.module.requires_grad_(False)
+
+    def _build(self) -> ShardedModel:
+        return ShardedModel(self._config, self.dims, self.device, self._ranks)
+
+    def destroy(self) -> None:
+        """Give back model, optimizer and process group; nothing else may be called after it."""
+        del self._sharded, self._references, self.optimizer
+        dist.destroy_process_group()
+
+    @property
+    def model(self) -> nn.Module:
+        return self._sharded.module
+
+    @property
+    def shard_units(self) -> list[nn.Module]:
+        """Modules that are gathered and computed as one, in the order of the model."""
+        return self._sharded.units
 
     @property
     def dp_rank(self) -> int:
-        return dist.get_rank(self._dp_group)
+        return self.dims.batch_rank
 
     @property
     def dp_size(self) -> int:
-        return dist.get_world_size(self._dp_group)
+        return self.dims.batch_size
 
     @property
     def state(self) -> DCPState:
         return DCPState(self.model, self.optimizer, self._schedule)
 
-    def train_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
+    @property
+    def lr(self) -> float:
+        return self._schedule.lr(self._config.optim.lr)
+
+    def describe(self) -> dict[str, Any]:
+        return {"world_size": self._ranks.size, "mesh": self.dims.sizes()}
+
+    def train(self) -> None:
+        """Put the model into training mode; `forward_backward` does so itself."""
         self.model.train()
+
+    def eval(self) -> None:
+        """Put the model into evaluation mode; `evaluate` and `forward` do so themselves."""
+        self.model.eval()
+
+    def forward_backward(self, batch: Batch, objective: Objective) -> StepResult:
+        self.train()
         reseed(self._config.run.seed, self._schedule.step, self.dp_rank)
-        micro_batches = self._split(batch)
-        weights = [loss_weight_fn(micro).to(self.device, torch.float32) for micro in micro_batches]
+        micro_batches = self._prepared(batch, objective)
+        weights = [self._weight(objective, micro) for micro in micro_batches]
         total = torch.stack(weights).sum()
-        summed = dist.all_reduce(total, group=self._dp_group, async_op=True)
-        loss_sum = torch.zeros((), device=self.device)
+        summed = dist.all_reduce(total, group=self.dims.batch_group, async_op=True)
+        loss_sum, metric_sums = torch.zeros((), device=self.device), dict[str, torch.Tensor]()
         for micro, weight in zip(micro_batches, weights, strict=True):
             # Gradients are summed locally and leave the rank once, with the last micro-batch.
             self.model.set_requires_gradient_sync(micro is micro_batches[-1])  # type: ignore[operator]
-            logits = self._logits(micro)
+            output = self._sharded(objective.model_inputs(micro))
             summed.wait()
-            # A batch without a token to predict changes nothing.
-            loss = loss_fn(logits, micro) * (weight / torch.where(total > 0, total, 1.0))
+            share = weight / torch.where(total > 0, total, 1.0)  # a batch without a token to predict changes nothing
+            mean, metrics = objective.loss(output, micro)
+            loss = mean * share
             # FSDP averages over the parts of the batch; the mean here is over the weights of all of them.
             (loss * self.dp_size).backward()
             loss_sum += loss.detach()
-        self._late.wait()
-        summed = dist.all_reduce(loss_sum, group=self._dp_group, async_op=True)
-        grad_norm = clip_grad_norm(self.model.parameters(), self._config.optim.clip_grad_norm)
-        lr = self._schedule.lr()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            _add(metric_sums, metrics, share)
+        self._sharded.late.wait()
+        summed = dist.all_reduce(loss_sum, group=self.dims.batch_group, async_op=True)
+        grad_norm = gradient_norm(self.model.parameters())
         summed.wait()
-        accepted = self.accept(*torch.stack([loss_sum, grad_norm]).tolist())  # waits for the device, once a step
-        if self._ranks.size > self.dp_size:  # ranks of one tensor group may differ in the last bit of what they sum
-            accepted = bool(self._ranks.broadcast_int(accepted))
-        if accepted:
-            self.before_update()
-            self.optimizer.step()
+        self._sum_over_ranks(metric_sums)
+        if self.dims.tensor is not None:  # its ranks may differ in the last bit of what they sum, and must decide alike
+            numbers = torch.stack([loss_sum, grad_norm])
+            dist.broadcast(numbers, src=0)
+            loss_sum, grad_norm = numbers.unbind()
+        self._grad_norm = grad_norm
+        return StepResult(loss_sum, grad_norm, self.lr, metric_sums)
+
+    def optimizer_step(self) -> None:
+        assert self._grad_norm is not None, "forward_backward comes first"
+        clip_gradients(self.model.parameters(), self._config.optim.clip_grad_norm, self._grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._schedule.lr(group["initial_lr"])
+        self.optimizer.step()
+        self.skip_step()
+
+    def skip_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self._schedule.step += 1
-        return {"loss": loss_sum, "grad_norm": grad_norm, "lr": lr, "skipped": not accepted}
+        self._grad_norm = None
 
-    def skip_batch(self) -> dict[str, Any]:
-        lr = self._schedule.lr()
+    def lr_scheduler_step(self) -> None:
         self._schedule.step += 1
-        nothing = torch.full((), torch.nan, device=self.device)
-        return {"loss": nothing, "grad_norm": nothing, "lr": lr, "skipped": True}
+
+    def train_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
+        result = self.forward_backward(batch, FunctionObjective(loss_fn, loss_weight_fn))
+        accepted = finite(*result.numbers())
+        if accepted:
+            self.optimizer_step()
+        else:
+            self.skip_step()
+        self.lr_scheduler_step()
+        return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "skipped": not accepted}
 
     @torch.no_grad()
+    def evaluate(self, batch: Batch, objective: Objective) -> EvalResult:
+        self.eval()
+        sums, metric_sums = torch.zeros(2, dtype=torch.float64, device=self.device), dict[str, torch.Tensor]()
+        for micro in self._prepared(batch, objective):
+            weight = self._weight(objective, micro)
+            mean, metrics = objective.loss(self._sharded(objective.model_inputs(micro)), micro)
+            sums += torch.stack([mean.double() * weight, weight.double()])
+            _add(metric_sums, metrics, weight)
+        dist.all_reduce(sums, group=self.dims.batch_group)
+        self._sum_over_ranks(metric_sums)
+        self._sharded.reshard()
+        return EvalResult(sums[0] / sums[1], sums[1], {name: value / sums[1] for name, value in metric_sums.items()})
+
     def eval_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for micro in self._split(batch):
-            weight = loss_weight_fn(micro).to(self.device)
-            sums += torch.stack([loss_fn(self._logits(micro), micro).double() * weight, weight.double()])
-        dist.all_reduce(sums, group=self._dp_group)
-        self._reshard()
-        return {"loss": sums[0] / sums[1], "weight": sums[1]}
+        result = self.evaluate(batch, FunctionObjective(loss_fn, loss_weight_fn))
+        return {"loss": result.loss, "weight": result.weight}
 
-    @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
-        self.model.eval()
-        logits = torch.cat([self._logits(micro) for micro in self._split(batch)])
-        self._reshard()
-        return logits
+        return torch.cat([self._sharded.frozen(text_inputs(micro)) for micro in self._split(batch)])
 
     def save(self, meta: SaveLoadMeta) -> None:
-        """Save to a directory that all ranks see.
+        """Save to a directory that all ranks see; its parents are made.
 
         Raises:
+            FileExistsError: as a RankError on every rank, if a `dcp` save finds something in it.
             RankError: on every rank, if one of them could not write.
         """
-        directory = LocalStorage(meta.path)
-        if meta.weight_format == "dcp":
-            state = self.state if meta.with_optim else DCPState(self.model)
-            save(directory, {"engine": state}, self.describe(), self._ranks)
-            return
-        self._ranks.on_rank_zero(lambda: hf_weights.prepare(directory.location))
-        self._ranks.all_or_raise(lambda: hf_weights.save_weights(directory.location, hf_weights.weights_of(self.model)))
-        if (architecture := models.architecture(self._config.model)) is not None:
-            self._ranks.on_rank_zero(
-                lambda: directory.replace("config.json", json.dumps(architecture, indent=2).encode())
-            )
-        if meta.with_optim:
-            save(directory.sub("optim"), {"engine": self._optim_state()}, self.describe(), self._ranks)
+        save_load.save_engine(meta, self._config.model, self.state, self.describe(), self._ranks)
 
     def load(self, meta: SaveLoadMeta) -> None:
         """Load what `save` wrote, at any world size.
 
         Raises:
             RankError: on every rank, if it is damaged.
-            ValueError: if it is of another model, or holds an optimizer and none is asked for, or the other way round.
+            ValueError: if it is of another model, or has no optimizer and one is asked for.
         """
-        directory = LocalStorage(meta.path)
-        if meta.weight_format == "dcp":
-            state = self.state if meta.with_optim else DCPState(self.model)
-            load(directory, {"engine": state}, self._ranks)
-            return
-        hf_weights.load_weights(directory.location, self.model, self._ranks)
-        if meta.with_optim:
-            load(directory.sub("optim"), {"engine": self._optim_state()}, self._ranks)
-
-    def _load_pretrained(self, path: str) -> None:
-        others = int(os.environ.get("LOCAL_RANK", "0")) > 0
-        # One download per machine; the others then find it.
-        self._ranks.all_or_raise(lambda: others or hf_weights.resolve(path))
-        here = self._ranks.all_or_raise(lambda: hf_weights.resolve(path))[self._ranks.rank]
-        hf_weights.load_weights(here, self.model, self._ranks)
-
-    def _optim_state(self) -> DCPState:
-        return DCPState(self.model, self.optimizer, self._schedule, weights=False)
-
-    def describe(self) -> dict[str, Any]:
-        """World size and mesh, for the manifest."""
-        sizes = dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
-        return {"world_size": self._ranks.size, "mesh": sizes}
+        save_load.load_engine(meta, self.state, self._ranks)
 
     def _split(self, batch: Batch) -> list[Batch]:
         size = self._config.train.micro_batch_size
@@ -204,24 +208,19 @@ class FSDPEngine:
         rows = len(next(iter(on_device.values())))
         return [{name: t[i : i + size] for name, t in on_device.items()} for i in range(0, rows, size)]
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return output if isinstance(output, torch.Tensor) else output.logits
+    @torch.no_grad()
+    def _prepared(self, batch: Batch, objective: Objective) -> list[Batch]:
+        models = {name: reference.frozen for name, reference in self._references.items()}
+        return [objective.prepare(micro, models) for micro in self._split(batch)]
 
-    def _reshard(self) -> None:
-        """Without a backward pass FSDP may leave parameters gathered, and a save would find these in their place."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    def _weight(self, objective: Objective, micro: Batch) -> torch.Tensor:
+        return torch.as_tensor(objective.weight(micro)).to(self.device, torch.float32)
+
+    def _sum_over_ranks(self, metrics: dict[str, torch.Tensor]) -> None:
+        for name in sorted(metrics):
+            dist.all_reduce(metrics[name], group=self.dims.batch_group)
 
 
-def reseed(seed: int, step: int, dp_rank: int) -> None:
-    """Make all randomness of a step a function of (seed, step, data-parallel rank), so that none needs to be saved.
-
-    The ranks of a tensor group draw the same: what they hold whole, they must drop out alike. (So heads at the same
-    place in two ranks' parts have the same attention dropout.)
-    """
-    value = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{dp_rank}".encode()).digest()[:8], "big") >> 1
-    torch.manual_seed(value)
-    np.random.seed(value % 2**32)
-    random.seed(value)
+def _add(sums: dict[str, torch.Tensor], metrics: Mapping[str, torch.Tensor], share: torch.Tensor) -> None:
+    for name, value in metrics.items():
+        sums[name] = sums.get(name, torch.zeros_like(share)) + torch.as_tensor(value).detach() * share

@@ -1,9 +1,10 @@
-"""Optimizer and learning-rate schedule."""
+"""Optimizer, parameter groups, gradient norm and learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,25 +12,67 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from areal_ray.config import OptimConfig
+from areal_ray.config import ConfigError, OptimConfig, ParameterGroupConfig, plugin
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019); matrices decay, vectors (norms, biases) do not.
+    """The optimizer that the configuration names, over the parameters that are trained.
 
-    The state (step, exp_avg, exp_avg_sq) is made at once: a run that does not fit into memory says so at its start,
-    and a save before the first step has the same keys as any other.
+    Its state (for AdamW step, exp_avg, exp_avg_sq) is made at once: a run that does not fit into memory says so at its
+    start, and a save before the first step has the same keys as any other.
+
+    Raises:
+        ConfigError: if one's own factory fails, or returns no torch optimizer.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
-    _make_state(optimizer)
-    return optimizer
+    groups = parameter_groups(model, config)
+    if plugin.is_plugin(config.name):
+        make = plugin.factory(config.name, "optim.name", {})
+        made: Any = plugin.call(make, config.name, "optim.args", groups, **config.args)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ConfigError("optim.name", f"{config.name} returned {type(made).__name__}, no torch.optim.Optimizer")
+    else:  # AdamW, Loshchilov & Hutter, 2019
+        made = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    for group in made.param_groups:
+        group["initial_lr"] = group["lr"]
+    _make_state(made)
+    return made
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups as torch's optimizers take them: params, lr and weight_decay.
+
+    The first of `optim.groups` whose pattern is found in a parameter's name applies to it. Without one, matrices decay
+    and vectors (norms, biases) do not.
+    """
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = next((group for group in config.groups if re.search(group.pattern, name)), None)
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        if own is not None and own.weight_decay is not None:
+            decay = own.weight_decay
+        found.setdefault((config.lr * (own.lr_scale if own else 1.0), decay), []).append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in found.items()]
+
+
+def freeze(model: nn.Module, groups: Sequence[ParameterGroupConfig]) -> None:
+    """Switch off the gradients of the parameters that groups freeze; to be called before sharding.
+
+    Raises:
+        ConfigError: if a group's pattern is found in no name, or nothing is left to be trained.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for i, group in enumerate(groups):
+        if not any(re.search(group.pattern, name) for name in names):
+            text = f"{group.pattern!r} is found in no parameter's name; the first of them are {', '.join(names[:3])}"
+            raise ConfigError(f"optim.groups[{i}].pattern", text)
+    for name, parameter in model.named_parameters():
+        own = next((group for group in groups if re.search(group.pattern, name)), None)
+        if own is not None and own.freeze:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("optim.groups", "freeze every parameter: nothing is left to be trained")
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
@@ -44,40 +87,47 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for state in optimizer.state.values():
-        state["step"].zero_()
+        if isinstance(step := state.get("step"), torch.Tensor):
+            step.zero_()
+        elif step is not None:
+            state["step"] = 0
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> torch.Tensor:
-    """Scale gradients so that their norm is at most `limit`. A collective.
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of all gradients, a scalar, the same on every rank. A collective.
 
-    As `torch.nn.utils.clip_grad_norm_`, but for parameters on different meshes too: under tensor parallelism some are
-    split over the ranks of a tensor group and others are whole on each of them, to be counted once.
-
-    Args:
-        parameters: of all of the model, DTensors or plain.
-        limit: None only computes the norm.
-
-    Returns:
-        The 2-norm of all gradients before clipping, a scalar, the same on every rank.
+    As `torch.nn.utils.clip_grad_norm_` computes it, but for parameters on different meshes too: under tensor
+    parallelism some are split over the ranks of a tensor group and others are whole on each of them, to be counted
+    once.
     """
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    norms = []
+    for group in _by_mesh(parameters):
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None, norm: torch.Tensor) -> None:
+    """Scale gradients whose 2-norm is `norm` so that it is at most `limit`; None leaves them as they are."""
+    if limit is not None:
+        for group in _by_mesh(parameters):
+            nn.utils.clip_grads_with_norm_(group, limit, norm)
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters that have a gradient, those of each mesh together."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            by_mesh.setdefault(mesh, []).append(parameter)
-    norms = []
-    for group in by_mesh.values():
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    if limit is not None:
-        for group in by_mesh.values():
-            nn.utils.clip_grads_with_norm_(group, limit, total)
-    return total
+            found.setdefault(mesh, []).append(parameter)
+    return list(found.values())
 
 
 class LrSchedule:
     """Linear warm-up, then constant or cosine down to `min_lr_ratio`; a pure function of the optimizer step.
+
+    It multiplies each parameter group's own rate.
 
     Args:
         config: rates and shape.
@@ -88,19 +138,19 @@ class LrSchedule:
         self._config, self._steps = config, steps
         self.step = 0  # optimizer steps taken
 
-    def lr(self) -> float:
-        """The rate of the next optimizer step."""
+    def lr(self, base: float) -> float:
+        """What the schedule makes of a rate for the next optimizer step."""
         c = self._config
         if self.step < c.warmup_steps:
-            return c.lr * (self.step + 1) / c.warmup_steps
+            return base * (self.step + 1) / c.warmup_steps
         if c.schedule == "constant":
-            return c.lr
+            return base
         share = min(1.0, (self.step - c.warmup_steps) / max(1, self._steps - c.warmup_steps))
-        return c.lr * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share)))
+        return base * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share)))
 
     def state_dict(self) -> dict[str, Any]:
         # The rate is for the receipt of a restore; it follows from the step.
-        return {"step": self.step, "lr": self.lr()}
+        return {"step": self.step, "lr": self.lr(self._config.lr)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]

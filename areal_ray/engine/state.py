@@ -35,15 +35,23 @@ class DCPState(Stateful):
         schedule: Stateful | None = None,
         weights: bool = True,
     ) -> None:
-        self._model, self._optimizer, self._schedule, self._weights = model, optimizer, schedule, weights
+        self.model = model
+        self._optimizer, self._schedule, self._weights = optimizer, schedule, weights
+
+    def weights(self) -> DCPState:
+        """The model alone."""
+        return DCPState(self.model)
+
+    def without_weights(self) -> DCPState:
+        """Everything but the model's weights."""
+        return DCPState(self.model, self._optimizer, self._schedule, weights=False)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
         if self._weights:
-            state["model"] = weights_of(self._model)
+            state["model"] = weights_of(self.model)
         if self._optimizer is not None:
-            names = {parameter: name for name, parameter in self._model.named_parameters()}
-            state["optim"] = {names[p]: dict(values) for p, values in self._optimizer.state.items()}  # type: ignore[index]
+            state["optim"] = {name: dict(values) for name, values in self._optimizer_state().items()}
         if self._schedule is not None:
             state["schedule"] = self._schedule.state_dict()
         return state
@@ -55,5 +63,14 @@ class DCPState(Stateful):
         for name, tensor in flatten(self.state_dict())[0].items():
             if local(loaded[name]).data_ptr() != local(tensor).data_ptr():
                 tensor.copy_(loaded[name])
+        for name, own in self._optimizer_state().items():
+            own.update({key: state["optim"][name][key] for key, v in own.items() if not isinstance(v, torch.Tensor)})
         if self._schedule is not None:
             self._schedule.load_state_dict(state["schedule"])
+
+    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's own state, by the name of the parameter."""
+        if self._optimizer is None:
+            return {}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {names[parameter]: values for parameter, values in self._optimizer.state.items()}  # type: ignore[index]

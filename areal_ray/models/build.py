@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any
 
 import torch
 from torch import nn
 
-from areal_ray.config import ConfigError, ModelConfig
+from areal_ray.config import ConfigError, ModelConfig, plugin
 
 
 def build_model(config: ModelConfig) -> nn.Module:
@@ -99,23 +98,10 @@ def _from_transformers(config: ModelConfig) -> nn.Module:
     return model
 
 
-def _find_factory(name: str) -> Any:
-    module_name, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), function)
-    except ModuleNotFoundError as error:
-        raise ConfigError("model.factory", f"{error} (looked for {name})") from None
-    except AttributeError:
-        raise ConfigError("model.factory", f"{module_name} has no {function}") from None
-
-
 def _from_factory(config: ModelConfig) -> nn.Module:
     assert config.factory
-    factory = _find_factory(config.factory)
-    try:
-        model = factory(**config.args)
-    except Exception as error:
-        raise ConfigError("model.factory", f"{config.factory} failed: {type(error).__name__}: {error}") from error
+    factory = plugin.factory(config.factory, "model.factory", {})
+    model = plugin.call(factory, config.factory, "model.factory", **config.args)
     if not isinstance(model, nn.Module):
         raise ConfigError("model.factory", f"{config.factory} returned {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -73,18 +73,17 @@ class RunDir:
         """The global batches, in order, if the run was asked to write them down (logging.sample_ids)."""
         return sorted(self._samples.lines(), key=lambda line: line["first"])
 
-    def rewind(self, step: int, samples: int) -> int:
-        """Take back the lines of steps after `step` and of batches from cursor `samples` on.
-
-        A restored run computes them once more, and each stands once.
-
-        Returns:
-            The last step that had a line: so far the run had come at least.
-        """
-        reached = max((line["step"] for line in self._metrics.lines()), default=0)
+    def rewind_metrics(self, step: int) -> None:
+        """Take back the lines of steps after `step`: a restored run computes them once more, and each stands once."""
         self._metrics.keep(lambda line: line["step"] <= step)
+
+    def rewind_samples(self, samples: int) -> None:
+        """Take back the lines of batches from cursor `samples` on."""
         self._samples.keep(lambda line: line["first"] < samples)
-        return reached
+
+    def reached(self) -> int:
+        """The last step that has a line: so far the run has come at least."""
+        return max((line["step"] for line in self._metrics.lines()), default=0)
 
     def flush(self) -> None:
         """Wait until everything is durable (OSError)."""

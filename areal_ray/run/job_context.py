@@ -14,7 +14,9 @@ class JobContext:
     Args:
         run: the run directory.
         submission: unique to this submission, so that what was asked of an earlier one is not heard.
+        search_path: folders with the user's own code, see `areal_ray.config.plugin`.
     """
 
     run: RunDir
     submission: str
+    search_path: tuple[str, ...] = ()

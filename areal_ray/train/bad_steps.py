@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
 from areal_ray.config import BadStepConfig
 from areal_ray.engine.base import finite
+
+Verdict = Literal["take", "skip", "rollback"]
 
 
 class BadStepError(RuntimeError):
@@ -58,38 +60,30 @@ class BadStepPolicy:
         """Whether `step` was refused before, or its batch is known to end the run; it need not be computed."""
         return step in self._left_out
 
-    def accept(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Whether `step` may change the weights. Changes nothing itself."""
-        return step not in self._left_out and not self._problem(loss, grad_norm)
-
-    def after_step(self, step: int, stats: Mapping[str, Any]) -> bool:
-        """Take note of a step that was computed.
+    def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
+        """Decide on a step whose gradients are there and whose update is not; to be asked once for each.
 
         Args:
             step: counted from 1.
-            stats: as `TrainEngine.train_batch` returns them.
+            loss, grad_norm: its numbers, over the global batch.
 
         Returns:
-            Whether the run is to go back to its last checkpoint and come here again.
+            take: the weights may change; skip: they may not; rollback: the run is to go back to its last checkpoint.
 
         Raises:
             BadStepError: if it is to stop.
         """
-        loss, grad_norm = float(stats["loss"]), float(stats["grad_norm"])
-        if not stats["skipped"]:
+        problem = self._problem(loss, grad_norm)
+        if not problem:
             self._losses.append(loss)
-            return False
-        if step in self._left_out:
-            return False
+            return "take"
         full = len(self._left_out) >= self._config.max_bad_steps
-        refusal = Refusal(
-            step, loss, grad_norm, self._problem(loss, grad_norm), "stop" if full else self._config.on_bad
-        )
+        refusal = Refusal(step, loss, grad_norm, problem, "stop" if full else self._config.on_bad)
         self._on_bad_step(refusal)
         if refusal.action == "stop":
             raise BadStepError(self._sentence(refusal, full))
         self._left_out.add(step)
-        return refusal.action == "rollback"
+        return refusal.action
 
     def _problem(self, loss: float, grad_norm: float) -> str:
         """What is wrong with these numbers; "" if nothing is."""

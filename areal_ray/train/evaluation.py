@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from areal_ray.data import GlobalBatches
-from areal_ray.engine import TrainEngine
-from areal_ray.engine.objectives import LossFn, LossWeightFn
+from areal_ray.engine import Objective, TrainEngine
 
 
 class Evaluator:
-    """The same held-out batches every time, whatever the world size.
+    """Evaluates on the same held-out batches every time, whatever the world size.
 
     Args:
         engine: what to evaluate.
         open_batches: a fresh iterator at the beginning of the held-out data.
         count: global batches per evaluation.
-        loss_fn, loss_weight_fn: as for training.
+        objective: as for training.
         alive: called before every batch.
     """
 
@@ -25,20 +24,23 @@ class Evaluator:
         engine: TrainEngine,
         open_batches: Callable[[], GlobalBatches],
         count: int,
-        loss_fn: LossFn,
-        loss_weight_fn: LossWeightFn,
+        objective: Objective,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        self._engine, self._open, self._count, self._alive = engine, open_batches, count, alive
-        self._loss_fn, self._loss_weight_fn = loss_fn, loss_weight_fn
+        self._engine, self._open, self._count = engine, open_batches, count
+        self._objective, self._alive = objective, alive
 
     def run(self) -> dict[str, float]:
-        """held_out_loss in nats per token. A collective."""
-        loss = weight = 0.0
+        """held_out_loss, in nats per token for text, and the objective's other means, `held_out_` before their names.
+
+        A collective.
+        """
+        sums, weight = dict[str, float](), 0.0
         batches = self._open()
         for _ in range(self._count):
             self._alive()
-            result = self._engine.eval_batch(next(batches), self._loss_fn, self._loss_weight_fn)
-            loss += float(result["loss"]) * float(result["weight"])
-            weight += float(result["weight"])
-        return {"held_out_loss": loss / weight}
+            result = self._engine.evaluate(next(batches), self._objective)
+            for name, value in {"loss": result.loss, **result.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * float(result.weight)
+            weight += float(result.weight)
+        return {f"held_out_{name}": total / weight for name, total in sums.items()}

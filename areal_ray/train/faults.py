@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from areal_ray.config import Fault
 from areal_ray.distributed import Ranks
-from areal_ray.engine.objectives import Batch, LossFn
+from areal_ray.engine import Batch, FrozenModel, Objective
 from areal_ray.run import RunDir
 
 
@@ -51,14 +51,30 @@ class Faults:
             else:
                 _happen(fault)
 
-    def spoiling(self, loss_fn: LossFn) -> LossFn:
-        """The loss, but for the step of a `nan` fault: there it and all gradients are NaN."""
+    def spoiling(self, objective: Objective) -> Objective:
+        """The objective, but for the step of a `nan` fault: there its loss and all gradients are NaN."""
+        return _Spoiled(objective, lambda: self._spoil)
 
-        def spoiled(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-            loss = loss_fn(logits, batch)
-            return loss * torch.nan if self._spoil else loss
 
-        return spoiled
+class _Spoiled(Objective):
+    """Another objective, whose loss is NaN while `spoil` says so."""
+
+    def __init__(self, objective: Objective, spoil: Callable[[], bool]) -> None:
+        self._objective, self._spoil = objective, spoil
+        self.references = objective.references
+
+    def prepare(self, batch: Batch, models: Mapping[str, FrozenModel]) -> Batch:
+        return self._objective.prepare(batch, models)
+
+    def model_inputs(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        return self._objective.model_inputs(batch)
+
+    def weight(self, batch: Batch) -> torch.Tensor | float:
+        return self._objective.weight(batch)
+
+    def loss(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        loss, metrics = self._objective.loss(output, batch)
+        return loss * torch.nan if self._spoil() else loss, metrics
 
 
 def _happen(fault: Fault) -> None:

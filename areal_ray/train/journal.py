@@ -104,14 +104,6 @@ class Journal:
         place = {"first_sample": first_sample, "samples": samples}
         self._event("bad_step", step=refusal.step, **kept, reason=refusal.reason, action=refusal.action, **place)
 
-    def rolled_back(self, checkpoint: str | None, step: int) -> None:
-        """The run stands at `step` again; or there was no checkpoint to go back to, and it stands where it was."""
-        if checkpoint is None:
-            self._say("there is no checkpoint to go back to: the step is left out and training goes on")
-            return
-        self._say(f"restored {checkpoint}, going on with step {step + 1}")
-        self._event("rolled_back", step=step, checkpoint=checkpoint)
-
     def _event(self, kind: str, **fields: object) -> None:
         if self._run is not None:
             self._run.note(kind, self._say, attempt=self._attempt, **fields)

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from areal_ray.data import GlobalBatches
-from areal_ray.engine import TrainEngine
-from areal_ray.engine.objectives import LossFn, LossWeightFn
-from areal_ray.train.bad_steps import BadStepPolicy
+from areal_ray.engine import Objective, StepResult, TrainEngine
+from areal_ray.train.bad_steps import BadStepPolicy, Verdict
 from areal_ray.train.cadence import Cadence
 from areal_ray.train.evaluation import Evaluator
 from areal_ray.train.recovery import PendingSave, RecoverHandler
-from areal_ray.train.tracking import Tracker
+from areal_ray.train.tracking import StepMetrics
 
 
 class RunContext(Protocol):
@@ -64,13 +63,11 @@ class Job:
     """Everything that training takes, wired by the worker.
 
     Args:
-        engine, batches: what is trained, and on what.
-        loss_fn, loss_weight_fn: the objective, as the engine takes it.
-        guard, go_back: which steps count; restores the last checkpoint, and says False if there is none.
-        progress, tracker: where the run stands, and what is seen of it.
+        engine, batches, objective: what is trained, on what, and to what end.
+        bad_steps, roll_back: which steps count; restores the last checkpoint, and says False if there is none.
+        progress, metrics: where the run stands, and what is seen of it.
         evaluator, evaluate: how held-out loss is computed (None: never), and when.
-        recover, save: how the run is dumped, and when.
-        remember: when it is only copied to memory.
+        recover, save, copy: how the run is saved, when to storage, and when only to memory.
         run: the job around the loop.
         last_step: where this invocation ends.
         total_steps: the length of the run.
@@ -78,17 +75,16 @@ class Job:
 
     engine: TrainEngine
     batches: GlobalBatches
-    loss_fn: LossFn
-    loss_weight_fn: LossWeightFn
-    guard: BadStepPolicy
-    go_back: Callable[[], bool]
+    objective: Objective
+    bad_steps: BadStepPolicy
+    roll_back: Callable[[], bool]
     progress: Progress
-    tracker: Tracker
+    metrics: StepMetrics
     evaluator: Evaluator | None
     evaluate: Cadence
     recover: RecoverHandler
     save: Cadence
-    remember: Cadence
+    copy: Cadence
     run: RunContext
     last_step: int
     total_steps: int
@@ -100,44 +96,41 @@ def train(job: Job) -> None:
     A run that ends before its full length leaves no other trace than that checkpoint, so that going on later gives the
     same run as not having stopped.
     """
-    progress, tracker = job.progress, job.tracker
+    progress, metrics = job.progress, job.metrics
     if job.evaluator and progress.step == 0:
         progress.metrics = job.evaluator.run()
-        tracker.evaluated(0, progress.metrics)
-        tracker.write(0)
+        metrics.evaluated(progress.metrics)
+        metrics.write(0)
     while progress.step < job.last_step:
         job.run.before_step(progress.step + 1)
-        tracker.begin_step()
-        if job.guard.is_skipped(progress.step + 1):
-            job.batches.skip()
-            stats = job.engine.skip_batch()
-        else:
-            stats = job.engine.train_batch(next(job.batches), job.loss_fn, job.loss_weight_fn)
-        if job.guard.after_step(progress.step + 1, stats):
+        metrics.begin_step()
+        lr = job.engine.lr
+        result, verdict = _step(job, progress.step + 1)
+        if verdict == "rollback":
             job.run.enter("restore")
-            if job.go_back():
+            if job.roll_back():
                 continue
         progress.step += 1
         progress.samples = job.batches.next_sample
         at = progress.step, job.batches.epoch
-        tracker.end_step(*at, stats)
+        metrics.end_step(*at, lr, result if verdict == "take" else None)
         progress.metrics = {}
         if job.evaluator and (job.evaluate.due(*at) or progress.step == job.total_steps):
             job.evaluate.fired(*at)
             progress.metrics = job.evaluator.run()
-            tracker.evaluated(progress.step, progress.metrics)
-        tracker.write(progress.step)
+            metrics.evaluated(progress.metrics)
+        metrics.write(progress.step)
         leaving = job.run.leaving()
         if job.save.due(*at) or leaving or progress.step == job.last_step:
             job.save.fired(*at)
             job.run.enter("save")
-            if not stats["skipped"]:
-                progress.metrics["loss"] = float(stats["loss"])  # waits for the device, as the save does anyway
-            dump = job.recover.save(progress.step, progress.metrics, must=leaving or progress.step == job.last_step)
-            if dump is not None:
-                job.run.saving(dump, progress.metrics)
-        elif job.remember.due(*at):
-            job.remember.fired(*at)
+            if result is not None and verdict == "take":
+                progress.metrics["loss"] = float(result.loss)  # waits for the device, as the save does anyway
+            save = job.recover.save(progress.step, progress.metrics, must=leaving or progress.step == job.last_step)
+            if save is not None:
+                job.run.saving(save, progress.metrics)
+        elif job.copy.due(*at):
+            job.copy.fired(*at)
             job.run.enter("copy")
             job.recover.save_to_memory(progress.step)
         if leaving:
@@ -145,3 +138,21 @@ def train(job: Job) -> None:
     job.run.enter("finish")
     job.recover.finish()
     job.run.check()
+
+
+def _step(job: Job, step: int) -> tuple[StepResult | None, Verdict]:
+    """One step of the schedule, which changes the weights or is left out; its numbers, if it was computed."""
+    result: StepResult | None = None
+    verdict: Verdict = "skip"
+    if job.bad_steps.is_skipped(step):
+        job.batches.skip()
+    else:
+        result = job.engine.forward_backward(next(job.batches), job.objective)
+        verdict = job.bad_steps.judge(step, *result.numbers())
+    if verdict == "take":
+        job.recover.wait_for_copy()
+        job.engine.optimizer_step()
+    else:
+        job.engine.skip_step()
+    job.engine.lr_scheduler_step()
+    return result, verdict

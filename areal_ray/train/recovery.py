@@ -178,6 +178,10 @@ class RecoverHandler:
         if self._memory is not None:  # not before: if that save is lost, copies are what there is
             self._memory.close()
 
+    def newest(self) -> str | None:
+        """Name of the newest directory of a save, committed or not. For one rank; looks at the storage."""
+        return next((name for *_, name in self._catalog.names()), None)
+
     def restore_from_memory(self) -> Copy | None:
         """Restore the newest copy in memory, if it is newer than all checkpoints. A collective, at the beginning.
 

@@ -1,15 +1,16 @@
-"""What one sees of a run while it trains: a line on the screen and a line in metrics.jsonl."""
+"""Metrics of steps, aggregated over a logging window and handed to the sinks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from areal_ray.run import RunDir
+from areal_ray.engine import StepResult
 from areal_ray.train.cadence import Cadence
+from areal_ray.train.sinks import MetricsSink
 
 
 class Window:
@@ -23,7 +24,7 @@ class Window:
         self._sums: dict[str, torch.Tensor | float] = {}
         self._count = 0
 
-    def add(self, values: dict[str, torch.Tensor | float]) -> None:
+    def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + (value.double() if torch.is_tensor(value) else value)
         self._count += 1
@@ -41,21 +42,18 @@ class Window:
         self._sums, self._count = dict(state["sums"]), state["count"]
 
 
-class Tracker:
-    """Collects every step, writes every so often. Only rank 0 has somewhere to write to.
+class StepMetrics:
+    """Aggregates the metrics of steps, and hands them to the sinks every so often. Only rank 0 has sinks.
 
     Args:
-        cadence: when to write.
-        run: where to; None on the other ranks.
-        say: prints a line for the user.
-        total_steps: for the display.
+        cadence: when to log.
+        sinks: where to.
+        total_steps: the last of them is always logged.
         tokens_per_step: of the global batch.
     """
 
-    def __init__(
-        self, cadence: Cadence, run: RunDir | None, say: Callable[[str], None], total_steps: int, tokens_per_step: int
-    ) -> None:
-        self._cadence, self._run, self._say = cadence, run, say
+    def __init__(self, cadence: Cadence, sinks: Sequence[MetricsSink], total_steps: int, tokens_per_step: int) -> None:
+        self._cadence, self._sinks = cadence, sinks
         self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
         self._window = Window()
         self._skipped = 0  # steps of this window that were left out
@@ -64,15 +62,21 @@ class Tracker:
         self._steps_timed = 0
 
     def begin_step(self) -> None:
-        """A step begins now. What lies between the steps (evaluation, saves) does not count as their time."""
+        """Begin to time a step. What lies between the steps (evaluation, saves) does not count as their time."""
         self._began = time.perf_counter()
 
-    def end_step(self, step: int, epoch: int, stats: dict[str, Any]) -> None:
-        """Take the results of a finished step: loss and grad_norm (scalars, may be on the device), lr, and skipped:
-        whether it was left out; then its numbers are in no mean."""
-        self._skipped += stats["skipped"]
-        if not stats["skipped"]:
-            self._window.add({"loss": stats["loss"], "grad_norm": stats["grad_norm"]})
+    def end_step(self, step: int, epoch: int, lr: float, result: StepResult | None) -> None:
+        """Take the numbers of a finished step; None: it was left out, and is in no mean.
+
+        Args:
+            step: counted from 1.
+            epoch: passes over the data that are complete.
+            lr: that the step had.
+            result: its numbers.
+        """
+        self._skipped += result is None
+        if result is not None:
+            self._window.add({"loss": result.loss, "grad_norm": result.grad_norm, **result.metrics})
         due = self._cadence.due(step, epoch) or step == self._total_steps
         means = self._window.flush() if due else {}  # waits for the device, so it belongs to the steps' time
         self._seconds += time.perf_counter() - self._began
@@ -81,34 +85,29 @@ class Tracker:
             return
         self._cadence.fired(step, epoch)
         seconds = self._seconds / self._steps_timed
-        rate = self._tokens_per_step / seconds
+        timing = {"tokens_per_s": round(self._tokens_per_step / seconds, 1), "step_time_s": round(seconds, 4)}
         skipped = {"skipped": self._skipped} if self._skipped else {}
         self._seconds, self._steps_timed, self._skipped = 0.0, 0, 0
-        self._say_at(
-            step,
-            (f"loss {means['loss']:.4f}  grad norm {means['grad_norm']:.2f}  " if means else "")
-            + f"lr {stats['lr']:.2e}  {rate:,.0f} tokens/s  {seconds:.3f} s/step"
-            + "".join(f"  {n} skipped" for n in skipped.values()),
-        )
-        timing = {"tokens_per_s": round(rate, 1), "step_time_s": round(seconds, 4)}
-        self._line |= {**means, "lr": stats["lr"], "epoch": epoch, **timing, **skipped}
+        self._line |= {**means, "lr": lr, "epoch": epoch, **timing, **skipped}
 
-    def evaluated(self, step: int, results: dict[str, float]) -> None:
-        """Take the results of an evaluation after `step`."""
-        self._say_at(step, "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.items()))
+    def evaluated(self, results: dict[str, float]) -> None:
+        """Take the results of an evaluation after the step."""
         self._line |= results
 
     def write(self, step: int) -> None:
-        """Write the step's line, if there is anything to say of it."""
+        """Hand the step's values to the sinks, if there are any."""
         line, self._line = self._line, {}
-        if line and self._run is not None:
-            try:
-                self._run.log_metrics(step, line)
-            except OSError as error:  # a line less is no reason to lose the step
-                self._say(f"could not write the metrics of step {step}: {error}")
+        for sink in self._sinks if line else ():
+            sink.log(step, line)
 
-    def _say_at(self, step: int, text: str) -> None:
-        self._say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {text}")
+    def rewind(self, step: int) -> None:
+        """Have the sinks take back what is computed again: the steps after this one."""
+        for sink in self._sinks:
+            sink.rewind(step)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"clock": self._cadence.state_dict(), "window": self._window.state_dict(), "skipped": self._skipped}

@@ -8,7 +8,6 @@ from contextlib import suppress
 
 import ray.train
 
-from areal_ray import models
 from areal_ray.cluster.console import log, say
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.config import Config
@@ -19,7 +18,7 @@ from areal_ray.run import RunDir
 from areal_ray.worker.stragglers import StragglerDetector
 from areal_ray.worker.watchdog import Stuck, Watchdog
 
-_PACE_STEPS = 16  # between two comparisons of the ranks
+_COMPARE_STEPS = 16  # between two comparisons of the ranks
 
 
 def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) -> Standbys | None:
@@ -58,7 +57,7 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
     return Watchdog(config.cluster.watchdog, stuck)
 
 
-def pace(
+def stragglers(
     config: Config, engine: FSDPEngine, batches: GlobalBatches, ranks: Ranks, run: RunDir, nodes: Sequence[str]
 ) -> StragglerDetector | None:
     """In every worker; None where it would be in the way."""
@@ -70,8 +69,7 @@ def pace(
         what = {"rank": rank, "node": nodes[rank], "own_s": round(seconds, 4), "others_s": round(usual, 4)}
         run.note("straggler", say, **what)
 
-    units = models.shard_units(engine.model, config.model.shard_units)
-    return StragglerDetector(units, lambda: batches.seconds, engine.device, ranks, _PACE_STEPS, slow)
+    return StragglerDetector(engine.shard_units, lambda: batches.seconds, engine.device, ranks, _COMPARE_STEPS, slow)
 
 
 class Stopwatch:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from areal_ray.config import Config
 
 # Where a run lives, how it ends and what goes wrong on purpose do not make it another one.
 _PASSING = ("run.name", "run.storage_path", "run.s3", "run.recover", "run.allow_changes", "train.stop_at", "faults")
@@ -64,7 +66,9 @@ def receipt(
             raise ValueError(f"the checkpoint is at {name} {before[name]}, the restored run at {now[name]}")
     old, new = _flat(saved_info.get("config") or {}), _flat(live_info.get("config") or {})
     keys = sorted(key for key in {*old, *new} if not key.startswith(_PASSING))
-    changed = {key: [old.get(key), new.get(key)] for key in keys if old and old.get(key) != new.get(key)}
+    # A key that the version which saved did not know had its default.
+    was = {key: old.get(key, _DEFAULTS.get(key)) for key in keys}
+    changed = {key: [was[key], new.get(key)] for key in keys if old and was[key] != new.get(key)}
     return Receipt(before, now, changed)
 
 
@@ -87,6 +91,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+_DEFAULTS = _flat(asdict(Config()))
 
 
 def _brief(value: Any) -> str:

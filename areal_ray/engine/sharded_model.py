@@ -1,0 +1,87 @@
+"""A model laid over a mesh: built, sharded, given its weights, and run forward. Without an optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from areal_ray import models
+from areal_ray.config import Config
+from areal_ray.distributed import Ranks
+from areal_ray.distributed.mesh import ParallelDims
+from areal_ray.distributed.overlap import overlap
+from areal_ray.distributed.parallelize import parallelize
+from areal_ray.engine.optim import freeze
+from areal_ray.models import hf_weights
+
+
+class ShardedModel:
+    """A causal language model, sharded with FSDP2; a frozen reference is one, and an engine has one that it trains.
+
+    Args:
+        config: model, engine, run.seed and optim.groups (what is frozen) are read.
+        dims: of the mesh that it is laid over.
+        device: of this rank.
+        ranks: all ranks.
+
+    Attributes:
+        module: the sharded torch module.
+        units: its modules that are gathered one at a time. Found before sharding, which changes their classes.
+        late: gradient reductions that are to be waited for after a backward pass.
+    """
+
+    def __init__(self, config: Config, dims: ParallelDims, device: torch.device, ranks: Ranks) -> None:
+        self._config, self._device, self._ranks = config, device, ranks
+        self.module = models.build_model(config.model)
+        freeze(self.module, config.optim.groups)
+        self.units = models.shard_units(self.module, config.model.shard_units)
+        parallelize(self.module, self.units, dims, config.engine)
+        self.late = overlap(self.module, dims)
+        models.materialise(self.module, device)
+
+    def init_weights(self) -> None:
+        """Give it the weights with which a run begins: those of model.path, or random ones drawn from run.seed.
+
+        Raises:
+            RankError: on every rank, if weights cannot be read from model.path.
+            ValueError: on every rank, if they are those of another model.
+        """
+        path = self._config.model.path
+        if path:
+            models.init_buffers(self.module)
+            self._load_pretrained(path)
+        else:
+            models.init_weights(self.module, self._config.run.seed)
+
+    def init_buffers(self) -> None:
+        """Set what is in no checkpoint, for when weights are loaded next; parameters stay undefined."""
+        models.init_buffers(self.module)
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The output for these keyword arguments of the module's forward: the logits (B, S, vocabulary)."""
+        output = self.module(**inputs)
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    @torch.no_grad()
+    def frozen(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """As a call, without gradients, dropout and anything left gathered: for a model that is not trained."""
+        self.module.eval()
+        output = self(inputs)
+        self.reshard()
+        return output
+
+    def reshard(self) -> None:
+        """Without a backward pass FSDP may leave parameters gathered, and a save would find these in their place."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _load_pretrained(self, path: str) -> None:
+        others = int(os.environ.get("LOCAL_RANK", "0")) > 0
+        # One download per machine; the others then find it.
+        self._ranks.all_or_raise(lambda: others or hf_weights.resolve(path))
+        here = self._ranks.all_or_raise(lambda: hf_weights.resolve(path))[self._ranks.rank]
+        hf_weights.load_weights(here, self.module, self._ranks)

@@ -1,0 +1,130 @@
+"""Places where metrics go: the screen, metrics.jsonl, and trackers of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from areal_ray.config import TrackerConfig, plugin
+from areal_ray.run import RunDir
+
+_KNOWN = ("loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "skipped")
+
+
+class MetricsSink(Protocol):
+    """Where metrics go. Called on rank 0 only, from the training thread.
+
+    A tracker of one's own (`trackers: [{name: package.module:Class, args: {}}]`) is one. It is made anew with every
+    start of the workers.
+    """
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of a step; each step comes once, in order, unless it is taken back."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Take back what was logged of steps after `step`: they are computed again. -1: of all steps."""
+        ...
+
+    def close(self) -> None:
+        """Finish; the run, or this start of its workers, has come to an end."""
+        ...
+
+
+class Console:
+    """Lines on the screen.
+
+    Args:
+        say: prints a line for the user.
+        total_steps: for the display.
+    """
+
+    def __init__(self, say: Callable[[str], None], total_steps: int) -> None:
+        self._say, self._total_steps = say, total_steps
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        held_out = {name: value for name, value in values.items() if name.startswith("held_out_")}
+        if "lr" in values:
+            own = {name: value for name, value in values.items() if name not in _KNOWN and name not in held_out}
+            parts = [f"loss {values['loss']:.4f}", f"grad norm {values['grad_norm']:.2f}"] if "loss" in values else []
+            parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items()]
+            parts += [f"lr {values['lr']:.2e}", f"{values['tokens_per_s']:,.0f} tokens/s"]
+            parts += [f"{values['step_time_s']:.3f} s/step"]
+            parts += [f"{values['skipped']} skipped"] if "skipped" in values else []
+            self._line(step, parts)
+        if held_out:
+            self._line(step, [f"{name.replace('_', ' ')} {value:.4f}" for name, value in held_out.items()])
+
+    def _line(self, step: int, parts: list[str]) -> None:
+        self._say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {'  '.join(parts)}")
+
+    def rewind(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """metrics.jsonl of the run directory.
+
+    Args:
+        run: the run directory.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, run: RunDir, say: Callable[[str], None]) -> None:
+        self._run, self._say = run, say
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        try:
+            self._run.log_metrics(step, dict(values))
+        except OSError as error:  # a line less is no reason to lose the step
+            self._say(f"could not write the metrics of step {step}: {error}")
+
+    def rewind(self, step: int) -> None:
+        self._run.rewind_metrics(step)
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """A user's sink, of which no failure reaches training: it is said once, and the tracker is left out from then on.
+
+    Args:
+        name: for that line.
+        sink: the user's.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, name: str, sink: MetricsSink, say: Callable[[str], None]) -> None:
+        self._name, self._say = name, say
+        self._sink: MetricsSink | None = sink
+
+    def _try(self, call: Callable[[MetricsSink], None]) -> None:
+        if self._sink is None:
+            return
+        try:
+            call(self._sink)
+        except Exception as error:  # noqa: BLE001  (the user's code; training is worth more than its curve)
+            self._sink = None
+            text = " ".join(str(error).split())[:300]
+            self._say(f"the tracker {self._name} failed, and is left out from now on: {type(error).__name__}: {text}")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._try(lambda sink: sink.log(step, values))
+
+    def rewind(self, step: int) -> None:
+        self._try(lambda sink: sink.rewind(step))
+
+    def close(self) -> None:
+        self._try(lambda sink: sink.close())
+
+
+def build_tracker(config: TrackerConfig, key: str, say: Callable[[str], None]) -> Tracker:
+    """The tracker that one entry of `trackers` names.
+
+    Raises:
+        ConfigError: if it cannot be found or made.
+    """
+    make = plugin.factory(config.name, f"{key}.name", {})
+    sink: Any = plugin.call(make, config.name, f"{key}.args", **config.args)
+    return Tracker(config.name, sink, say)
