@@ -76,16 +76,21 @@ def freeze(model: nn.Module, groups: Sequence[ParameterGroupConfig]) -> None:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Run one step that changes nothing (zero gradients, zero rate), then take it off the step counters again."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    """Run one step that changes nothing, then take it off the step counters again.
+
+    Gradients, rates and decay are zero meanwhile, so that moments begin at zero.
+    """
+    before = [
+        {name: group[name] for name in ("lr", "weight_decay") if name in group} for group in optimizer.param_groups
+    ]
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        group.update(dict.fromkeys(settings, 0.0))
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        group.update(settings)
     for state in optimizer.state.values():
         if isinstance(step := state.get("step"), torch.Tensor):
             step.zero_()

@@ -91,7 +91,7 @@ WRONG_FILES = [
     ("defaults: [tiny]", "defaults", "`- model: tiny`"),
     ("model: {factory: a:b, config: {model_type: qwen3}}", "model.config", "either model.config"),
     ("model: {}", "model.config", "either model.config"),
-    ("model: {factory: a.b}", "model.factory", "package.module:function"),
+    ("model: {factory: a.b}", "model.factory", "package.module:name"),
     ("model: {config: {vocab_size: 300}}", "model.config", "model_type is missing"),
     ("- a list", "", "a mapping of keys to values"),
     ("train: [", "", "while parsing"),

@@ -41,7 +41,7 @@ def next_global_batch(parts):
 @given(st.integers(20, 100), st.integers(0, 2**32 - 1), st.sampled_from(WORLD_SIZES), st.integers(0, 20))
 def test_the_rows_of_all_ranks_are_the_global_batch(count, seed, world_size, t):
     data = sequences(count)
-    parts = ranks(data, seed, world_size, {"next_sample": t * BATCH, "seed": seed, "fingerprint": data.fingerprint()})
+    parts = ranks(data, seed, world_size, {"next_sample": t * BATCH, "seed": seed, "fingerprint": data.fingerprint})
     expected = GlobalBatches(data, seed, BATCH, 0, 1).ids(t * BATCH)
     assert next_global_batch(parts) == expected
 
@@ -78,7 +78,7 @@ def test_the_same_seed_and_step_give_the_same_batch(count, seed, t):
     for _ in range(t):
         next(walked)
     jumped = GlobalBatches(sequences(count), seed, BATCH, 0, 1)
-    jumped.load_state_dict({"next_sample": t * BATCH, "seed": seed, "fingerprint": data.fingerprint()})
+    jumped.load_state_dict({"next_sample": t * BATCH, "seed": seed, "fingerprint": data.fingerprint})
     assert torch.equal(next(walked)["input_ids"], next(jumped)["input_ids"])
 
 
@@ -92,12 +92,15 @@ def test_another_seed_and_another_epoch_give_another_order():
     assert epochs[0] != list(range(48))
 
 
-def test_a_batch_is_int64_tokens_all_attended_to():
+def test_a_batch_is_int64_tokens_all_attended_to_and_the_next_of_each():
     batch = next(GlobalBatches(sequences(20, seq_len=5), 0, BATCH, 1, 3))
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
         "input_ids": (torch.int64, (2, 5)),
+        "labels": (torch.int64, (2, 5)),
         "attention_mask": (torch.int64, (2, 5)),
     }
+    assert torch.equal(batch["labels"][:, :-1], batch["input_ids"][:, 1:])
+    assert bool((batch["labels"][:, -1] == -100).all())
     assert bool((batch["attention_mask"] == 1).all())
 
 
@@ -130,7 +133,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused():
 def test_what_does_not_fill_a_sequence_is_left_out():
     packed = PackedTokens(np.arange(11, dtype=np.uint16), 4)
     assert len(packed) == 2
-    assert packed[np.array([1, 0])].tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    assert packed[np.array([1, 0])]["input_ids"].tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
 
 
 def test_a_cursor_into_another_order_is_refused():

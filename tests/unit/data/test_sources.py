@@ -29,7 +29,7 @@ def splits(*paths, held_out=0.25, seq_len=8, batch=2):
 
 
 def tokens(split):
-    return split[np.arange(len(split))].flatten().tolist()
+    return split[np.arange(len(split))]["input_ids"].flatten().tolist()
 
 
 def names(*paths):
@@ -80,7 +80,7 @@ def test_the_split_does_not_depend_on_where_the_corpus_lies(tmp_path):
     there = tmp_path / "somewhere" / "else" / "entirely"
     shutil.copytree(here, there)
     first, second = splits(here), splits(there)
-    assert [split.fingerprint() for split in first] == [split.fingerprint() for split in second]
+    assert [split.fingerprint for split in first] == [split.fingerprint for split in second]
 
 
 def test_the_order_does_not_depend_on_how_the_files_are_named_in_the_config(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from areal_ray.config import OptimConfig
-from areal_ray.engine.optim import LrSchedule, build_optimizer
+from areal_ray.config import ConfigError, OptimConfig, ParameterGroupConfig
+from areal_ray.engine.optim import LrSchedule, build_optimizer, freeze, parameter_groups
 
 pytestmark = pytest.mark.unit
 
@@ -17,7 +17,7 @@ def rates(config, steps, count):
     schedules = [LrSchedule(config, steps) for _ in range(count)]
     for step, schedule in enumerate(schedules):
         schedule.load_state_dict({"step": step})
-    return [schedule.lr() for schedule in schedules]
+    return [schedule.lr(config.lr) for schedule in schedules]
 
 
 def test_warmup_rises_in_equal_steps_to_the_full_rate():
@@ -48,8 +48,8 @@ def test_a_schedule_goes_on_where_its_state_was():
     first, second = LrSchedule(config, 12), LrSchedule(config, 12)
     first.step = 7
     second.load_state_dict(first.state_dict())
-    assert second.state_dict() == first.state_dict() == {"step": 7, "lr": first.lr()}
-    assert second.lr() == first.lr() != LrSchedule(config, 12).lr()
+    assert second.state_dict() == first.state_dict() == {"step": 7, "lr": first.lr(1.0)}
+    assert second.lr(3.0) == first.lr(3.0) != LrSchedule(config, 12).lr(3.0)
 
 
 @pytest.fixture
@@ -113,6 +113,83 @@ def test_frozen_parameters_are_left_out(model):
     model[0].requires_grad_(False)
     optimizer = build_optimizer(model, OptimConfig())
     assert set(optimizer.state) == {*model[1].parameters(), *model[2].parameters()}
+
+
+def groups_of(model, *groups, **options):
+    """Rate, decay and names of each group."""
+    config = OptimConfig(
+        lr=2.0, weight_decay=0.5, groups=[ParameterGroupConfig(**group) for group in groups], **options
+    )
+    freeze(model, config.groups)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = parameter_groups(model, config)
+    return [(each["lr"], each["weight_decay"], [names[p] for p in each["params"]]) for each in found]
+
+
+def test_groups_by_name_have_rates_and_decays_of_their_own_and_the_first_that_matches_counts(model):
+    first, second = {"pattern": r"^0\.", "lr_scale": 0.5}, {"pattern": "weight", "weight_decay": 0.25}
+    assert groups_of(model, first, second) == [
+        (1.0, 0.5, ["0.weight"]),
+        (1.0, 0.0, ["0.bias"]),
+        (2.0, 0.25, ["1.weight", "2.weight"]),
+        (2.0, 0.0, ["1.bias"]),
+    ]
+
+
+def test_a_frozen_group_is_not_trained(model):
+    assert groups_of(model, {"pattern": "bias", "freeze": True}) == [
+        (2.0, 0.5, ["0.weight", "2.weight"]),
+        (2.0, 0.0, ["1.weight"]),
+    ]
+    assert not model[0].bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "part"),
+    [
+        ({"pattern": "head"}, "optim.groups[0].pattern", "'head' is found in no parameter's name; .* 0.weight, 0.bias"),
+        ({"pattern": ".", "freeze": True}, "optim.groups", "nothing is left"),
+    ],
+    ids=["matches nothing", "freezes everything"],
+)
+def test_groups_that_cannot_be_meant_are_refused(model, group, key, part):
+    with pytest.raises(ConfigError, match=part) as caught:
+        groups_of(model, group)
+    assert caught.value.key == key
+
+
+def plain_sgd(groups, momentum=0.0):
+    return torch.optim.SGD(groups, lr=7.0, momentum=momentum)
+
+
+def test_an_optimizer_of_one_s_own_is_given_groups_and_args(model):
+    optimizer = build_optimizer(model, OptimConfig(name=f"{__name__}:plain_sgd", args={"momentum": 0.5}, lr=2.0))
+    assert [(group["lr"], group["initial_lr"], group["momentum"]) for group in optimizer.param_groups] == [
+        (2.0, 2.0, 0.5)
+    ] * 2
+    assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
+    assert build_optimizer(model, OptimConfig(name=f"{__name__}:plain_sgd")).state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "key", "part"),
+    [
+        (f"{__name__}:nothing", {}, "optim.name", "has no nothing"),
+        (f"{__name__}:plain_sgd", {"rho": 1}, "optim.args", "unexpected keyword argument 'rho'"),
+        ("builtins:list", {}, "optim.name", "returned list, no torch.optim.Optimizer"),
+        ("builtins:__doc__", {}, "optim.name", "cannot be called"),
+    ],
+    ids=["missing", "wrong arguments", "no optimizer", "no function"],
+)
+def test_an_optimizer_that_cannot_be_made_is_a_config_error(model, name, args, key, part):
+    with pytest.raises(ConfigError, match=part) as caught:
+        build_optimizer(model, OptimConfig(name=name, args=args))
+    assert caught.value.key == key
+
+
+def test_a_schedule_multiplies_each_rate():
+    schedule = LrSchedule(OptimConfig(lr=1.0, warmup_steps=4), 12)
+    assert [schedule.lr(base) for base in (1.0, 8.0)] == [0.25, 2.0]
 
 
 def test_a_model_without_vectors_has_one_group():

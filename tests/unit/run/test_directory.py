@@ -55,7 +55,7 @@ def test_an_event_after_a_torn_line_is_not_lost(run):
 def test_the_line_of_a_step_after_a_torn_one_is_not_lost(run):
     run.log_metrics(10, {"loss": 2.0})
     run.storage.append("metrics.jsonl", b'{"step": 20, "lo')
-    run.rewind(10, 0)
+    run.rewind_metrics(10)
     run.log_metrics(20, {"loss": 1.0})
     assert run.metrics() == [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}]
 
@@ -83,14 +83,16 @@ def test_rewinding_takes_back_the_lines_after_the_step(run):
     for step in (0, 10, 20, 30):
         run.log_metrics(step, {"loss": 1.0 / 3 + step})
     kept = run.metrics()[:3]
-    assert run.rewind(20, 0) == 30
+    assert run.reached() == 30
+    run.rewind_metrics(20)
     assert run.metrics() == kept
     run.log_metrics(30, {"loss": 7.0})
     assert run.metrics() == [*kept, {"step": 30, "loss": 7.0}]
 
 
 def test_rewinding_without_metrics_makes_none(run):
-    assert run.rewind(10, 0) == 0
+    run.rewind_metrics(10)
+    assert run.reached() == 0
     assert run.storage.names() == []
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import torch
 
-from areal_ray.engine.base import finite
+from areal_ray.engine import EvalResult, Objective, StepResult
 from areal_ray.train.recovery import PendingSave
 
 
@@ -13,35 +13,49 @@ class Crash(Exception):
     pass
 
 
+class NoObjective(Objective):
+    """Never asked for anything: the engine below makes its losses up."""
+
+    def model_inputs(self, batch):
+        raise NotImplementedError
+
+    weight = loss = model_inputs
+
+
 class Engine:
     """A model of one number, which depends on every batch so far and their order.
 
-    `spoiled` are calls of train_batch, counted from 1, whose loss is not a number.
+    `spoiled` are calls of forward_backward, counted from 1, whose loss is not a number.
     """
+
+    device, dp_rank, dp_size, lr = torch.device("cpu"), 0, 1, 0.1
 
     def __init__(self, spoiled=()):
         self.weight, self.evaluated, self.spoiled, self.calls = 0.5, 0, spoiled, 0
         self.schedule = 0  # steps of it, computed or not
-        self.accept = finite
+        self.next = None  # the weight after the step that was computed
+        self.state = self
 
-    def train_batch(self, batch, loss_fn, loss_weight_fn):
+    def forward_backward(self, batch, objective):
+        assert self.next is None, "a step was neither taken nor left out"
         self.calls += 1
-        self.schedule += 1
-        weight = (self.weight * 31 + float(batch["input_ids"].sum())) % 97
-        loss = torch.tensor(torch.nan if self.calls in self.spoiled else weight)
-        accepted = self.accept(float(loss), 2 * float(loss))
-        if accepted:
-            self.weight = weight
-        return {"loss": loss, "grad_norm": 2 * loss, "lr": 0.1, "skipped": not accepted}
+        self.next = (self.weight * 31 + float(batch["input_ids"].sum())) % 97
+        loss = torch.tensor(torch.nan if self.calls in self.spoiled else self.next)
+        return StepResult(loss, 2 * loss, self.lr)
 
-    def skip_batch(self):
-        self.schedule += 1
-        return {"loss": torch.tensor(torch.nan), "grad_norm": torch.tensor(torch.nan), "lr": 0.1, "skipped": True}
+    def optimizer_step(self):
+        self.weight, self.next = self.next, None
 
-    def eval_batch(self, batch, loss_fn, loss_weight_fn):
+    def skip_step(self):
+        self.next = None
+
+    def lr_scheduler_step(self):
+        self.schedule += 1
+
+    def evaluate(self, batch, objective):
         self.evaluated += 1
         weight = float(batch["input_ids"].sum())
-        return {"loss": torch.tensor(self.weight + weight, dtype=torch.float64), "weight": torch.tensor(weight)}
+        return EvalResult(torch.tensor(self.weight + weight, dtype=torch.float64), torch.tensor(weight))
 
     def state_dict(self):
         return {"weight": self.weight}
@@ -51,18 +65,24 @@ class Engine:
 
 
 class Recover:
-    """Dumps states as JSON to `kept`, with the metrics that stand in the run directory at that moment."""
+    """Saves states as JSON to `kept`, with the metrics that stand in the run directory at that moment."""
 
     def __init__(self, state, run, kept):
-        self.state, self.run, self.kept = state, run, kept
-        self.steps, self.musts, self.lines, self.finished, self.remembered = [], [], [], 0, []
+        self.state, self.run, self.kept, self.info = state, run, kept, {}
+        self.steps, self.musts, self.lines, self.finished, self.copied = [], [], [], 0, []
+
+    def newest(self):
+        return f"step-{max(self.kept):08d}.a1" if self.kept else None
+
+    def restore_from_memory(self):
+        return None
 
     def load(self):
         if not self.kept:
             return None
         for name, values in json.loads(self.kept[max(self.kept)]).items():
             self.state[name].load_state_dict(values)
-        return f"step-{max(self.kept)}"
+        return self.newest()
 
     def save(self, step, metrics, must=False):
         self.kept[step] = json.dumps({name: part.state_dict() for name, part in self.state.items()}, sort_keys=True)
@@ -74,10 +94,18 @@ class Recover:
         return PendingSave(f"step-{step}", step, manifest)
 
     def save_to_memory(self, step):
-        self.remembered.append(step)
+        self.copied.append(step)
+
+    def wait_for_copy(self): ...
 
     def finish(self):
         self.finished += 1
+
+
+class Journal:
+    """Hears of steps that are left out."""
+
+    def refused(self, refusal, first_sample, samples): ...
 
 
 class Run:
@@ -98,5 +126,5 @@ class Run:
             raise Crash
         self.began.append(step)
 
-    def saving(self, dump, metrics):
-        self.saves.append((dump.step, dict(metrics)))
+    def saving(self, save, metrics):
+        self.saves.append((save.step, dict(metrics)))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from areal_ray.config import BadStepConfig, Fault
 from areal_ray.distributed import Ranks
+from areal_ray.engine import Objective
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
 from areal_ray.train.bad_steps import BadStepError, BadStepPolicy
@@ -23,7 +24,7 @@ SPIKES = BadStepConfig(on_bad="skip", spike_factor=2.0, spike_window=3, max_bad_
 
 
 class Run:
-    """Steps as the engine and the loop ask about them; `heard` has the refusals."""
+    """Steps as the loop asks about them; `heard` has the refusals."""
 
     def __init__(self, config, known=()):
         self.heard, self.step = [], 0
@@ -32,9 +33,8 @@ class Run:
     def take(self, loss, grad_norm=1.0):
         """(accepted, back to the last checkpoint)"""
         self.step += 1
-        accepted = self.guard.accept(self.step, loss, grad_norm)
-        stats = {"loss": torch.tensor(loss, dtype=torch.float64), "grad_norm": grad_norm, "skipped": not accepted}
-        return accepted, self.guard.after_step(self.step, stats)
+        verdict = "skip" if self.guard.is_skipped(self.step) else self.guard.judge(self.step, loss, grad_norm)
+        return verdict == "take", verdict == "rollback"
 
     def accepted(self, *losses):
         return [self.take(loss)[0] for loss in losses]
@@ -153,18 +153,34 @@ def test_the_ledger_says_what_was_refused_in_numbers_that_can_be_read_back(tmp_p
     assert said == ["step 1 is bad: loss nan, grad norm 2.5 (not finite); left out"]
 
 
+class Sum(Objective):
+    """The sum of what the model says."""
+
+    def model_inputs(self, batch):
+        return batch
+
+    def weight(self, batch):
+        return 1.0
+
+    def loss(self, output, batch):
+        return output.sum(), {"half": output.sum() / 2}
+
+
 def test_a_nan_fault_spoils_loss_and_gradients_of_its_step_once(tmp_path):
     run = RunDir(LocalStorage(tmp_path))
     faults = Faults([Fault("nan", 0, 2), Fault("nan", 1, 3)], run, Ranks())
-    loss_fn = faults.spoiling(lambda logits, batch: logits.sum())
+    objective = faults.spoiling(Sum())
+    assert (objective.weight({}), objective.model_inputs({"a": 1}), objective.references) == (1.0, {"a": 1}, ())
     seen = []
     for step in (1, 2, 3, 2):
         faults.before_step(step)
         logits = torch.ones(2, requires_grad=True)
-        loss_fn(logits, {}).backward()
+        loss, metrics = objective.loss(logits, {})
+        assert metrics == {"half": 1.0}
+        loss.backward()
         seen.append(bool(logits.grad.isnan().all()))
     assert seen == [False, True, False, False]
     assert [event["step"] for event in run.events("fault")] == [2, 3]
     again = Faults([Fault("nan", 0, 2)], run, Ranks())
     again.before_step(2)
-    assert not again.spoiling(lambda logits, batch: logits.sum())(torch.ones(2), {}).isnan()
+    assert not again.spoiling(Sum()).loss(torch.ones(2), {})[0].isnan()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from areal_ray.worker.receipt import receipt
+from areal_ray.train.receipt import receipt
 
 pytestmark = pytest.mark.unit
 
