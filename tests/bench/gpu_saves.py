@@ -15,12 +15,12 @@ from areal_ray.checkpoint import AsyncWriter
 from areal_ray.config import Config, load
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine, SaveLoadMeta
-from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.storage import storage_at
 
 from . import report
 from .options import Options
 from .peers import savers
+from .steps import step_of
 
 ROOT = Path(__file__).parents[2]
 DEVICE = os.environ.get("AREAL_RAY_BENCH_DEVICE", "cuda")
@@ -81,7 +81,8 @@ def saves(overrides: list[str], rounds: int, folder: Path) -> list[dict]:
     writer = AsyncWriter(ranks, Ranks(dist.new_group(backend="gloo")))
     peers = {name: savers.MODES[name](engine.model, engine.optimizer) for name in PEERS}
     fences = {"areal_ray": writer.fence, **{name: peer.fence for name, peer in peers.items()}}
-    ten = lambda: [engine.train_batch(batch, next_token_loss, predicted_tokens) for _ in range(STEPS)]  # noqa: E731
+    fence: list[Callable[[], None]] = [lambda: None]
+    ten = lambda: [step_of(engine, batch, fence[0]) for _ in range(STEPS)]  # noqa: E731
     blocked: dict[str, list[float]] = {name: [] for name in (*PEERS, "areal_ray")}
     slower: dict[str, list[float]] = {name: [] for name in blocked}
     loads: dict[str, list[float]] = {"dcp": [], "areal_ray": []}
@@ -90,7 +91,7 @@ def saves(overrides: list[str], rounds: int, folder: Path) -> list[dict]:
     for number in range(rounds + 1):  # the first one allocates and plans
         for name in Options.order(list(blocked), number):
             where = folder / f"{name}-{number}"
-            engine.before_update = fences[name]
+            fence[0] = fences[name]
             before = timed(ten)
             began = time.perf_counter()  # of an idle device
             if name == "areal_ray":

@@ -27,7 +27,6 @@ from areal_ray.config import Config, KeepConfig, load
 from areal_ray.distributed import Ranks
 from areal_ray.driver.connect import cluster
 from areal_ray.engine import FSDPEngine
-from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.run import RunDir
 from areal_ray.storage import storage_at
 from areal_ray.train.faults import Faults
@@ -41,6 +40,7 @@ from .bounds import BLOCKED, COMMITTED, PLAIN_WRITE, STALL
 from .limits import plain_write
 from .options import Options
 from .peers.savers import MODES, AppState, Sync
+from .steps import step_of
 
 ROOT = Path(__file__).parents[2]
 MODEL = [*LARGER, "train.steps=1000000"]
@@ -142,11 +142,11 @@ def segment(engine: FSDPEngine, batch: dict[str, torch.Tensor], saver: Any, step
         if stalls:  # what is still copied of the save before
             stalls[-1] += time.perf_counter() - at
 
-    engine.before_update = fence if saver is not None else lambda: None
+    wait_for_copy = fence if saver is not None else lambda: None
     dist.barrier()
     began = time.perf_counter()
     for i in range(STEPS):
-        engine.train_batch(batch, next_token_loss, predicted_tokens)
+        step_of(engine, batch, wait_for_copy)
         if saver is not None and i in SAVE_AT:
             dist.barrier()  # not the waiting for a slower rank, but the save
             at = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.distributed.small import (
     VOCABULARY,
     erase,
     global_batch,
+    one_step,
     small_config,
     snapshot,
     start_engine,
@@ -63,16 +65,16 @@ class Run:
         # 12 sequences in batches of 8: the second batch reaches into the second epoch.
         data = PackedTokens(np.random.default_rng(0).integers(0, VOCABULARY, 12 * SEQ_LEN), SEQ_LEN)
         self.batches = GlobalBatches(data, 0, GLOBAL_BATCH, self.engine.dp_rank, self.engine.dp_size)
-        self._id_of = {tuple(data[np.asarray([i])][0].tolist()): i for i in range(len(data))}
+        self._id_of = {tuple(data[np.asarray([i])]["input_ids"][0].tolist()): i for i in range(len(data))}
         self.state = {"engine": self.engine.state, "data": self.batches}
         self.steps: list[dict[str, Any]] = []
 
-    def train(self, last: int) -> Run:
+    def train(self, last: int, fence: Callable[[], None] = lambda: None) -> Run:
         while (step := self.engine.state.state_dict()["schedule"]["step"]) < last:
             ids, batch = self.batches.ids(self.batches.next_sample), next(self.batches)
             rows = [self._id_of[tuple(row)] for row in batch["input_ids"].tolist()]
-            stats = self.engine.train_batch(batch, next_token_loss, predicted_tokens)
-            self.steps.append({"step": step, "ids": ids, "rows": rows, "lr": stats["lr"], "loss": float(stats["loss"])})
+            stats = one_step(self.engine, batch, fence)
+            self.steps.append({"step": step, "ids": ids, "rows": rows, "lr": stats["lr"], "loss": stats["loss"]})
         return self
 
     def save(self, path: str) -> None:
@@ -105,9 +107,8 @@ def go_on(mesh: str, root: str) -> dict[str, Any]:
     run.engine.save(meta(f"{root}/{mesh} hf"))
     run.train(SWITCH)
     in_background = AsyncWriter(Ranks(), Ranks(dist.new_group(backend="gloo")))
-    run.engine.before_update = in_background.fence
     saved = in_background.begin(LocalStorage(f"{root}/{mesh} later"), run.state, {})
-    run.train(LAST)
+    run.train(LAST, in_background.fence)
     saved.result()
     in_background.close()
     return {"first": first, "from hf": from_hf, "loaded": loaded, **run.seen()}

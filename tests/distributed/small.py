@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from areal_ray.config import Config, load
 from areal_ray.distributed import RankError
 from areal_ray.engine import FSDPEngine
-from areal_ray.engine.objectives import next_token_loss, predicted_tokens
+from areal_ray.engine.objectives import LanguageModeling, next_token_loss, predicted_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH, SEQ_LEN, VOCABULARY = 8, 32, 264
@@ -75,10 +75,21 @@ def local_batch(seed: int, engine: FSDPEngine | None = None) -> dict[str, torch.
     return {name: t[rank::size] for name, t in global_batch(seed).items()}
 
 
-def train(engine: FSDPEngine, seed: int) -> dict[str, float]:
-    """One step on the global batch of that seed."""
-    stats = engine.train_batch(local_batch(seed, engine), next_token_loss, predicted_tokens)
-    return {name: float(value) for name, value in stats.items()}
+def train(engine: FSDPEngine, seed: int, fence: Callable[[], None] | None = None) -> dict[str, float]:
+    """One step on the global batch of that seed; `fence` waits for copies of the state before it changes."""
+    if fence is None:
+        stats = engine.train_batch(local_batch(seed, engine), next_token_loss, predicted_tokens)
+        return {name: float(value) for name, value in stats.items()}
+    return one_step(engine, local_batch(seed, engine), fence)
+
+
+def one_step(engine: FSDPEngine, batch: dict[str, torch.Tensor], fence: Callable[[], None]) -> dict[str, float]:
+    """One step as the loop takes it."""
+    result = engine.forward_backward(batch, LanguageModeling())
+    fence()
+    engine.optimizer_step()
+    engine.lr_scheduler_step()
+    return {"loss": float(result.loss), "grad_norm": float(result.grad_norm), "lr": result.lr}
 
 
 def evaluate(engine: FSDPEngine, seed: int) -> dict[str, float]:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from areal_ray.checkpoint import AsyncWriter, CheckpointDamaged, load, read_manifest, save
 from areal_ray.distributed import Ranks
-from areal_ray.engine import FSDPEngine
 from areal_ray.storage import LocalStorage
 from areal_ray.tools import checkpoints
 from tests.distributed.ranks import run_ranks
@@ -21,9 +20,8 @@ from tests.distributed.small import FINE, attempt, differing, disk_full, erase, 
 pytestmark = pytest.mark.distributed
 
 
-def open_writer(engine: FSDPEngine) -> AsyncWriter:
+def open_writer() -> AsyncWriter:
     writer = AsyncWriter(Ranks(), Ranks(dist.new_group(backend="gloo")))
-    engine.before_update = writer.fence
     return writer
 
 
@@ -31,13 +29,13 @@ def save_while_training(rank: int, root: str) -> dict[str, Any]:
     """Two saves, training going on during the first; both and one that was written at once are read back."""
     engine = start_engine()
     state, run = {"engine": engine.state}, LocalStorage(root)
-    writer = open_writer(engine)
+    writer = open_writer()
     train(engine, seed=0)
     first = snapshot(engine)
     save(run.sub("at once"), state, {"step": 1}, Ranks())
     one = writer.begin(run.sub("one"), state, {"step": 1})
-    train(engine, seed=1)
-    train(engine, seed=2)
+    train(engine, seed=1, fence=writer.fence)
+    train(engine, seed=2, fence=writer.fence)
     second = snapshot(engine)
     two = writer.begin(run.sub("two"), state, {"step": 3})
     seen: dict[str, Any] = {
@@ -60,11 +58,14 @@ def fail_to_save(rank: int, root: str) -> dict[str, Any]:
     engine = start_engine()
     state, run = {"engine": engine.state}, LocalStorage(root)
     with disk_full(rank == 1):
-        cramped = open_writer(engine)  # its process is born with the limit
+        cramped = open_writer()  # its process is born with the limit
     begun = cramped.begin(run.sub("full"), state, {})
-    seen: dict[str, Any] = {"stats": train(engine, seed=0), "full": attempt(lambda: begun.result(60))}
+    seen: dict[str, Any] = {
+        "stats": train(engine, seed=0, fence=cramped.fence),
+        "full": attempt(lambda: begun.result(60)),
+    }
     cramped.close()
-    writer = open_writer(engine)
+    writer = open_writer()
     if rank == 0:
         child = writer._file_writer._child
         assert child is not None

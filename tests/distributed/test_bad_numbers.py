@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 
 from areal_ray.checkpoint import AsyncWriter, Catalog
-from areal_ray.config import BadStepConfig, Fault, KeepConfig
+from areal_ray.config import Fault, KeepConfig
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
-from areal_ray.engine.objectives import next_token_loss, predicted_tokens
+from areal_ray.engine.objectives import LanguageModeling, next_token_loss, predicted_tokens
 from areal_ray.storage import LocalStorage
-from areal_ray.train.cadence import Cadence
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import (
     GLOBAL_BATCH,
@@ -27,6 +26,7 @@ from tests.distributed.small import (
     VOCABULARY,
     differing,
     local_batch,
+    small_config,
     snapshot,
     start_engine,
     train,
@@ -64,12 +64,11 @@ def refuse(rank: int, overrides: list[str]) -> dict[str, Any]:
     other._schedule.step += 1
     seen["rates"] = last["lr"], train(other, seed=2)["lr"]
     seen["differs"] = differing(snapshot(engine), snapshot(other))
-    asked: list[tuple[float, float]] = []
-    engine.accept = lambda loss, grad_norm: bool(asked.append((loss, grad_norm)))  # type: ignore[func-returns-value]
     before = snapshot(engine)
-    stats = train(engine, seed=3)
-    seen["by hook"] = stats["skipped"], asked == [(stats["loss"], stats["grad_norm"])]
-    seen["changed by hook"] = differing(snapshot(engine), before)
+    seen["numbers of a good step"] = engine.forward_backward(local_batch(3), LanguageModeling()).numbers()
+    engine.skip_step()
+    seen["changed by a skipped step"] = differing(snapshot(engine), before)
+    seen["gradients"] += [name for name, p in engine.model.named_parameters() if p.grad is not None]
     return seen
 
 
@@ -99,10 +98,13 @@ def test_after_it_the_run_is_one_that_never_saw_that_batch(refused: list[dict[st
 
 
 @pytest.mark.parametrize("variant", REFUSING)
-def test_the_hook_is_asked_with_the_numbers_and_decides(refused: list[dict[str, Any]], variant: str) -> None:
+def test_the_numbers_are_the_same_everywhere_and_a_skipped_step_changes_nothing(
+    refused: list[dict[str, Any]], variant: str
+) -> None:
     for seen in refused:
-        assert seen[variant]["by hook"] == (True, True)
-        assert seen[variant]["changed by hook"] == []
+        assert seen[variant]["numbers of a good step"] == refused[0][variant]["numbers of a good step"]
+        assert np.isfinite(seen[variant]["numbers of a good step"]).all()
+        assert seen[variant]["changed by a skipped step"] == []
 
 
 class SlowStorage(LocalStorage):
@@ -119,63 +121,57 @@ class SlowStorage(LocalStorage):
 class Run:
     """One attempt of the real loop: everything that a worker wires, without Ray."""
 
-    def __init__(self, root: str, config: BadStepConfig, attempt: int = 1, fault: Fault | None = None) -> None:
-        # Here, so that this module can be collected where there is a torch but no grain.
-        from areal_ray.data import GlobalBatches, PackedTokens
+    def __init__(self, root: str, *overrides: str, attempt: int = 1, fault: Fault | None = None) -> None:
+        # Here, so that this module can be collected where there is a torch but no grain and no Ray.
+        from areal_ray.data import PackedTokens
         from areal_ray.run import RunDir
-        from areal_ray.train import loop
-        from areal_ray.train.bad_steps import BadStepPolicy
         from areal_ray.train.faults import Faults
         from areal_ray.train.journal import Journal
         from areal_ray.train.recovery import RecoverHandler, SavePolicy
-        from areal_ray.train.tracking import Tracker
+        from areal_ray.worker.wiring import Start, build_job
 
-        self.engine, self.ranks = start_engine(f"train.steps={STEPS}"), Ranks()
+        config = small_config(
+            f"train.steps={STEPS}",
+            f"checkpoint.every_steps={EVERY}",
+            "eval.every_steps=null",
+            "logging.every_steps=2",
+            *overrides,
+        )
+        self.engine = FSDPEngine(config)
+        self.engine.initialize()
+        self.ranks = Ranks()
         self.run = RunDir(SlowStorage(root))
-        here = self.run if self.ranks.rank == 0 else None
         self.faults = Faults([fault] if fault else [], self.run, self.ranks)
         tokens = np.random.default_rng(0).integers(0, VOCABULARY, 20 * SEQ_LEN)
-        batches = GlobalBatches(PackedTokens(tokens, SEQ_LEN), 0, GLOBAL_BATCH, self.ranks.rank, self.ranks.size)
-        self.progress = loop.Progress()
+        data = PackedTokens(tokens, SEQ_LEN)
         self.began: list[int] = []
-        catalog = Catalog(self.run.storage)
-        journal = Journal(here, attempt, lambda text: None, catalog, KeepConfig())
-        known = [event["step"] for event in self.run.events("bad_step") if event["action"] != "stop"]
-        self.guard = BadStepPolicy(
-            config, known, lambda refusal: journal.refused(refusal, self.progress.samples, GLOBAL_BATCH)
-        )
-        self.engine.accept = lambda loss, norm: self.guard.accept(self.progress.step + 1, loss, norm)
-        tracker = Tracker(Cadence(2), here, lambda text: None, STEPS, GLOBAL_BATCH * SEQ_LEN)
-        save = Cadence(EVERY)
-        state = {"engine": self.engine.state, "data": batches, "progress": self.progress, "guard": self.guard}
+        start = Start(attempt, self.run, self.ranks, lambda text: None, Catalog(self.run.storage))
+        here = self.run if start.first else None
+        journal = Journal(here, attempt, start.say, start.catalog, KeepConfig())
         writer = AsyncWriter(self.ranks, Ranks(dist.new_group(backend="gloo")))
-        self.engine.before_update = writer.fence
-        self.recover = RecoverHandler(catalog, state, writer, journal, attempt, {}, self.ranks, SavePolicy())
+        info = {**self.engine.describe(), "config": {}}
+        self.job, self.restore = build_job(
+            config,
+            start,
+            self.engine,
+            (data, data),
+            self.faults.spoiling(LanguageModeling()),
+            self,
+            lambda state: RecoverHandler(
+                start.catalog, state, writer, journal, attempt, info, self.ranks, SavePolicy()
+            ),
+            journal,
+        )
         self.restored: list[tuple[str | None, dict[str, torch.Tensor]]] = []
         self.weights: dict[int, list[dict[str, torch.Tensor]]] = {}  # before each step, each time
-        self.job = loop.Job(
-            engine=self.engine,
-            batches=batches,
-            loss_fn=self.faults.spoiling(next_token_loss),
-            loss_weight_fn=predicted_tokens,
-            guard=self.guard,
-            go_back=self.go_back,
-            progress=self.progress,
-            tracker=tracker,
-            evaluator=None,
-            evaluate=Cadence(),
-            recover=self.recover,
-            save=save,
-            remember=Cadence(),
-            run=self,
-            last_step=STEPS,
-            total_steps=STEPS,
-        )
+        roll_back = self.job.roll_back
 
-    def go_back(self) -> bool:
-        restored = self.recover.load()
-        self.restored.append((restored, snapshot(self.engine)))
-        return restored is not None
+        def noted() -> bool:
+            back = roll_back()
+            self.restored.append((Catalog.name(self.job.progress.step, attempt), snapshot(self.engine)))
+            return back
+
+        self.job.roll_back = noted
 
     def before_step(self, step: int) -> None:
         self.faults.before_step(step)
@@ -198,14 +194,14 @@ class Run:
         return self
 
     def standing(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-        return snapshot(self.engine), self.guard.state_dict(), self.progress.state_dict()
+        return snapshot(self.engine), self.job.bad_steps.state_dict(), self.job.progress.state_dict()
 
 
 def go_through(rank: int, parent: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
-    whole = Run(f"{parent}/whole", BadStepConfig()).train()
-    skipped = Run(f"{parent}/skipped", BadStepConfig("skip"), fault=NAN_ON_RANK_1).train()
-    back = Run(f"{parent}/back", BadStepConfig("rollback"), fault=NAN_ON_RANK_1).train()
+    whole = Run(f"{parent}/whole").train()
+    skipped = Run(f"{parent}/skipped", "train.bad_step.on_bad=skip", fault=NAN_ON_RANK_1).train()
+    back = Run(f"{parent}/back", "train.bad_step.on_bad=rollback", fault=NAN_ON_RANK_1).train()
     seen["began"] = whole.began, skipped.began, back.began
     seen["restored"] = [name for name, _ in back.restored]
     seen["restored differs"] = differing(back.restored[0][1], whole.weights[EVERY + 1][0])
@@ -223,8 +219,9 @@ def go_through(rank: int, parent: str) -> dict[str, Any]:
     if rank == 0:
         Path(f"{parent}/skipped/step-{STEPS:08d}.a1").rename(f"{parent}/set_aside")
     dist.barrier()
-    again = Run(f"{parent}/skipped", BadStepConfig(), attempt=2, fault=NAN_ON_RANK_1)
-    seen["again from"] = again.recover.load()
+    again = Run(f"{parent}/skipped", attempt=2, fault=NAN_ON_RANK_1)
+    again.restore.at_start("")
+    seen["again from"] = Catalog.name(again.job.progress.step, 1)
     again.train()
     seen["again differs"] = differing(again.standing()[0], skipped.standing()[0])
     seen["states"].append(again.standing()[1:])

@@ -30,7 +30,6 @@ def fill_up(rank: int, parent: str) -> dict[str, Any]:
     """With each writer: a save, another one for which there is not enough room, and a third when there is again."""
     engine, ranks = start_engine(), Ranks()
     background = AsyncWriter(ranks, Ranks(dist.new_group(backend="gloo")))
-    engine.before_update = background.fence
     writers: dict[str, CheckpointWriter] = dict(zip(WRITERS, (SyncWriter(ranks), background), strict=True))
     seen = {name: _fill_up(engine, ranks, writer, f"{parent}/{name}") for name, writer in writers.items()}
     background.close()
@@ -44,18 +43,18 @@ def _fill_up(engine: Any, ranks: Ranks, writer: CheckpointWriter, root: str) -> 
         return writer.begin(catalog.directory(name), state, {"step": step, "attempt": 1})
 
     seen: dict[str, Any] = {}
-    train(engine, seed=0)
+    train(engine, seed=0, fence=writer.fence)
     first = snapshot(engine)
     size = begin(GOOD, 1).result(60).total_bytes
     # Less than what any rank is going to write.
     ranks.on_rank_zero(lambda: SmallDisk(Path(root)).leave(size // 2 // ranks.size))
-    train(engine, seed=1)
+    train(engine, seed=1, fence=writer.fence)
     error = begin(NO_ROOM, 2).exception(60)
     if isinstance(error, RankError):
         seen["ranks"] = [failed for failed, *_ in error.failures]
         seen["texts"] = [text for _, text, _ in error.failures]
         seen["only the storage"] = error.only(OSError)
-    seen["goes on"] = train(engine, seed=2)["loss"] > 0
+    seen["goes on"] = train(engine, seed=2, fence=writer.fence)["loss"] > 0
     third = snapshot(engine)
     newest = ranks.on_rank_zero(catalog.newest)
     seen["newest"] = newest.name if newest else None

@@ -13,12 +13,11 @@ import torch.distributed as dist
 
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
 from areal_ray.distributed import Ranks
-from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.storage import LocalStorage
 from areal_ray.train.cadence import Cadence
 from areal_ray.train.recovery import PendingSave, RecoverHandler, SavePolicy
 from tests.distributed.ranks import run_ranks
-from tests.distributed.small import GLOBAL_BATCH, SEQ_LEN, VOCABULARY, differing, snapshot, start_engine
+from tests.distributed.small import GLOBAL_BATCH, SEQ_LEN, VOCABULARY, differing, one_step, snapshot, start_engine
 
 pytestmark = pytest.mark.distributed
 
@@ -65,7 +64,6 @@ class Run:
         writer: CheckpointWriter = SyncWriter(self.ranks)
         if background:
             writer = AsyncWriter(self.ranks, Ranks(dist.new_group(backend="gloo")))
-            self.engine.before_update = writer.fence
         self.recover = RecoverHandler(
             Catalog(LocalStorage(root)),
             {"engine": self.engine.state, "data": self.batches, "progress": self.progress, "save": self.save},
@@ -79,10 +77,10 @@ class Run:
 
     def train(self, last: int, dump: bool = False) -> None:
         while self.progress.step < last:
-            stats = self.engine.train_batch(next(self.batches), next_token_loss, predicted_tokens)
+            stats = one_step(self.engine, next(self.batches), self.recover.wait_for_copy)
             self.progress.step += 1
             self.progress.samples = self.batches.next_sample
-            self.progress.metrics["loss"] = float(stats["loss"])
+            self.progress.metrics["loss"] = stats["loss"]
             self.now += 10.0 * (1 + self.ranks.rank)
             if dump and self.progress.step in DUMPS:
                 self.recover.save(self.progress.step, self.progress.metrics)

@@ -82,7 +82,6 @@ def save_and_load(rank: int, run: Storage, switch: tuple[str, int]) -> dict[str,
     engine = start_engine()
     state, seen = {"engine": engine.state}, {}
     writer = AsyncWriter(Ranks(), Ranks(dist.new_group(backend="gloo")))
-    engine.before_update = writer.fence
 
     def restored(name: str) -> dict[str, Any]:
         erase(engine)
@@ -95,14 +94,14 @@ def save_and_load(rank: int, run: Storage, switch: tuple[str, int]) -> dict[str,
         dist.barrier()
 
     # Each in the state after another step.
-    train(engine, seed=0)
+    train(engine, seed=0, fence=writer.fence)
     right = {1: snapshot(engine)}
     save(run.sub("step-00000001.a1"), state, {"step": 1, "attempt": 1}, Ranks())
     for step in (2, 3, 4):
-        train(engine, seed=step)
+        train(engine, seed=step, fence=writer.fence)
         right[step] = snapshot(engine)
         begun = writer.begin(run.sub(f"step-{step:08d}.a1"), state, {"step": step, "attempt": 1})
-    train(engine, seed=5)
+    train(engine, seed=5, fence=writer.fence)
     begun.result(60)
     for step, what in right.items():
         seen[f"step {step}"] = differing(restored(f"step-{step:08d}.a1"), what)
@@ -110,10 +109,10 @@ def save_and_load(rank: int, run: Storage, switch: tuple[str, int]) -> dict[str,
     def outage() -> tuple[Any, Any]:
         """What becomes of a save of either kind; training goes on in between."""
         at_once = attempt(lambda: save(run.sub("never"), state, {}, Ranks()))
-        train(engine, seed=6)
+        train(engine, seed=6, fence=writer.fence)
         return at_once, attempt(lambda: writer.begin(run.sub("never"), state, {}).result(60))
 
-    train(engine, seed=5)
+    train(engine, seed=5, fence=writer.fence)
     first(lambda: turn(switch, "stop"))
     seen["down"] = outage()
     first(lambda: turn(switch, "start"))

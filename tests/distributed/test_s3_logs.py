@@ -37,7 +37,7 @@ def test_metrics_written_in_the_background_are_there_after_flush(storage: Storag
 def test_after_restarts_each_step_stands_once(storage: Storage) -> None:
     for first, end in ((0, 6), (3, 9), (5, 8), (0, 4)):
         run = RunDir(storage)
-        run.rewind(first - 1, 0)
+        run.rewind_metrics(first - 1)
         for step in range(first, end):
             run.log_metrics(step, {"by": end})
         run.flush()

@@ -41,8 +41,7 @@ class Run:
         self.progress = Progress()
         state: dict[str, Stateful] = {name: engine.state for name, engine in self.engines.items()}
         writer = AsyncWriter(Ranks(), Ranks(dist.new_group(backend="gloo")))
-        for engine in self.engines.values():
-            engine.before_update = writer.fence
+        self.fence = writer.fence
         self.recover = RecoverHandler(
             Catalog(LocalStorage(root)),
             {**state, "progress": self.progress},
@@ -57,9 +56,9 @@ class Run:
     def train(self, steps: int) -> None:
         for _ in range(steps):
             self.progress.step += 1
-            train(self.engines["actor"], seed=self.progress.step)
+            train(self.engines["actor"], seed=self.progress.step, fence=self.fence)
             if self.progress.step % 2:  # the critic has a clock of its own
-                train(self.engines["critic"], seed=100 + self.progress.step)
+                train(self.engines["critic"], seed=100 + self.progress.step, fence=self.fence)
 
     def tensors(self) -> dict[str, dict[str, Any]]:
         return {name: snapshot(engine) for name, engine in self.engines.items()}
