@@ -80,17 +80,17 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
 
     Gradients, rates and decay are zero meanwhile, so that moments begin at zero.
     """
-    before = [
+    before: list[dict[str, Any]] = [
         {name: group[name] for name in ("lr", "weight_decay") if name in group} for group in optimizer.param_groups
     ]
     for group, settings in zip(optimizer.param_groups, before, strict=True):
-        group.update(dict.fromkeys(settings, 0.0))
+        group |= dict.fromkeys(settings, 0.0)
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for group, settings in zip(optimizer.param_groups, before, strict=True):
-        group.update(settings)
+        group |= settings
     for state in optimizer.state.values():
         if isinstance(step := state.get("step"), torch.Tensor):
             step.zero_()

@@ -106,6 +106,9 @@ class TrappedStorage(LocalStorage):
         super().__init__(path)
         self._trap = trap
 
+    def __reduce__(self) -> tuple[type[LocalStorage], tuple[str]]:
+        return LocalStorage, (self.location,)  # the trap is for the rank, not for the process that writes beside it
+
     def sub(self, name: str) -> TrappedStorage:
         return TrappedStorage(super().sub(name).location, self._trap)
 

@@ -77,6 +77,19 @@ def poisoned(folder: str, calls: int) -> nn.Module:
     return _with_hook(look)
 
 
+def slow_on_rank_1(seconds: float) -> nn.Module:
+    """Takes longer within each layer on the second rank."""
+    model = build_model(ModelConfig(config=CONFIG))
+
+    def wait(*_: Any) -> None:
+        if torch.distributed.get_rank() == 1:
+            threading.Event().wait(seconds)
+
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.mlp.register_forward_pre_hook(wait)  # type: ignore[operator,union-attr]
+    return model
+
+
 def _with_hook(hook: Any) -> nn.Module:
     model = build_model(ModelConfig(config=CONFIG))
     model.register_forward_pre_hook(hook, with_kwargs=True)
