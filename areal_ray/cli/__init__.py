@@ -1,1 +1,1 @@
-"""What one types: train, submit, verify-resume, chaos, ckpt. Imports everything below, when a command needs it."""
+"""The command line: train, submit, verify-resume, chaos, ckpt. Imports everything below, when a command needs it."""

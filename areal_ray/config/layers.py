@@ -81,7 +81,7 @@ def compose(schema: type[T], layers: Sequence[Layer]) -> T:
 
 
 def source_of(key: str, layers: Sequence[Layer]) -> str:
-    """Where the value of a dotted key was set last; the experiment's file if it is a default."""
+    """The file or command line that set a dotted key last; the experiment's file if it is a default."""
     depths = [_depth(OmegaConf.to_container(layer.values, resolve=False), key) for layer in layers]
     deepest = max(depths)
     if deepest < 2 and "." in key:  # a whole section is no trace of one of its keys
@@ -90,7 +90,7 @@ def source_of(key: str, layers: Sequence[Layer]) -> str:
 
 
 def _depth(value: Any, key: str) -> int:
-    """How many parts of a dotted key, as in `faults[0].step`, a tree of plain values has."""
+    """The number of parts of a dotted key, as in `faults[0].step`, that a tree of plain values has."""
     depth = 0
     for part in re.findall(r"[^.\[\]]+", key):
         if isinstance(value, dict) and part in value:

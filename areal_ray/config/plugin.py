@@ -88,7 +88,7 @@ def factory(name: str, key: str, builtin: Mapping[str, Callable[..., Any]]) -> C
 
 
 def call(make: Callable[..., Any], name: str, key: str, *given: Any, **args: Any) -> Any:
-    """What a factory makes of its arguments.
+    """The part that a factory makes of its arguments.
 
     Raises:
         ConfigError: if it fails; a ConfigError of its own is handed on.

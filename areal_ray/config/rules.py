@@ -1,4 +1,4 @@
-"""What a configuration must satisfy beyond keys and types. Checked once, before anything is started."""
+"""Rules of a configuration beyond keys and types, checked once, before anything is started."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class WatchdogConfig:
-    """When a worker counts as stuck and is ended, so that the run goes on from its last checkpoint."""
+    """Limits after which a worker counts as stuck and is ended, so that the run goes on from its last checkpoint."""
 
     factor: float = 10.0  # so many times the usual time of a step, or of an evaluation's batch, without progress
     floor_s: float = 10.0  # but at least so long
@@ -133,7 +133,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class KeepConfig:
-    """Which checkpoints stay; any rule is enough, and the newest good one always does."""
+    """Rules of retention: a checkpoint stays if any of them keeps it, and the newest good one always does."""
 
     last: int | None = None  # so many of the newest; null keeps all
     every_steps: int | None = None  # those of steps that this divides, for good
@@ -168,7 +168,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """Where metrics go beside the screen and metrics.jsonl."""
+    """A place for metrics beside the screen and metrics.jsonl."""
 
     name: str  # package.module:Class, with log, rewind and close
     args: dict[str, Any] = field(default_factory=dict)
@@ -217,7 +217,7 @@ class Config:
         return [size for size in range(low, high + 1) if fits(self, size)]
 
     def standbys(self, local_workers: int) -> int:
-        """How many standbys there are on a node that has so many workers."""
+        """The number of standbys on a node that has so many workers."""
         return StandbyCount.parse(self.cluster.standbys).on(local_workers)
 
     @property

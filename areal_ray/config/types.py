@@ -9,7 +9,7 @@ from areal_ray.config.errors import ConfigError
 
 
 class WorkerRange(NamedTuple):
-    """How many workers a run may have: `cluster.num_workers`, a number or [least, most]."""
+    """The numbers of workers that a run may have: `cluster.num_workers`, a number or [least, most]."""
 
     least: int
     most: int
@@ -31,7 +31,7 @@ class WorkerRange(NamedTuple):
 
 @dataclass(frozen=True)
 class StandbyCount:
-    """How many standbys there are on a node: `cluster.standbys`, auto, off or a number.
+    """The number of standbys on a node: `cluster.standbys`, auto, off or a number.
 
     Args:
         count: on every node; None: as many as the node has workers.

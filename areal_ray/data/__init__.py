@@ -1,4 +1,4 @@
-"""Text to token batches: sources, tokenizers, packing, and global batches addressed by one cursor."""
+"""Documents to global batches that one cursor addresses: sources, tokenizers, packing. Imports config only."""
 
 from areal_ray.data.batches import GlobalBatches
 from areal_ray.data.dataset import IGNORED, TokenDataset, next_tokens

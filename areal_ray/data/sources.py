@@ -1,4 +1,4 @@
-"""Where documents come from: a name and its bytes, in an order that is the same on every machine."""
+"""Sources of documents: names and bytes, in an order that is the same on every machine."""
 
 from __future__ import annotations
 

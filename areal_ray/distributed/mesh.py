@@ -1,4 +1,4 @@
-"""From the world size to a device, a DeviceMesh, and who takes which part of it."""
+"""Device, process group and mesh of a rank."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Which ranks share what: the one place that knows the names of the mesh's dimensions.
+    """Parallel dimensions: the one place that knows the names of the mesh's dimensions, and which ranks share what.
 
     After torchtitan's class of that name.
 
@@ -91,12 +91,12 @@ class ParallelDims:
 
     @property
     def batch_rank(self) -> int:
-        """Which part of a global batch is this rank's, and which random numbers: the same within a tensor group."""
+        """This rank's part of a global batch, and its place in the random numbers: the same within a tensor group."""
         return dist.get_rank(self.batch_group)
 
     @property
     def batch_size(self) -> int:
-        """Into how many parts a global batch is cut."""
+        """The number of parts that a global batch is cut into."""
         return dist.get_world_size(self.batch_group)
 
     @property

@@ -19,7 +19,7 @@ reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 
 
 class LateReduceScatter:
-    """What `FSDPModule.set_custom_reduce_scatter` takes: each is started only, and gradients are there after `wait`.
+    """A reduce-scatter that is only started (for `FSDPModule.set_custom_reduce_scatter`); `wait` finishes all of them.
 
     FSDP must do nothing with the output during the backward pass but make views of it. It would also cast it to
     another dtype, add it to gradients of an earlier backward pass, or sum it over replicas.

@@ -15,7 +15,7 @@ from areal_ray.engine.objectives import Batch, LossFn, LossWeightFn, Objective
 
 @dataclass(frozen=True)
 class SaveLoadMeta:
-    """Where and how an engine saves or loads.
+    """Place and format of a save or load.
 
     Args:
         path: a directory; for a `dcp` save it must not exist, or be empty.
@@ -86,12 +86,12 @@ class TrainEngine(Protocol):
 
     @property
     def dp_rank(self) -> int:
-        """Which part of the global batch is this rank's; the ranks of a tensor group have the same."""
+        """This rank's part of the global batch; the ranks of a tensor group have the same."""
         ...
 
     @property
     def dp_size(self) -> int:
-        """Into how many parts a global batch is cut: the world size divided by that of a tensor group."""
+        """The number of parts that a global batch is cut into: the world size divided by that of a tensor group."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What is minimised: a loss of the model's output, with the weight that makes means over parts of a batch add up."""
+"""Objectives: a loss of the model's output, with the weight that makes means over parts of a batch add up."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 
 
 def text_inputs(batch: Batch) -> Mapping[str, torch.Tensor]:
-    """What a language model takes of a batch: input_ids, and attention_mask and position_ids where there are any."""
+    """Inputs of a language model: input_ids, and attention_mask and position_ids where there are any."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
 

@@ -144,7 +144,7 @@ class LrSchedule:
         self.step = 0  # optimizer steps taken
 
     def lr(self, base: float) -> float:
-        """What the schedule makes of a rate for the next optimizer step."""
+        """The rate of the next optimizer step for a group whose own rate is `base`."""
         c = self._config
         if self.step < c.warmup_steps:
             return base * (self.step + 1) / c.warmup_steps

@@ -1,4 +1,4 @@
-"""What is lazy in torch happens before it is needed: a tiny model is trained, saved and loaded."""
+"""Warm-up of torch: a tiny model is trained, saved and loaded, so that everything lazy happens ahead of need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Build a causal language model, name the parts that are sharded one by one, initialise it."""
+"""A causal language model from config: built, its weights initialised or read, its shard units named.
+
+Imports config and distributed.
+"""
 
 from areal_ray.models.build import architecture, build_model, check_model, same_architecture
 from areal_ray.models.init import init_buffers, init_weights, materialise

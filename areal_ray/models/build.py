@@ -1,4 +1,4 @@
-"""From the config to a model without weights."""
+"""Models built from the configuration, on the meta device."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_model(config: ModelConfig, vocab_size: int) -> None:
 
 
 def architecture(config: ModelConfig) -> dict[str, Any] | None:
-    """What config.json says of the model in a Hugging Face directory; None for a factory's."""
+    """The content of config.json in a Hugging Face directory of the model; None for a factory's."""
     if config.factory:
         return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -1,4 +1,4 @@
-"""Which modules are sharded, gathered and freed as one."""
+"""Shard units: the modules whose parameters are sharded, gathered and freed as one."""
 
 from __future__ import annotations
 

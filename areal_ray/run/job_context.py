@@ -1,4 +1,4 @@
-"""What every process of a job is told of it."""
+"""Context of a job, known to each of its processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which steps count: a step's numbers are judged between its gradients and its update."""
+"""Bad steps: a step's loss and gradient norm are judged between its gradients and its update."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class BadStepPolicy:
     Args:
         config: what is bad, and what to do.
         known: steps that earlier attempts have left out.
-        on_bad_step: told of a refusal, once for each step, before anything follows from it.
+        on_bad_step: called with a refusal, once for each step, before anything follows from it.
     """
 
     def __init__(self, config: BadStepConfig, known: Iterable[int], on_bad_step: Callable[[Refusal], None]) -> None:
@@ -86,7 +86,7 @@ class BadStepPolicy:
         return refusal.action
 
     def _problem(self, loss: float, grad_norm: float) -> str:
-        """What is wrong with these numbers; "" if nothing is."""
+        """The reason why these numbers are bad; "" if they are good."""
         if not finite(loss, grad_norm):
             return "not finite"
         factor, window = self._config.spike_factor, self._config.spike_window

@@ -1,4 +1,4 @@
-"""When something is due: policies over steps, epochs and seconds. How it is done is somebody else's business."""
+"""Cadence: when something is due, over steps, epochs and seconds; apart from how it is done."""
 
 from __future__ import annotations
 

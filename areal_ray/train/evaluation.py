@@ -1,4 +1,4 @@
-"""Loss on text that the model does not train on."""
+"""Evaluation on held-out data."""
 
 from __future__ import annotations
 

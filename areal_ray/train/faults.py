@@ -1,4 +1,4 @@
-"""Faults on purpose, to see with one's own eyes that a run survives them."""
+"""Injection of faults, to see with one's own eyes that a run survives them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FaultInjected(RuntimeError):
 
 
 class Faults:
-    """Makes the configured faults happen, each once in the life of the run: what has happened stands in its ledger.
+    """Injects the configured faults, each once in the life of the run: those that have happened stand in its ledger.
 
     Args:
         faults: what is to happen.

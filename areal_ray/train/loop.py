@@ -1,4 +1,4 @@
-"""The algorithm: batch, step, and what is due after it."""
+"""The training loop: batch, step, and what is due after it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from areal_ray.train.tracking import StepMetrics
 
 
 class RunContext(Protocol):
-    """What the loop needs of the job around it. Every method is called by every rank, equally often."""
+    """The job around the loop. Every method is called by every rank, equally often."""
 
     def before_step(self, step: int) -> None:
-        """`step`, counted from 1, is about to be computed."""
+        """Called before `step`, counted from 1, is computed."""
         ...
 
     def enter(self, phase: str) -> None:
-        """What begins is no step and takes its time: evaluate, save, copy, restore, finish. For whoever watches."""
+        """Called at the beginning of a phase that is no step: evaluate, save, copy, restore, finish."""
         ...
 
     def leaving(self) -> bool:
-        """A step is finished; whether the job is asked to save and leave here."""
+        """Called after a step; whether the job is asked to save and leave here."""
         ...
 
     def check(self) -> None:
-        """The end is reached; raise what went wrong in the background."""
+        """Called at the end; raises what went wrong in the background."""
         ...
 
     def saving(self, dump: PendingSave, metrics: dict[str, float]) -> None:
-        """A save has begun; it is a checkpoint when its manifest is there."""
+        """Called when a save has begun; it is a checkpoint when its manifest is there."""
         ...
 
 
 @dataclass
 class Progress:
-    """How far the run is: finished steps, the samples that they took, and how good the model is.
+    """Progress of the run: finished steps, the samples that they took, and metrics of the model.
 
     `metrics` has the loss of the last step that was saved (unless it was left out), and results if it was evaluated at
     that very step.
@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass
 class Job:
-    """Everything that training takes, wired by the worker.
+    """The objects of a training job, wired by the worker.
 
     Args:
         engine, batches, objective: what is trained, on what, and to what end.

@@ -1,4 +1,4 @@
-"""What a restore brought back beside what was saved: shown at every restart, and an end if it contradicts itself."""
+"""Receipt of a restore: the state that was saved beside the one that is there now; an error if they disagree."""
 
 from __future__ import annotations
 

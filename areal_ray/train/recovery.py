@@ -1,4 +1,4 @@
-"""What makes a run resumable, dumped and loaded as one checkpoint."""
+"""Recovery: the state of a run, saved and loaded as one checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from areal_ray.distributed import RankError, Ranks
 
 
 class TooManyFailedSaves(RankError):
-    """So many saves have failed in a row that training on would be in vain."""
+    """Raised when so many saves have failed in a row that training on would be in vain."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PendingSave:
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """What to do when storage is in the way of training.
+    """Policy for saves that storage delays or fails.
 
     Args:
         skip_when_busy: let a save fall out while the one before is still being written; else training waits for it.
@@ -42,25 +42,25 @@ class SavePolicy:
 
 
 class SaveListener(Protocol):
-    """Hears of saves and restores. `saved` is called on every rank, from another thread; the others as they say."""
+    """Listener to saves and loads. `saved` is called on every rank, from another thread; the others as they say."""
 
     def saved(self, dump: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
-        """A save has come to its end, good or bad: see its manifest."""
+        """Called when a save has ended, well or not: see its manifest."""
         ...
 
     def skipped(self, step: int) -> None:
-        """A save fell out; called on every rank."""
+        """Called on every rank when a save is skipped."""
         ...
 
     def passed_over(self, checkpoint: str, reason: str) -> None:
-        """A checkpoint cannot be used; called on rank 0."""
+        """Called on rank 0 when a checkpoint cannot be used."""
         ...
 
 
 class RecoverHandler:
-    """Dumps and loads a set of named `Stateful` objects: engine, data cursor, progress, clocks.
+    """Saves and loads a set of named `Stateful` objects: engine, data cursor, progress, clocks.
 
-    After AReaL's recover handler, with DCP as the only format: every dump is a directory of its own, and a load takes
+    After AReaL's recover handler, with DCP as the only format: every save is a directory of its own, and a load takes
     the newest one that proves to be good.
 
     Args:
@@ -68,7 +68,7 @@ class RecoverHandler:
         state: what makes the run resumable, by name.
         writer: how it is written.
         journal: told of every save and of every checkpoint that is passed over.
-        attempt: number of this start of the workers, part of the names of its dumps.
+        attempt: number of this start of the workers, part of the names of its saves.
         info: about the run, for the manifest.
         ranks: all ranks.
         policy: what to do when storage is slow or fails.

@@ -17,7 +17,7 @@ from areal_ray.train.tracking import StepMetrics
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a state came from: a checkpoint, or a copy in memory, by the name that a checkpoint of it would have."""
+    """Source of a state: a checkpoint, or a copy in memory, by the name that a checkpoint of it would have."""
 
     name: str
     copy: Copy | None = None

@@ -12,7 +12,7 @@ _KNOWN = ("loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "sk
 
 
 class MetricsSink(Protocol):
-    """Where metrics go. Called on rank 0 only, from the training thread.
+    """A place for metrics. Called on rank 0 only, from the training thread.
 
     A tracker of one's own (`trackers: [{name: package.module:Class, args: {}}]`) is one. It is made anew with every
     start of the workers.

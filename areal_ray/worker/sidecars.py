@@ -1,4 +1,4 @@
-"""What looks after a training worker, beside its training: spares for its place, a watchdog, who is slow, how long."""
+"""Sidecars of a training worker: its standbys, its watchdog, the detector of stragglers, a stopwatch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _COMPARE_STEPS = 16  # between two comparisons of the ranks
 
 
 def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) -> Standbys | None:
-    """In one worker of each node. Rank 0's writes its figures down: several machines would mix their lines on NFS."""
+    """The standbys of this node, in one of its workers; None in the others.
+
+    Rank 0's writes its figures down: several machines would mix their lines on NFS.
+    """
     context = ray.train.get_context()
     count = config.standbys(context.get_local_world_size())
     if not count or context.get_local_rank() != 0:
@@ -37,7 +40,7 @@ def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) ->
 
 
 def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
-    """In every worker. It writes where the process hangs to the log and the run directory."""
+    """The watchdog of this worker, which writes where the process hangs to the log and the run directory."""
     if config.cluster.watchdog is None:
         return None
 
@@ -60,8 +63,8 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
 def stragglers(
     config: Config, engine: FSDPEngine, batches: GlobalBatches, ranks: Ranks, run: RunDir, nodes: Sequence[str]
 ) -> StragglerDetector | None:
-    """In every worker; None where it would be in the way."""
-    if config.engine.compile:  # its hooks would cut the compiled graphs
+    """The straggler detector of this worker; None where its hooks would be in the way."""
+    if config.engine.compile:  # hooks would cut the compiled graphs
         return None
 
     def slow(rank: int, seconds: float, usual: float) -> None:

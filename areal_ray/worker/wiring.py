@@ -164,7 +164,7 @@ def recover_handler(
     journal: Journal,
     memory: MemoryCopies | None,
 ) -> RecoverHandler:
-    """What saves and restores a run's state as checkpoints."""
+    """The recover handler of a run: saves and restores its state as checkpoints."""
     every = config.checkpoint
     policy = SavePolicy(every.when_busy == "skip", every.max_failed_saves)
     described = {**info, **provenance(config)}
