@@ -106,6 +106,9 @@ class TrappedStorage(LocalStorage):
         super().__init__(path)
         self._trap = trap
 
+    def __reduce__(self) -> Any:
+        return LocalStorage, (self.location,)  # in the process that writes there is no trap: see TrappedFileWriter
+
     def sub(self, name: str) -> TrappedStorage:
         return TrappedStorage(super().sub(name).location, self._trap)
 
