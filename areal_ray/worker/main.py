@@ -20,7 +20,7 @@ from areal_ray.run import RunDir
 from areal_ray.run.job_context import JobContext
 from areal_ray.train import loop
 from areal_ray.train.faults import Faults
-from areal_ray.train.journal import Journal
+from areal_ray.train.journal import retention
 from areal_ray.worker import sidecars
 from areal_ray.worker.provenance import announce
 from areal_ray.worker.session import RaySession
@@ -85,7 +85,7 @@ def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: 
     checkpoint = None if copy else job.recover.load()
     clock.lap("load_s")
     if ranks.rank == 0:
-        Journal(run, attempt, say, catalog, config.checkpoint.keep).clean_up()
+        retention(run, attempt, say, catalog, config.checkpoint.keep).clean_up(attempt)
     announce(run, attempt, copy or checkpoint, job, engine, ranks)
 
     def stepped(step: int) -> None:

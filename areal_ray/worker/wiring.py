@@ -24,7 +24,7 @@ from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import Cadence
 from areal_ray.train.evaluation import Evaluator
 from areal_ray.train.faults import Faults
-from areal_ray.train.journal import Journal
+from areal_ray.train.journal import Journal, retention
 from areal_ray.train.recovery import RecoverHandler, SavePolicy
 from areal_ray.train.tracking import Tracker
 from areal_ray.worker.provenance import provenance
@@ -79,7 +79,7 @@ def wire(
     record = _recorder(here) if here and config.logging.sample_ids else None
     cursor, progress = batches(sequences, record), loop.Progress()
     _same_everywhere(ranks, sequences, held_out)
-    journal = Journal(here, attempt, speak, catalog, every.keep)
+    journal = Journal(here, attempt, speak, retention(run, attempt, speak, catalog, every.keep))
     guard = BadStepPolicy(
         train.bad_step,
         ranks.on_rank_zero(lambda: _left_out(run)),

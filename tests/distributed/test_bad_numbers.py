@@ -126,7 +126,7 @@ class Run:
         from areal_ray.train import loop
         from areal_ray.train.bad_steps import BadStepPolicy
         from areal_ray.train.faults import Faults
-        from areal_ray.train.journal import Journal
+        from areal_ray.train.journal import Journal, retention
         from areal_ray.train.recovery import RecoverHandler, SavePolicy
         from areal_ray.train.tracking import Tracker
 
@@ -139,7 +139,8 @@ class Run:
         self.progress = loop.Progress()
         self.began: list[int] = []
         catalog = Catalog(self.run.storage)
-        journal = Journal(here, attempt, lambda text: None, catalog, KeepConfig())
+        kept = retention(self.run, attempt, lambda text: None, catalog, KeepConfig())
+        journal = Journal(here, attempt, lambda text: None, kept)
         known = [event["step"] for event in self.run.events("bad_step") if event["action"] != "stop"]
         self.guard = BadStepPolicy(
             config, known, lambda refusal: journal.refused(refusal, self.progress.samples, GLOBAL_BATCH)
