@@ -24,7 +24,7 @@ _Written = tuple[dict[Any, Any], FileRecord] | None
 
 
 class _Plan:
-    """Who writes what, as DCP plans it: DTensors where they lie, replicated tensors once. A collective to make."""
+    """DCP's plan of a save: DTensors are written where they lie, replicated tensors once. A collective to make."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], ranks: Ranks) -> None:
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: a pure policy over a list, and Retention, which carries it out."""
+"""Retention of checkpoints: `deletable` and `uncommitted` decide, Retention carries it out."""
 
 from __future__ import annotations
 

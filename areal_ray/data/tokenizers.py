@@ -1,4 +1,4 @@
-"""Bytes to token ids."""
+"""Tokenizers: bytes to token ids."""
 
 from __future__ import annotations
 

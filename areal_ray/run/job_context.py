@@ -1,4 +1,4 @@
-"""What every process of a job is told of it."""
+"""The context of a job, handed to each of its processes."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The outcome of an export."""
 
     files: list[str]
     tensors: int
@@ -55,7 +55,7 @@ def export(checkpoint: Storage, out: Storage, shard_bytes: int = 5 << 30, tokeni
     Raises:
         FileExistsError: if there is something in `out`.
         ValueError: if the checkpoint is not of a transformers model, or its tokenizer cannot be loaded.
-        CheckpointDamaged: if what is read is not what was written.
+        CheckpointDamaged: if the bytes are not those that were written.
     """
     if out.names():
         raise FileExistsError(f"{out.location} is not empty")
