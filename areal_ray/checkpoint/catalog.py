@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and which of them is the newest good one."""
+"""The catalog of a run's checkpoints: names, order, and the newest good one."""
 
 from __future__ import annotations
 

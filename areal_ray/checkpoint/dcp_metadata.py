@@ -1,4 +1,4 @@
-"""DCP's `.metadata` is a pickle, and a pickle can run anything: this reads it with an allow-list."""
+"""Reader of DCP's `.metadata`, a pickle, which could run anything: names are checked against an allow-list."""
 
 from __future__ import annotations
 

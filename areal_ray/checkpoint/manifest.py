@@ -1,4 +1,4 @@
-"""manifest.json: the last file of a checkpoint, and what makes it one."""
+"""manifest.json: the last file of a checkpoint, which commits it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ STATE = "state.json"
 
 
 class CheckpointDamaged(RuntimeError):
-    """A directory that is no good checkpoint: names the file and what is wrong with it."""
+    """A directory is no good checkpoint; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: bytes, checksum of the whole (xxh3_128), and of its parts: [offset, length, xxh3_64]."""
+    """A file's size in bytes, checksum of the whole (xxh3_128), and of its parts: [offset, length, xxh3_64]."""
 
     size: int
     xxh3_128: str
@@ -30,7 +30,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Args:
         info: about the save: step, attempt, world_size, mesh, config_hash, versions, time; none of it needed to load.

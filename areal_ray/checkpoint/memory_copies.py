@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint.manifest import CheckpointDamaged
-from areal_ray.checkpoint.staging import Staging
+from areal_ray.checkpoint.shard_file import ShardImage
 from areal_ray.checkpoint.tree import flatten, local, merge, to_json
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.processes.memory_keeper import MemoryKeeper, claim
@@ -78,7 +78,7 @@ class MemoryCopies:
         self._name = f"{name}-{ranks.rank}"  # a copy belongs to a place in the group, as no checkpoint does
         self._ranks, self._owner, self._complain, self._durable = ranks, owner, complain, durable
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory copies")
-        self._slots: list[Staging] = []
+        self._slots: list[ShardImage] = []
         self._keeper: MemoryKeeper | None = None
         self._last: Future[bool] | None = None
         self._turn = 0
@@ -183,10 +183,10 @@ class MemoryCopies:
             raise OSError(f"they need {needed}, and {free / 1e9:.1f} GB are free on this node")
         for file in claim(self._name):  # what nobody has asked for
             os.close(file)
-        self._slots = [Staging("", _items(mine)) for _ in range(2)]
+        self._slots = [ShardImage("", _items(mine)) for _ in range(2)]
         self._keeper = MemoryKeeper(self._name, [slot.fd for slot in self._slots], self._owner)
 
-    def _seal(self, slot: Staging, copied: torch.cuda.Event | None, record: dict[str, Any]) -> bool:
+    def _seal(self, slot: ShardImage, copied: torch.cuda.Event | None, record: dict[str, Any]) -> bool:
         """Write the record of a copy; whether it counts."""
         if copied is not None:
             copied.synchronize()
@@ -209,13 +209,13 @@ class MemoryCopies:
     ) -> Copy | None:
         trees = {name: part.state_dict() for name, part in state.items()}
         mine = {name: local(tensor).detach() for name, tensor in flatten(trees)[0].items()}
-        found: dict[Version, tuple[Staging, dict[str, Any]]] = {}
+        found: dict[Version, tuple[ShardImage, dict[str, Any]]] = {}
         if files:
-            size = Staging.size_of(_items(mine))
+            size = ShardImage.size_of(_items(mine))
             for file in files:
                 record = _record(file, size)
                 if record and record["place"][0] == attempt and record["run"] == _digest(info, mine):
-                    found[attempt, record["place"][1]] = Staging("", _items(mine), file), record
+                    found[attempt, record["place"][1]] = ShardImage("", _items(mine), file), record
         common = set.intersection(*map(set, self._ranks.gather(list(found))))
         if not common or (newer_than is not None and max(common) <= newer_than):
             return None

@@ -1,4 +1,4 @@
-"""What somebody reads is not deleted under them."""
+"""The read lock of a checkpoint: while a reader holds it, the checkpoint is not deleted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SECONDS = 3600.0  # a reader that was killed keeps its checkpoint alive that lo
 
 @contextmanager
 def read_lock(directory: Storage) -> Iterator[None]:
-    """Keep a checkpoint from being deleted while the block lasts, an hour at most.
+    """Keeps a checkpoint from being deleted while the block lasts, an hour at most.
 
     To be entered before the manifest is read: a deletion takes the manifest away first and looks for readers then, so
-    one of the two sees the other. Where one may not write, one reads without.
+    one of the two sees the other. Storage that cannot be written to is read without a lock.
     """
     name = f".reading-{secrets.token_hex(4)}"
     try:
@@ -36,7 +36,7 @@ def read_lock(directory: Storage) -> Iterator[None]:
 
 
 def has_readers(directory: Storage) -> bool:
-    """Whether somebody is reading in there."""
+    """Whether a reader holds the lock of this checkpoint."""
     for name in directory.names():
         if _NAME.fullmatch(name):  # not the half of one that a killed reader left
             with suppress(FileNotFoundError, ValueError, KeyError):  # just finished, or torn

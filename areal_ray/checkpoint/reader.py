@@ -1,4 +1,4 @@
-"""Loading: nothing is used before its checksum is."""
+"""Loading: no byte is used before its checksum is verified."""
 
 from __future__ import annotations
 
@@ -136,13 +136,13 @@ def _decode(data: memoryview, name: str, offset: int, digest: str) -> torch.Tens
 
 
 class StoredState:
-    """What a checkpoint holds, for tools: whole tensors one at a time, in one process; to be opened under `reading`.
+    """The contents of a checkpoint, for tools: whole tensors one at a time, in one process; needs a `read_lock`.
 
     Args:
         directory: a committed checkpoint.
 
     Raises:
-        CheckpointDamaged: here and on reading, if what is read is not what was written.
+        CheckpointDamaged: here and on reading, if the bytes are not those that were written.
     """
 
     def __init__(self, directory: Storage) -> None:

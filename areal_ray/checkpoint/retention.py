@@ -1,8 +1,8 @@
-"""Which checkpoints a run keeps. A policy over a list, and the hand that carries it out."""
+"""Retention of checkpoints: `deletable` and `uncommitted` decide, Retention carries it out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from areal_ray.checkpoint.catalog import Catalog, Entry
 from areal_ray.checkpoint.manifest import MANIFEST
@@ -10,8 +10,74 @@ from areal_ray.checkpoint.read_lock import has_readers
 from areal_ray.config import KeepConfig
 
 
+class Retention:
+    """Deletes checkpoints of a run. What cannot be deleted is in the way of nothing: the next call tries again.
+
+    Args:
+        catalog: the run's checkpoints.
+        keep: the rules.
+        distrusted: names of checkpoints that could not be restored, whatever they look like: no rule counts them, and
+            they stay (OSError if that is not known now).
+        on_deleted: told the name of each checkpoint that `apply` or `clean_up` deletes.
+        say: prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        keep: KeepConfig,
+        distrusted: Callable[[], Collection[str]],
+        on_deleted: Callable[[str], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._catalog, self._keep = catalog, keep
+        self._distrusted, self._on_deleted, self._say = distrusted, on_deleted, say
+
+    def apply(self) -> None:
+        """Delete the checkpoints that no rule keeps; to be called when a save is committed."""
+        if self._keep.last is None:
+            return
+        try:
+            distrusted = self._distrusted()
+            trusted = [entry for entry in self._catalog.entries() if entry.name not in distrusted]
+        except OSError as error:
+            self._say(f"could not look for checkpoints to delete: {error}")
+            return
+        self._delete([entry.name for entry in deletable(trusted, self._keep)])
+
+    def clean_up(self, before_attempt: int) -> None:
+        """Delete what saves of earlier attempts have left unfinished."""
+        self._delete(uncommitted(self._catalog, before_attempt))
+
+    def discard(self, name: str) -> None:
+        """Delete what a failed save has left, which may be what fills the disk.
+
+        If a rank died after the commit, it is a checkpoint and stays.
+        """
+        try:
+            committed = self._catalog.directory(name).size(MANIFEST) is not None
+        except OSError:  # not known; what is left is cleaned up by a later attempt
+            return
+        if not committed:
+            self._remove(name)
+
+    def _delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            if self._remove(name):
+                self._on_deleted(name)
+
+    def _remove(self, name: str) -> bool:
+        try:
+            return remove(self._catalog, name)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self._say(f"could not delete {name}: {error}")
+            return False
+
+
 def deletable(entries: Sequence[Entry], keep: KeepConfig) -> list[Entry]:
-    """Those of the good checkpoints (newest first) that no rule keeps. The newest one is never among them.
+    """The good checkpoints among `entries` (newest first) that no rule keeps. The newest good one is never among them.
 
     What is not good is not counted, so damage does not push good ones out.
     """
@@ -31,7 +97,7 @@ def deletable(entries: Sequence[Entry], keep: KeepConfig) -> list[Entry]:
 
 
 def uncommitted(catalog: Catalog, before_attempt: int) -> list[str]:
-    """Directories of earlier attempts whose save was never finished: nobody will finish it, nobody may read it."""
+    """Names of directories of earlier attempts whose save was never finished: nobody will finish or may read them."""
     return [
         name
         for attempt, _, name in catalog.names()

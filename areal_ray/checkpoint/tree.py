@@ -1,4 +1,4 @@
-"""What is saved, as one tree: tensors by their names in the model, everything else as plain values."""
+"""The saved state as one tree: tensors by their names in the model, everything else as plain values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of it."""
+    """This rank's part of a DTensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -48,7 +48,7 @@ def to_json(values: Mapping[str, Any]) -> bytes:
 
     Raises:
         TypeError: if they would not come back the same (tuples, integer keys, objects): a state that quietly changes
-            its type is found when it is saved, not when a run is lost.
+            its type fails when it is saved, not when a run is lost.
     """
     _check_plain(values, "state")
     return json.dumps(values, indent=2, sort_keys=True).encode()

@@ -1,4 +1,4 @@
-"""areal-ray ckpt: what one types about checkpoints, and what is printed."""
+"""areal-ray ckpt: the commands about checkpoints and their output."""
 
 from __future__ import annotations
 

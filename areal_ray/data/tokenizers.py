@@ -1,4 +1,4 @@
-"""Bytes to token ids."""
+"""Tokenizers: bytes to token ids."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class ByteTokenizer:
     def save(self, folder: str) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         # Byte-level BPE without merges: each byte stands as one printable character, GPT-2's table of them.
-        table = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        letters = _letters_of_bytes()
-        tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
-        tokenizer.pre_tokenizer, tokenizer.decoder = table, decoders.ByteLevel()
+        vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(["<|endoftext|>"])
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
 
@@ -66,13 +67,6 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str) -> None:
         self._tokenizer.save_pretrained(folder)
-
-
-def _letters_of_bytes() -> list[str]:
-    """The character of each byte in byte-level BPE (GPT-2's encoder.py): itself if printable, else one from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def build_tokenizer(name: str) -> Tokenizer:

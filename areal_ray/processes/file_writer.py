@@ -13,24 +13,23 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import xxhash
 
 from areal_ray.storage import Storage
 
-Buffer = bytes | memoryview
 _PIECE = 8 << 20  # bytes hashed and written at a time: they stay in the processor's cache in between
 
 
-def write_summed(storage: Storage, name: str, chunks: Iterable[Sequence[Buffer]]) -> dict[str, Any]:
+def write_summed(storage: Storage, name: str, chunks: Iterable[memoryview]) -> dict[str, Any]:
     """Write the new file `name`, summing while writing.
 
     Args:
         storage: an existing directory.
         name: must not exist yet.
-        chunks: the content; each chunk, made of one or more buffers of bytes, gets a checksum of its own.
+        chunks: the content, in parts of which each gets a checksum of its own.
 
     Returns:
         size, xxh3_128 of the whole, chunks as [offset, length, xxh3_64]: a manifest's record of the file.
@@ -38,16 +37,15 @@ def write_summed(storage: Storage, name: str, chunks: Iterable[Sequence[Buffer]]
     whole, size = xxhash.xxh3_128(), 0
     sums: list[list[Any]] = []
     with storage.create(name) as file:
-        for buffers in chunks:
-            part, begin = xxhash.xxh3_64(), size
-            for buffer in buffers:
-                for start in range(0, len(buffer), _PIECE):
-                    piece = buffer[start : start + _PIECE]
-                    whole.update(piece)
-                    part.update(piece)
-                    file.write(piece)
-                size += len(buffer)
-            sums.append([begin, size - begin, part.hexdigest()])
+        for chunk in chunks:
+            part = xxhash.xxh3_64()
+            for start in range(0, len(chunk), _PIECE):
+                piece = chunk[start : start + _PIECE]
+                whole.update(piece)
+                part.update(piece)
+                file.write(piece)
+            sums.append([size, len(chunk), part.hexdigest()])
+            size += len(chunk)
     return {"size": size, "xxh3_128": whole.hexdigest(), "chunks": sums}
 
 
@@ -140,7 +138,7 @@ def _serve() -> None:
         request = json.loads(line)
         try:
             image = memory.image(request["memory"], request["size"])
-            chunks = ([image[start : start + length]] for start, length in request["chunks"])
+            chunks = (image[start : start + length] for start, length in request["chunks"])
             directory = pickle.loads(base64.b64decode(request["storage"]))  # noqa: S301  (of its parent)
             reply = write_summed(directory, request["name"], chunks)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What must be the same of a process for a fork of the fork server to take its place, and what a fork takes over."""
+"""Checks whether a fork of the fork server can take the place of a process, and what the fork takes over from it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _OF_ACTORS = ("RAY_TRAIN_", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")  # read when t
 
 
 def of_ray(environment: dict[str, str]) -> dict[str, str]:
-    """What Ray has read when it is imported; not what is added for single actors (by Ray Train, and in trainer.py)."""
+    """Variables that Ray reads when it is imported; without those of single actors (Ray Train's, and trainer.py's)."""
     ours = {name: value for name, value in environment.items() if name.startswith("RAY_")}
     return {name: value for name, value in ours.items() if not name.startswith(_OF_ACTORS)}
 
 
 def at_import(environment: dict[str, str]) -> dict[str, str]:
+    """Variables that a library reads when it is loaded or imported."""
     return {k: v for k, v in environment.items() if _AT_IMPORT.match(k) and k not in _MAY_DIFFER}
 
 
@@ -36,7 +37,7 @@ def python_path(environment: dict[str, str]) -> list[str]:
 
 
 def inherit(request: dict[str, Any]) -> bool:
-    """Take over what a process has from the one that started it; this one was started by another. Whether it could."""
+    """Take over from a request what a process has from its parent: this process has another one. Whether it could."""
     try:
         os.chdir(request["folder"])
         os.umask(request["umask"])

@@ -1,13 +1,13 @@
-"""Processes that have imported everything when they begin: copies of one that has, made by fork.
+"""Processes that have imported everything when they begin: forks of one that has.
 
 A process of a Ray job spends seconds on importing torch, transformers and Ray, and every process of the job on a node
-does so once more. Here one, the template, does it for all of them: the driver starts it when it starts itself, and
-tells Ray (`py_executable` of the runtime environment) to run launch.py instead of the interpreter, which asks the
-template for a copy. On other nodes the first process that is started has launch.py start the template there.
+does so once more. Here one process a node, the fork server, does it for all of them: the driver starts it when it
+starts itself, and tells Ray (`py_executable` of the runtime environment) to run launch.py instead of the interpreter,
+which asks the fork server for a fork. On other nodes launch.py starts the fork server with the job's first process.
 
-What must not be done before the fork: opening connections, CUDA, and the import of Ray before a process of the job has
-shown its environment, of which Ray's C++ part keeps what it reads (job id, authentication). Threads do not live on in a
-copy; those that the imports start, of OpenBLAS and jemalloc, are of libraries that see to it themselves.
+Three things must not happen before the fork: open connections, CUDA, and the import of Ray before a process of the job
+has shown its environment, because Ray's C++ part keeps some of it (job id, authentication). Threads do not live on in a
+fork; OpenBLAS and jemalloc, whose imports start some, take care of that themselves.
 A request that does not fit is refused, and becomes an ordinary process with all its imports.
 """
 
@@ -33,7 +33,7 @@ _EXECUTABLE = ("py_executable", "pip", "uv", "conda", "container", "image_uri", 
 
 
 class ForkServer:
-    """A template on this machine, as the driver sees it. To be closed.
+    """The fork server on this machine, as the driver sees it. To be closed.
 
     Args:
         model: whose classes are imported, too.
@@ -69,7 +69,7 @@ class ForkServer:
 
 
 def fork_server_for(config: Config, preparation: str) -> ForkServer | None:
-    """Start one, unless the job has processes of another kind, or this system has not what it takes."""
+    """Start a fork server; None if the job brings an interpreter of its own, or this system no pidfd_open."""
     # Under `uv run` Ray chooses the interpreter itself.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     if not config.cluster.template or any(key in job for key in _EXECUTABLE) or "UV" in os.environ:

@@ -1,4 +1,4 @@
-"""The template itself, a script: a process that forks a copy of itself for everyone who asks; see template.py."""
+"""The fork server itself, a script: it forks a copy of itself for every launcher that asks; see fork_server.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":  # of whatever Python path
 from areal_ray.config import ModelConfig
 from areal_ray.processes import fork_checks, launch
 
-_IDLE_S = 60.0  # without a process of the job on this node it is not needed
+IDLE_S = 60.0  # without a process of the job on this node the server is not needed
 _ANSWER_S = 5.0  # for a request that has begun
 
 
@@ -36,17 +36,20 @@ class _Child:
 
 
 class Server:
-    """Forks a copy of this process for everyone who asks.
+    """Forks a copy of this process for every launcher that asks.
 
     Args:
         name: by which it is found.
         owner: process id; the server ends with it.
         preparation: module whose `prepare` and `import_ray` are called before the first fork.
         model: to get ready for; None if it is not known.
+        idle_s: seconds without a process of the job after which the server ends.
     """
 
-    def __init__(self, name: str, owner: int, preparation: str, model: ModelConfig | None) -> None:
-        self._name, self._preparation, self._model = name, preparation, model
+    def __init__(
+        self, name: str, owner: int, preparation: str, model: ModelConfig | None, idle_s: float = IDLE_S
+    ) -> None:
+        self._name, self._preparation, self._model, self._idle_s = name, preparation, model, idle_s
         self._owner = os.pidfd_open(owner)
         self._base = _base_path()
         self._surroundings = launch.surroundings()
@@ -57,7 +60,7 @@ class Server:
         self._broken = False
 
     def serve(self) -> Callable[[], None] | None:
-        """Serve until there is nobody left to serve: None. In each copy: what it is to do."""
+        """Serve until no process is left to serve, then None; in each fork, its work."""
         try:
             self._listener.bind(launch.address(self._name))
         except OSError:  # another one was faster
@@ -65,10 +68,10 @@ class Server:
         self._listener.listen(64)
         self._try(lambda: import_module(self._preparation).prepare(self._model))
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, self._asked)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._on_request)
         self._selector.register(self._owner, selectors.EVENT_READ, None)
         while True:
-            ready = self._selector.select(None if self._children else _IDLE_S)
+            ready = self._selector.select(None if self._children else self._idle_s)
             if not ready and not self._children:
                 return None
             for key, _ in ready:
@@ -84,16 +87,16 @@ class Server:
             traceback.print_exc()
             self._broken = True
         gc.collect()
-        gc.freeze()  # or the first collection in each copy would touch, and so copy, every page
+        gc.freeze()  # or the first collection in each fork would touch, and so copy, every page
 
-    def _asked(self) -> Callable[[], None] | None:
+    def _on_request(self) -> Callable[[], None] | None:
         connection, _ = self._listener.accept()
         connection.settimeout(_ANSWER_S)
         try:
             launch.check_peer(connection)
             request, descriptors = launch.receive_request(connection)
         except (OSError, ValueError) as error:  # it is gone, or nobody of ours
-            print(f"template: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"fork server: {type(error).__name__}: {error}", file=sys.stderr)
             connection.close()
             return None
         pid = self._fork() if self._fits(request) else launch.REFUSED
@@ -101,7 +104,7 @@ class Server:
             return lambda: self._become(request, descriptors, connection)
         for descriptor in descriptors:
             os.close(descriptor)
-        # Who has not waited is an ordinary process now, and its connection will say so.
+        # A launcher that has not waited is an ordinary process now, and its connection will say so.
         with suppress(OSError):
             launch.send_number(connection, pid)
         if pid == launch.REFUSED:
@@ -111,7 +114,7 @@ class Server:
         return None
 
     def _fits(self, request: dict[str, Any]) -> bool:
-        """Whether a copy of this process would be what the request asks for."""
+        """Whether a fork of this process can be the process that the request asks for."""
         environment, own = request["environment"], self._surroundings
         same = request["groups"] == own["groups"] and fork_checks.at_import(environment) == self._read
         if not same or not fork_checks.within(request["limits"], own["limits"]):
@@ -134,19 +137,19 @@ class Server:
         os.environ.update(before)
 
     def _fork(self) -> int | None:
-        """The copy's process id; in the copy None."""
+        """The process id of a new fork; in the fork None."""
         sys.stdout.flush()
         sys.stderr.flush()
         try:
             return os.fork() or None
         except OSError as error:  # no memory, or too many processes
-            print(f"template: {error}", file=sys.stderr)
+            print(f"fork server: {error}", file=sys.stderr)
             return launch.REFUSED
 
     def _watch(self, child: _Child) -> None:
         self._children[child.pid] = child
         self._selector.register(child.ended, selectors.EVENT_READ, lambda: self._reap(child))
-        self._selector.register(child.connection, selectors.EVENT_READ, lambda: self._gone(child))
+        self._selector.register(child.connection, selectors.EVENT_READ, lambda: self._end(child))
 
     def _reap(self, child: _Child) -> None:
         _, status = os.waitpid(child.pid, 0)
@@ -154,20 +157,20 @@ class Server:
         self._selector.unregister(child.ended)
         os.close(child.ended)
         if child.connection.fileno() >= 0:
-            with suppress(OSError):  # who stood for it has been ended first
+            with suppress(OSError):  # its launcher has been ended first
                 launch.send_number(child.connection, os.waitstatus_to_exitcode(status) & 0xFF)
             self._selector.unregister(child.connection)
             child.connection.close()
 
-    def _gone(self, child: _Child) -> None:
-        """The process that Ray started has been ended: so is the one that it stood for."""
+    def _end(self, child: _Child) -> None:
+        """End a fork, as the launcher that stands for it has been ended."""
         if child.pid in self._children:  # else it has been reaped just now
             signal.pidfd_send_signal(child.ended, signal.SIGKILL)
             self._selector.unregister(child.connection)
             child.connection.close()
 
     def _become(self, request: dict[str, Any], descriptors: list[int], connection: socket.socket) -> None:
-        """Be the process that was asked for."""
+        """Become the process that was asked for."""
         self._selector.close()
         for child in self._children.values():
             os.close(child.ended)
@@ -176,7 +179,7 @@ class Server:
         self._listener.close()
         connection.close()
         *streams, go = descriptors
-        if os.read(go, 1) != launch.GO:  # who asked has become an ordinary process
+        if os.read(go, 1) != launch.GO:  # the launcher has become an ordinary process
             os._exit(1)
         os.close(go)
         for number, stream in enumerate(streams):
@@ -192,25 +195,26 @@ class Server:
             os.execv(sys.executable, [sys.executable, *command])
         sys.argv = command
         sys.path[:] = [*self._added, os.path.dirname(command[0]), *fork_checks.python_path(environment), *self._base]
-        sys.modules["numpy"].random.seed()  # not the same in all copies; Python sees to its own
+        sys.modules["numpy"].random.seed()  # not the same in all forks; Python sees to its own
         runpy.run_path(command[0], run_name="__main__")
 
 
 def _base_path() -> list[str]:
-    """Where modules are, whatever the environment says."""
+    """The module path without what the environment adds."""
     added = {str(Path(__file__).resolve().parents[2]), *fork_checks.python_path(dict(os.environ))}
     return [path for path in sys.path if path not in added]
 
 
-def main(name: str, owner: str, preparation: str) -> None:
+def main(name: str, owner: str, preparation: str, idle_s: float = IDLE_S) -> None:
     for number in (signal.SIGINT, signal.SIGQUIT):  # a shell that starts something in the background has them ignored
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     model = os.environ.get(launch.MODEL)
-    work = Server(name, int(owner), preparation, ModelConfig(**json.loads(model)) if model else None).serve()
+    known = ModelConfig(**json.loads(model)) if model else None
+    work = Server(name, int(owner), preparation, known, idle_s).serve()
     if work is not None:
         work()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3])

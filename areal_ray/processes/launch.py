@@ -1,8 +1,8 @@
-"""What Ray runs in the place of the interpreter for every process of a job: it has the template make it.
+"""The launcher: Ray runs it in the place of the interpreter for every process of a job; the fork server makes the fork.
 
-Ray calls it as `python -I -S launch.py NAME script argument ...`. The process that the template (template.py) forks
-takes over the script, the environment, the working directory and the standard streams; this one stands for it until it
-ends. Where there is no template it starts one; where there can be none it becomes an ordinary interpreter itself.
+Ray calls it as `python -I -S launch.py NAME script argument ...`. The process that the fork server (fork_server.py)
+forks takes over the script, the environment, the working directory and the standard streams; the launcher stands for it
+until it ends. Where there is no fork server it starts one; where there can be none it becomes an ordinary interpreter.
 
 Nothing but the standard library, and little of that: it runs once for every process.
 """
@@ -22,11 +22,11 @@ import sys
 import time
 from typing import Any
 
-MODEL = "AREAL_RAY_WARM"  # the model to get ready for, in the environment of training workers and their spares only
+MODEL = "AREAL_RAY_WARM"  # the model to get ready for, in the environment of training workers and their standbys only
 REFUSED = 0  # instead of a process id
 GO = b"1"
-_FIND_S = 5.0  # a template that has been started takes its name before it imports
-_WAIT_S = 15.0  # for everything, imports of the template included; after a minute Ray would give the process up
+_FIND_S = 5.0  # a fork server that has been started takes its name before it imports
+_WAIT_S = 15.0  # for everything, imports of the fork server included; after a minute Ray gives the process up
 _LOOK_S, _PARENT_S = 0.05, 1.0
 _NUMBER = struct.Struct("!i")
 _STREAMS = (0, 1, 2)
@@ -54,12 +54,12 @@ def fork_server_command(name: str, owner: int, preparation: str) -> list[str]:
 
 
 def fork_server_environment(model: str) -> dict[str, str]:
-    """Of a template.
+    """The environment of a fork server.
 
     Args:
-        model: config.Model as JSON, or "" if it is not known.
+        model: ModelConfig as JSON, or "" if it is not known.
     """
-    # Whether there are GPUs is asked without CUDA, which could not be used in a copy afterwards.
+    # Whether there are GPUs is asked without CUDA, which could not be used in a fork afterwards.
     return {**os.environ, MODEL: model, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
@@ -91,10 +91,10 @@ def receive_number(connection: socket.socket) -> int:
 
 
 def send_request(connection: socket.socket, request: bytes, wait: int) -> None:
-    """What `receive_request` takes.
+    """Send a request, with the standard streams of this process, to `receive_request` at the other end.
 
     Args:
-        connection: to a template.
+        connection: to a fork server.
         request: see `_own`, as JSON.
         wait: file descriptor where the word to begin comes from.
     """
@@ -117,7 +117,7 @@ def receive_request(connection: socket.socket) -> tuple[dict[str, Any], list[int
 
 
 def surroundings() -> dict[str, Any]:
-    """What a process cannot take over from another one that has not started it."""
+    """Control groups and limits: a process cannot take these over from one that has not started it."""
     with open("/proc/self/cgroup") as groups:
         return {"groups": groups.read(), "limits": _limits()}
 
@@ -127,7 +127,7 @@ def _limits() -> dict[str, tuple[int, int]]:
 
 
 def _own(command: list[str]) -> dict[str, Any]:
-    """What a process has from the one that starts it."""
+    """Everything that a process has from the one that starts it: the request for a fork."""
     with open("/proc/self/status") as status:
         umask = next(line.split()[1] for line in status if line.startswith("Umask"))
     with open("/proc/self/oom_score_adj") as score:
@@ -166,24 +166,24 @@ def _connect(name: str, preparation: str, deadline: float) -> socket.socket:
         time.sleep(_LOOK_S)
 
 
-def _hand_over(name: str, preparation: str, command: list[str]) -> tuple[socket.socket, int]:
-    """Have the template fork; the connection to it, and the process as a file descriptor.
+def _hand_over(name: str, preparation: str, command: list[str], wait_s: float) -> tuple[socket.socket, int]:
+    """Have the fork server fork; the connection to it, and the fork as a file descriptor.
 
     Raises:
         OSError: if that cannot be. Then there is no process that does anything.
     """
-    deadline = time.monotonic() + _WAIT_S
+    deadline = time.monotonic() + wait_s
     connection = _connect(name, preparation, deadline)
     check_peer(connection)
     request = json.dumps(_own(command)).encode()
-    # The copy begins when it reads a word from here, and ends when this process has closed it before.
+    # The fork begins when it reads a word from here, and ends if this process closes it before.
     wait, go = os.pipe()
     send_request(connection, request, wait)
     os.close(wait)
     connection.settimeout(max(_LOOK_S, deadline - time.monotonic()))
     number = receive_number(connection)
     if number == REFUSED:
-        raise ConnectionRefusedError("the template is of no use")
+        raise ConnectionRefusedError("the fork server cannot make this process")
     process = os.pidfd_open(number)
     os.write(go, GO)
     return connection, process
@@ -200,14 +200,14 @@ def _stand_for(connection: socket.socket, process: int) -> int:
     connection.settimeout(_PARENT_S)
     try:
         return receive_number(connection)
-    except OSError:  # the template is gone, and with it what is known
+    except OSError:  # the fork server is gone, and the exit status with it
         return 1
 
 
-def main(name: str, preparation: str, *command: str) -> int:
-    """Stand for a process until it ends; its exit status."""
+def main(name: str, preparation: str, *command: str, wait_s: float = _WAIT_S) -> int:
+    """Stand for a process until it ends; its exit status. If there is no fork after `wait_s` seconds, become it."""
     try:
-        connection, process = _hand_over(name, preparation, list(command))
+        connection, process = _hand_over(name, preparation, list(command), wait_s)
     except (OSError, subprocess.CalledProcessError):
         os.execv(sys.executable, [sys.executable, *command])
     return _stand_for(connection, process)

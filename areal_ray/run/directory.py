@@ -1,4 +1,4 @@
-"""The run directory: config, metrics, ledger and result of one run, beside its checkpoints."""
+"""The run directory: config, metrics, event log and result of one run, beside its checkpoints."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class RunDir:
 
     @property
     def ledger(self) -> str:
-        """Where the events are, as a user would type it."""
+        """Location of the event log, as a user would type it."""
         return self._events.location
 
     def exists(self) -> bool:
-        """Whether a run has been here."""
+        """Whether there is a run in this directory."""
         return bool(self.storage.names())
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -47,7 +47,7 @@ class RunDir:
         self._events.append({"time": round(time.time(), 3), "event": kind, **fields})
 
     def note(self, kind: str, complain: Callable[[str], None], **fields: Any) -> None:
-        """As `event`, for what matters less than the work at hand: if it cannot be written now, that is said."""
+        """Add a line as `event` does; if it cannot be written now, tell `complain`: the work at hand matters more."""
         try:
             self.event(kind, **fields)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Logs of a run: lines of JSON that are added one by one and survive a crash.
+"""Event logs of a run: lines of JSON that are added one by one and survive a crash.
 
 Where files can grow a log is one file. Where they cannot (object storage) every process that writes has an object of
 its own, which it writes anew, whole, as it grows; a log is then a directory of them.
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from areal_ray.storage import Storage
 
 Line = dict[str, Any]
-_PART_BYTES = 1 << 20  # a longer object is left as it is and another one begun: each is written again with every line
+_PART_BYTES = 1 << 20
 
 
 class Log(Protocol):
@@ -41,7 +41,7 @@ class Log(Protocol):
         ...
 
     def lines(self) -> list[Line]:
-        """All that are durable. What a crash tore in the middle of a write is left out."""
+        """All durable lines; one that a crash tore in the middle of a write is left out."""
         ...
 
     def keep(self, wanted: Callable[[Line], bool]) -> None:
@@ -117,10 +117,11 @@ class ObjectLog:
     Args:
         storage: the directory.
         at_once: whether `append` waits until the line is durable.
+        part_bytes: a longer object is left as it is and another one begun: each is written again with every line.
     """
 
-    def __init__(self, storage: Storage, at_once: bool) -> None:
-        self._storage, self._at_once = storage, at_once
+    def __init__(self, storage: Storage, at_once: bool, part_bytes: int = _PART_BYTES) -> None:
+        self._storage, self._at_once, self._part_bytes = storage, at_once, part_bytes
         self._lock, self._upload = threading.Lock(), threading.Lock()
         self._name, self._text, self._changed = "", b"", False
         self._thread: ThreadPoolExecutor | None = None
@@ -132,7 +133,7 @@ class ObjectLog:
 
     def append(self, line: Line) -> None:
         with self._lock:
-            if not self._name or (len(self._text) > _PART_BYTES and not self._changed):
+            if not self._name or (len(self._text) > self._part_bytes and not self._changed):
                 self._name, self._text = f"{time.time():.6f}-{secrets.token_hex(3)}.jsonl", b""
             self._text += _encoded(line)
             self._changed = True

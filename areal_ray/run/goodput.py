@@ -1,4 +1,4 @@
-"""Where a run's time went, from its ledger and its metrics: steps that count, and everything that is none."""
+"""Goodput: where a run's time went, from its ledger and its metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from areal_ray.run import RunDir
 
-# What a restart consists of, in order, and which event of the ledger has it.
+# The phases of a restart, in order, and the event of the ledger that has each.
 _PHASES = {
     "detection_s": "failure",  # from what the first survivor saw to the controller
     "teardown_s": "group",
     "start_s": "group",  # until the nodes have room
-    "imports_s": "group",  # of new processes, with their start; of spares next to nothing
+    "imports_s": "group",  # of new processes, with their start; of standbys next to nothing
     "process_group_s": "group",
     "build_s": "training",  # model, optimizer
     "data_s": "training",  # text, and the other objects of a rank
@@ -69,7 +69,7 @@ def _attempts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _times(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the last time that each phase was gone through."""
+    """Seconds of each phase, the last time that it was gone through."""
     times: dict[str, float] = {}
     for event in events:
         times |= {p: event[p] for p, kind in _PHASES.items() if event["event"] == kind and event.get(p) is not None}

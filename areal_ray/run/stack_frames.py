@@ -1,4 +1,4 @@
-"""Which line of a stack to show: the innermost one of the user's code."""
+"""The line of a stack that is shown: the innermost one of the user's code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at checkpoints without a cluster, a GPU or the code that wrote them."""
+"""Checkpoints seen from outside: listing, inspection, digest, differences; needs no cluster and no GPU."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def listing(run: Storage) -> list[dict[str, Any]]:
 
 
 def inspection(checkpoint: Storage) -> dict[str, Any]:
-    """What a checkpoint holds: where it comes from, its plain values, name, shape and type of each tensor.
+    """The contents of a checkpoint: where it comes from, its plain values, name, shape and type of each tensor.
 
     Raises:
-        CheckpointDamaged: if what is looked at is not what was written.
+        CheckpointDamaged: if the bytes are not those that were written.
     """
     with read_lock(checkpoint):
         state = StoredState(checkpoint)
@@ -71,7 +71,7 @@ def digest(checkpoint: Storage) -> str:
     are no part of it.
 
     Raises:
-        CheckpointDamaged: if what is read is not what was written.
+        CheckpointDamaged: if the bytes are not those that were written.
     """
     with read_lock(checkpoint):
         return _digest(StoredState(checkpoint))
@@ -89,7 +89,7 @@ def _digest(state: StoredState) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that two checkpoints do not share."""
+    """A difference between two checkpoints."""
 
     name: str
     what: str
@@ -100,7 +100,7 @@ def differences(a: Storage, b: Storage) -> list[Difference]:
     """Everything in which two states differ, bit for bit; empty if they are the same state.
 
     Raises:
-        CheckpointDamaged: if what is read is not what was written.
+        CheckpointDamaged: if the bytes are not those that were written.
     """
     with read_lock(a), read_lock(b):
         return _differences(StoredState(a), StoredState(b))

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.reader import StoredState
@@ -35,7 +36,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The outcome of an export."""
 
     files: list[str]
     tensors: int
@@ -54,7 +55,7 @@ def export(checkpoint: Storage, out: Storage, shard_bytes: int = 5 << 30, tokeni
     Raises:
         FileExistsError: if there is something in `out`.
         ValueError: if the checkpoint is not of a transformers model, or its tokenizer cannot be loaded.
-        CheckpointDamaged: if what is read is not what was written.
+        CheckpointDamaged: if the bytes are not those that were written.
     """
     if out.names():
         raise FileExistsError(f"{out.location} is not empty")
@@ -68,30 +69,19 @@ def export(checkpoint: Storage, out: Storage, shard_bytes: int = 5 << 30, tokeni
         out.ensure()
         _write_tokenizer(out, tokenizer or state.manifest.info.get("tokenizer") or "none")
         names = {name.removeprefix(_PREFIX): name for name in state.names if name.startswith(_PREFIX)}
-        shards = _shards({name: _size(state, stored) for name, stored in names.items()}, shard_bytes)
-        files = {}
-        for number, shard in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        split = split_state_dict_into_shards_factory(
+            {name: _size(state, stored) for name, stored in names.items()},
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=shard_bytes,
+        )
+        for file, shard in split.filename_to_tensors.items():
             _write_shard(out, file, state, {name: names[name] for name in shard})
-            files[file] = shard
-    total = sum(_size(state, stored) for stored in names.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, shard in files.items() for n in shard}}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         out.replace("model.safetensors.index.json", _json(index))
     out.replace("config.json", _json(config))  # last: without it nobody takes the directory for a model
-    return Exported(sorted(out.names()), len(names), total)
-
-
-def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
+    return Exported(sorted(out.names()), len(names), split.metadata["total_size"])
 
 
 def _write_shard(out: Storage, file: str, state: StoredState, names: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""areal-ray verify-resume: whether an experiment, disturbed, is the run that it would have been."""
+"""areal-ray verify-resume: compares an experiment that is killed and resized with an undisturbed run of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TIMES = ("tokens_per_s", "step_time_s")
 
 @dataclass(frozen=True)
 class Check:
-    """One promise: what was to be, what was found."""
+    """A promise about a run and what was found."""
 
     run: str
     what: str
@@ -198,7 +198,7 @@ def _last(run: Storage) -> Storage:
 
 
 def _distance(a: Storage, b: Storage) -> tuple[float, float]:
-    """Of all weights together: |a-b| / |a| (2-norms), and the largest |a-b| of one."""
+    """Distance of all weights together, |a-b| / |a| (2-norms), and the largest |a-b| of one weight."""
     one, other = StoredState(a), StoredState(b)
     difference = norm = largest = 0.0
     for name in (name for name in one.names if name.startswith("engine.model.")):

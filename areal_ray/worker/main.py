@@ -21,7 +21,7 @@ from areal_ray.run import RunDir
 from areal_ray.run.job_context import JobContext
 from areal_ray.train import loop
 from areal_ray.train.faults import Faults
-from areal_ray.train.journal import Journal
+from areal_ray.train.journal import Journal, retention
 from areal_ray.worker import sidecars
 from areal_ray.worker.session import RaySession
 from areal_ray.worker.watchdog import Watchdog
@@ -80,7 +80,8 @@ def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: 
     standbys = sidecars.standbys(config, run, ranks, nodes)
     session = RaySession(faults, ranks, Control(context.submission), standbys, watchdog)
     data = load_data(config, ranks)
-    journal = Journal(run if start.first else None, attempt, start.say, catalog, config.checkpoint.keep)
+    kept = retention(run, attempt, start.say, catalog, config.checkpoint.keep)
+    journal = Journal(run if start.first else None, attempt, start.say, kept)
     memory = memory_copies(config, ranks, context, say)
     info = {**engine.describe(), "data": data[0].fingerprint}
     job, restore = build_job(
@@ -98,7 +99,7 @@ def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: 
     restore.at_start(_workers(engine, ranks))
     clock.lap("load_s")
     if start.first:
-        journal.clean_up()
+        kept.clean_up(attempt)
 
     def stepped(step: int) -> None:
         clock.lap("first_step_s")

@@ -30,7 +30,7 @@ from areal_ray.engine import FSDPEngine
 from areal_ray.run import RunDir
 from areal_ray.storage import storage_at
 from areal_ray.train.faults import Faults
-from areal_ray.train.journal import Journal
+from areal_ray.train.journal import Journal, retention
 from areal_ray.train.recovery import RecoverHandler, SavePolicy
 from areal_ray.worker.session import RaySession
 
@@ -114,7 +114,8 @@ class Ours:
         writer = AsyncWriter(ranks, background)
         self.fence = writer.fence
         catalog = Catalog(run.storage)
-        journal = Journal(run if ranks.rank == 0 else None, 1, lambda _: None, catalog, KeepConfig(last=2))
+        kept = retention(run, 1, lambda _: None, catalog, KeepConfig(last=2))
+        journal = Journal(run if ranks.rank == 0 else None, 1, lambda _: None, kept)
         state = {"engine": engine.state}
         self._recover = RecoverHandler(catalog, state, writer, journal, 1, engine.describe(), ranks, SavePolicy())
 
@@ -198,7 +199,7 @@ def measure(settings: dict) -> dict | None:
         if ranks.rank == 0:
             plain.append(plain_write(Path(config.run.storage_path), settings["bytes"]))
         dist.barrier()
-    staging = savers["areal_ray"]._recover._writer._staging
+    staging = savers["areal_ray"]._recover._writer._capture._image
     own = sum(p.to_local().nbytes for p in engine.model.parameters())
     own += sum(
         (v.to_local() if hasattr(v, "to_local") else v).nbytes

@@ -19,7 +19,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
 from areal_ray.tools import checkpoints
-from areal_ray.train.journal import Journal
+from areal_ray.train.journal import Journal, retention
 from areal_ray.train.recovery import RecoverHandler, SavePolicy
 from tests.distributed.ranks import RankFailed, run_ranks
 from tests.distributed.traps import (
@@ -115,7 +115,8 @@ def go_on(rank: int, root: str, stage: Stage | None, background: bool) -> None:
     attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
     if rank == 0:
         run.event("attempt", attempt=attempt)
-    journal = Journal(run if rank == 0 else None, attempt, silent, catalog, KeepConfig(last=2))
+    kept = retention(run, attempt, silent, catalog, KeepConfig(last=2))
+    journal = Journal(run if rank == 0 else None, attempt, silent, kept)
     writer.FileWriter = TrappedFileWriter  # type: ignore[misc]
     saves = AsyncWriter(ranks, Ranks(dist.new_group(backend="gloo"))) if background else SyncWriter(ranks)
     recover = RecoverHandler(catalog, {"numbers": numbers}, saves, journal, attempt, {}, ranks, SavePolicy())
@@ -124,7 +125,7 @@ def go_on(rank: int, root: str, stage: Stage | None, background: bool) -> None:
     bits = numbers.bits()
     if rank == 0:
         if not background:  # there `areal-ray ckpt gc` is to do it
-            journal.clean_up()
+            kept.clean_up(attempt)
         left = [name for _, _, name in catalog.names()]
         notes.add("restored", checkpoint=restored, bits=bits, pids=[pid for own in pids for pid in own], left=left)
     for save in range(2):
@@ -135,7 +136,7 @@ def go_on(rank: int, root: str, stage: Stage | None, background: bool) -> None:
         trap.set = save == 1 or (stage is not None and stage.first)
         recover.save(numbers.step, {})
         recover.wait()
-        if isinstance(saves, AsyncWriter):  # older ones are let go by its thread, after `settle` has returned
+        if isinstance(saves, AsyncWriter):  # older ones are let go by its thread, after `wait` has returned
             saves._thread.submit(lambda: None).result()
     recover.finish()
 

@@ -126,7 +126,7 @@ class Run:
         from areal_ray.data import PackedTokens
         from areal_ray.run import RunDir
         from areal_ray.train.faults import Faults
-        from areal_ray.train.journal import Journal
+        from areal_ray.train.journal import Journal, retention
         from areal_ray.train.recovery import RecoverHandler, SavePolicy
         from areal_ray.worker.wiring import Start, build_job
 
@@ -147,7 +147,8 @@ class Run:
         self.began: list[int] = []
         start = Start(attempt, self.run, self.ranks, lambda text: None, Catalog(self.run.storage))
         here = self.run if start.first else None
-        journal = Journal(here, attempt, start.say, start.catalog, KeepConfig())
+        kept = retention(self.run, attempt, start.say, start.catalog, KeepConfig())
+        journal = Journal(here, attempt, start.say, kept)
         writer = AsyncWriter(self.ranks, Ranks(dist.new_group(backend="gloo")))
         info = {**self.engine.describe(), "config": {}}
         self.job, self.restore = build_job(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from areal_ray.checkpoint import Catalog, MemoryCopies, SyncWriter, memory_copies
-from areal_ray.checkpoint.staging import Staging
+from areal_ray.checkpoint.shard_file import ShardImage
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.processes import memory_keeper
 from areal_ray.processes.launch import address
@@ -118,7 +118,7 @@ def wait_for_the_other() -> None:
     dist.recv(torch.zeros(1), 0)
 
 
-def half_a_copy(slot: Staging, tensors: list[torch.Tensor]) -> None:
+def half_a_copy(slot: ShardImage, tensors: list[torch.Tensor]) -> None:
     for kept, tensor in list(zip(slot.tensors, tensors, strict=True))[:3]:
         kept.copy_(tensor)
     wait_for_the_other()
@@ -143,7 +143,7 @@ def whole_record(file: int, data: bytes, at: int) -> None:
 
 
 CUTS: dict[str, tuple[Any, str, Any]] = {
-    "half of the tensors": (Staging, "fill", half_a_copy),
+    "half of the tensors": (ShardImage, "fill", half_a_copy),
     "no record": (MemoryCopies, "_seal", no_record),
     "half a record": (memory_copies.os, "pwrite", half_a_record),
     "a whole record": (memory_copies.os, "pwrite", whole_record),
@@ -309,16 +309,16 @@ def without_room(rank: int, name: str, parent: int, what: str) -> tuple[list[str
     def locked(*_: Any) -> None:
         raise RuntimeError("no more memory can be locked")
 
-    attempt, room, staging = Attempt(name, parent), memory_copies._room, memory_copies.Staging
+    attempt, room, staging = Attempt(name, parent), memory_copies._room, memory_copies.ShardImage
     memory_copies._AGAIN = 1
     if rank == 1 and what == "memory":
         memory_copies._room = free  # type: ignore[assignment]
     if rank == 1 and what == "locked memory":
-        memory_copies.Staging = locked  # type: ignore[assignment,misc]
+        memory_copies.ShardImage = locked  # type: ignore[assignment,misc]
     counts = []
     for step in range(1, 5):
         if step == 3:
-            memory_copies._room, memory_copies.Staging = room, staging  # type: ignore[misc]
+            memory_copies._room, memory_copies.ShardImage = room, staging  # type: ignore[misc]
         attempt.step()
         counts.append(len(attempt.copies._slots))
     return attempt.said, counts

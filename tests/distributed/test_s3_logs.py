@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from areal_ray.run import RunDir, event_log
+from areal_ray.run import RunDir
 from areal_ray.run.event_log import ObjectLog
 from areal_ray.storage import Storage, storage_at
 from tests.distributed.s3 import DOWN, outage
@@ -74,11 +74,10 @@ def test_a_line_that_the_server_was_down_for_goes_with_the_next(impatient: None,
     assert [line["step"] for line in run.metrics()] == [1, 2, 3]
 
 
-def test_a_long_log_goes_on_in_another_object(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_log, "_PART_BYTES", 150)
-    run = RunDir(storage)
+def test_a_long_log_goes_on_in_another_object(storage: Storage) -> None:
+    log = ObjectLog(storage.sub("events"), at_once=True, part_bytes=150)
     for n in range(10):
-        run.event("numbered", n=n)
+        log.append({"time": float(n), "event": "numbered", "n": n, "text": "as long as the line of an event"})
     assert len(storage.sub("events").names()) > 2
     assert max(storage.sub("events").sizes().values()) < 250
-    assert [event["n"] for event in run.events()] == list(range(10))
+    assert [event["n"] for event in RunDir(storage).events()] == list(range(10))

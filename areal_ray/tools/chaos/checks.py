@@ -1,4 +1,4 @@
-"""What must be true of a run after chaos, read from its ledger and its checkpoints."""
+"""Invariants of a run after chaos, read from its ledger and its checkpoints."""
 
 from __future__ import annotations
 

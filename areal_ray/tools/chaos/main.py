@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_ray.config import ConfigError, load
+from areal_ray.config import Config, ConfigError, load
 from areal_ray.tools.chaos import faults
 from areal_ray.tools.chaos.checks import check
 from areal_ray.tools.chaos.world import BACK_S, World
@@ -69,40 +69,56 @@ def chaos(
             stack.callback(lambda: None if _kept(checks) else shutil.copytree(disk, folder / "runs"))
         workers = given.usable_sizes[-1]
         kinds = faults.possible(workers, disk, storage_process, only)
-        own = [
-            *([] if _elsewhere(overrides) else [f"run.storage_path={disk or folder / 'runs'}"]),
-            "run.name=chaos",
-            "train.steps=1000000",
-            "logging.sample_ids=true",
-            f"cluster.num_workers={workers}",
-            *([] if given.checkpoint.keep.last else ["checkpoint.keep.last=3"]),
-        ]
-        all_overrides = [*overrides, *own]
+        all_overrides = [*overrides, *_own(overrides, given, disk or folder / "runs")]
         config = load(path, all_overrides)
         world = stack.enter_context(World(path, all_overrides, folder, config, storage_process, disk))
         world.start_driver()
         world.until("the first checkpoint", world.newest)
-        deck: list[str] = []
-        began = time.monotonic()
-        while time.monotonic() - began < 60 * minutes:
-            time.sleep(draw.uniform(*_PAUSE_S))
-            deck = deck or draw.sample(kinds, len(kinds))
-            kind = deck.pop()
-            hits = world.hits
-            faults.KINDS[kind](world, draw)
-            at = time.time()  # it has happened; some take a while to find their moment
-            if world.hits == hits:
-                say(f"{time.monotonic() - began:6.0f} s  {kind:<34} nobody was there")
-                continue
-            world.until(f"a step after: {kind}", lambda at=at: faults.has_gone_on(world, at))  # type: ignore[misc]
-            injected.append(Injected(kind, at, world.run.events("training")[-1]["time"] - at))
-            say(f"{time.monotonic() - began:6.0f} s  {kind:<34} back after {injected[-1].recovery_s:5.1f} s")
+        _disturb(world, kinds, draw, minutes, injected, say)
         world.until("a checkpoint", world.newest)
         assert world.driver is not None
         world.driver.terminate()
         status = world.driver.wait(timeout=BACK_S)
         checks = check(world, status, path, overrides, folder, workers)
     return injected, checks
+
+
+def _own(overrides: Sequence[str], given: Config, storage: Path) -> list[str]:
+    """Overrides that make a run of the experiment one that can be disturbed for as long as one likes."""
+    return [
+        *([] if _elsewhere(overrides) else [f"run.storage_path={storage}"]),
+        "run.name=chaos",
+        "train.steps=1000000",
+        "logging.sample_ids=true",
+        f"cluster.num_workers={given.usable_sizes[-1]}",
+        *([] if given.checkpoint.keep.last else ["checkpoint.keep.last=3"]),
+    ]
+
+
+def _disturb(
+    world: World,
+    kinds: Sequence[str],
+    draw: random.Random,
+    minutes: float,
+    injected: list[Injected],
+    say: Callable[[str], None],
+) -> None:
+    """Inject one fault after the other, all kinds in turn, each when the run has gone on after the one before."""
+    deck: list[str] = []
+    began = time.monotonic()
+    while time.monotonic() - began < 60 * minutes:
+        time.sleep(draw.uniform(*_PAUSE_S))
+        deck = deck or draw.sample(kinds, len(kinds))
+        kind = deck.pop()
+        hits = world.hits
+        faults.KINDS[kind](world, draw)
+        at = time.time()  # it has happened; some take a while to find their moment
+        if world.hits == hits:
+            say(f"{time.monotonic() - began:6.0f} s  {kind:<34} nobody was there")
+            continue
+        world.until(f"a step after: {kind}", lambda at=at: faults.has_gone_on(world, at))  # type: ignore[misc]
+        injected.append(Injected(kind, at, world.run.events("training")[-1]["time"] - at))
+        say(f"{time.monotonic() - began:6.0f} s  {kind:<34} back after {injected[-1].recovery_s:5.1f} s")
 
 
 def _kept(checks: Sequence[Check]) -> bool:

@@ -102,7 +102,7 @@ class World:
         return list(self.run.events("attempt")[-1]["pids"])
 
     def processes(self, title: str) -> set[int]:
-        """Those that this process's nodes have started, by the beginning of their title."""
+        """Processes of this world's nodes, by the beginning of their title."""
         found = set()
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):

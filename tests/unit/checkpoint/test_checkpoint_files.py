@@ -1,14 +1,19 @@
 """Saving and loading in one process: bit for bit, into a new directory, in a form that stock DCP reads."""
 
+import gc
 import json
 import os
 import re
+import threading
+import tracemalloc
 
+import psutil
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
 from areal_ray.checkpoint import load, read_manifest, save
+from areal_ray.checkpoint.shard_file import frame
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import LocalStorage
 
@@ -166,3 +171,41 @@ def test_a_loss_that_is_not_a_number_can_be_saved(tmp_path):
 
 def test_plain_values_are_readable_json(tmp_path):
     assert json.loads(save_box(tmp_path, **weights(), count=7).read("state.json")) == {"box": {"count": 7}}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_leaves_no_thread_no_process_and_no_memory_behind(tmp_path, monkeypatch, fails):
+    def held():
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(psutil.Process().children())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = held()
+    if fails:
+        monkeypatch.setattr(LocalStorage, "create", full)
+        with pytest.raises(RankError, match="No space left"):
+            save_box(tmp_path)
+    else:
+        save_box(tmp_path)
+    gc.collect()  # the error of a failed save holds on to its memory
+    assert held() == before
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 4), torch.float32), ((), torch.int64), ((0, 3), torch.bfloat16)])
+def test_what_stands_around_a_tensor_is_as_torch_writes_it(tmp_path, shape, dtype):
+    tensor = torch.ones(shape, dtype=dtype)
+    torch.serialization.set_crc32_options(False)
+    torch.save(tensor, tmp_path / "archive")  # the name of a file without its ending is that of the archive in it
+    torch.serialization.set_crc32_options(True)
+    before, after = frame(shape, dtype)
+    data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert before + data + after == (tmp_path / "archive").read_bytes()
+
+
+def test_the_frame_of_a_large_tensor_takes_no_room_for_its_data():
+    tracemalloc.start()
+    frame((10**8,), torch.float32)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6

@@ -1,13 +1,18 @@
-"""Which checkpoints stay."""
+"""Which checkpoints stay, and how the others go."""
+
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_ray.checkpoint import Entry, Manifest
-from areal_ray.checkpoint.retention import deletable
+from areal_ray.checkpoint import Catalog, Entry, Manifest
+from areal_ray.checkpoint.retention import Retention, deletable
 from areal_ray.config import ConfigError, KeepConfig, load
+from areal_ray.storage import LocalStorage
 from tests.unit.config.test_config import TINY
+
+from .boxes import do_damage, save_box
 
 pytestmark = pytest.mark.unit
 
@@ -59,7 +64,7 @@ def test_what_is_damaged_is_not_counted_and_not_touched():
     st.none() | st.integers(1, 50),
     st.integers(0, 3),
 )
-def test_the_newest_good_one_is_never_expendable(states, last, every_steps, best):
+def test_the_newest_good_one_is_never_deletable(states, last, every_steps, best):
     entries = [entry(step, loss, None if good else "torn") for step, good, loss in sorted(states, reverse=True)]
     gone = deletable(entries, KeepConfig(last=last, every_steps=every_steps, best=best))
     good = [e for e in entries if e.problem is None]
@@ -80,3 +85,79 @@ def test_rules_that_would_do_nothing_are_config_errors(override, key):
     with pytest.raises(ConfigError) as caught:
         load(TINY, [override])
     assert caught.value.key == key
+
+
+class Kept:
+    """A Retention over a run directory, with what it deleted and what it said."""
+
+    def __init__(self, path, **keep):
+        self.catalog, self.deleted, self.said, self.distrusted = Catalog(LocalStorage(path)), [], [], set()
+        self.retention = Retention(
+            self.catalog, KeepConfig(**keep), lambda: self.distrusted, self.deleted.append, self.said.append
+        )
+
+    @property
+    def steps(self):
+        return [step for _, step, _ in self.catalog.names()]
+
+
+@pytest.fixture
+def three(tmp_path):
+    for step in (10, 20, 30):
+        save_box(tmp_path, step)
+    return Kept(tmp_path, last=1)
+
+
+def test_what_no_rule_keeps_is_deleted_and_told(three):
+    three.retention.apply()
+    assert (three.steps, three.said) == ([30], [])
+    assert three.deleted == ["step-00000020.a1", "step-00000010.a1"]
+
+
+def test_what_is_distrusted_stays_and_is_not_counted(three):
+    three.distrusted = {"step-00000030.a1"}
+    three.retention.apply()
+    assert three.steps == [30, 20]
+
+
+def test_nothing_is_deleted_while_it_is_not_known_what_to_distrust(three):
+    def unknown():
+        raise OSError(5, "Input/output error")
+
+    three.retention._distrusted = unknown
+    three.retention.apply()
+    assert three.steps == [30, 20, 10]
+    assert three.said == ["could not look for checkpoints to delete: [Errno 5] Input/output error"]
+
+
+def test_what_cannot_be_deleted_is_said_and_tried_again(three, monkeypatch):
+    def refuse(_):
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalStorage, "delete", refuse)
+        three.retention.apply()
+    assert (three.deleted, len(three.said)) == ([], 2)
+    three.retention.clean_up(2)
+    assert three.deleted == ["step-00000020.a1", "step-00000010.a1"]  # without a manifest they are no checkpoints
+
+
+def test_what_earlier_attempts_left_unfinished_is_cleaned_up(tmp_path):
+    for attempt in (1, 2, 3):
+        do_damage(save_box(tmp_path, 10 * attempt, attempt), "manifest deleted")
+    save_box(tmp_path, 5, 1)
+    run = Kept(tmp_path)
+    run.retention.clean_up(3)
+    assert sorted(run.steps) == [5, 30]
+    assert sorted(run.deleted) == ["step-00000010.a1", "step-00000020.a2"]
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_what_a_failed_save_left_is_discarded_unless_it_was_committed(tmp_path, committed):
+    save_box(tmp_path, 10)
+    if not committed:
+        os.remove(tmp_path / "step-00000010.a1" / "manifest.json")
+    run = Kept(tmp_path)
+    run.retention.discard("step-00000010.a1")
+    assert run.steps == ([10] if committed else [])
+    assert run.deleted == []

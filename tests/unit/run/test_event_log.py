@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-from areal_ray.run import event_log
 from areal_ray.run.event_log import FileLog, ObjectLog, open_log
 from areal_ray.storage import LocalStorage
 
@@ -161,18 +160,16 @@ def test_an_object_holds_the_lines_of_one_process(objects):
     assert numbers(first) == numbers(second) == [0, 1, 2]
 
 
-def test_a_long_object_is_left_and_another_begun(objects, monkeypatch):
-    monkeypatch.setattr(event_log, "_PART_BYTES", 20)
-    log = ObjectLog(objects, at_once=True)
+def test_a_long_object_is_left_and_another_begun(objects):
+    log = ObjectLog(objects, at_once=True, part_bytes=20)
     for n in range(7):  # 9 bytes each, so that the third leads over 20
         log.append({"n": n})
     assert sorted(objects.sizes().values()) == [9, 27, 27]
     assert numbers(log) == list(range(7))
 
 
-def test_an_object_is_not_left_before_all_of_it_is_written(objects, monkeypatch):
-    monkeypatch.setattr(event_log, "_PART_BYTES", 20)
-    log = ObjectLog(objects, at_once=True)
+def test_an_object_is_not_left_before_all_of_it_is_written(objects):
+    log = ObjectLog(objects, at_once=True, part_bytes=20)
     objects.failures = 5
     for n in range(5):
         with pytest.raises(OSError, match="Input/output"):

@@ -132,7 +132,7 @@ def test_a_resumed_run_decides_as_the_undisturbed_one(before, after):
 
 def test_the_ledger_says_what_was_refused_in_numbers_that_can_be_read_back(tmp_path):
     storage, said = RunDir(LocalStorage(tmp_path)), []
-    journal = Journal(storage, 3, said.append, None, None)
+    journal = Journal(storage, 3, said.append)
     run = Run(BadStepConfig(on_bad="skip"))
     run.guard._on_bad_step = lambda refusal: journal.refused(refusal, 16, 8)
     run.take(NAN, 2.5)

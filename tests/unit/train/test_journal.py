@@ -9,7 +9,7 @@ from areal_ray.config import KeepConfig
 from areal_ray.distributed import RankError
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
-from areal_ray.train.journal import Journal
+from areal_ray.train.journal import Journal, retention
 from areal_ray.train.recovery import PendingSave
 from tests.unit.checkpoint.boxes import save_box
 
@@ -30,7 +30,7 @@ def said():
 
 @pytest.fixture
 def journal(run, said):
-    return Journal(run, 1, said.append, Catalog(run.storage), KeepConfig())
+    return Journal(run, 1, said.append, retention(run, 1, said.append, Catalog(run.storage), KeepConfig()))
 
 
 def failed(error):

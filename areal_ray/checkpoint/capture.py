@@ -1,0 +1,171 @@
+"""The state of one moment, on its way from the ranks' tensors to a committed checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.stateful import Stateful
+
+from areal_ray.checkpoint.manifest import MANIFEST, METADATA, STATE, FileRecord, Manifest
+from areal_ray.checkpoint.shard_file import ShardImage
+from areal_ray.checkpoint.tree import flatten, to_json
+from areal_ray.distributed import Ranks
+from areal_ray.storage import Storage
+
+_Written = tuple[dict[Any, Any], FileRecord] | None
+
+
+class _Plan:
+    """DCP's plan of a save: DTensors are written where they lie, replicated tensors once. A collective to make."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], ranks: Ranks) -> None:
+        self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._planner.set_up_planner(tensors, is_coordinator=ranks.rank == 0)
+        self._local = self._planner.create_local_plan()
+        plans, self.metadata = self._planner.create_global_plan(ranks.gather(self._local))
+        self._mine: SavePlan = self._planner.finish_plan(plans[ranks.rank])
+        self.indices = [item.index for item in self._mine.items]
+
+    def fits(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Whether the plan is that of these tensors too; the same names and shapes, the same parts here."""
+        other = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        other.set_up_planner(tensors, is_coordinator=self._planner.is_coordinator)
+        return bool(other.create_local_plan().items == self._local.items)
+
+    def parts(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The parts of these tensors that this rank writes, in the order of `indices`."""
+        self._planner.state_dict = tensors
+        parts = []
+        for item in self._mine.items:
+            part = self._planner.resolve_data(item)
+            assert isinstance(part, torch.Tensor), item
+            parts.append(part.detach())
+        return parts
+
+
+class Capture:
+    """Takes the state of a moment; plan and image are made at the first save and as long as the state is laid out so.
+
+    Args:
+        ranks: all ranks of the job.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._plan: _Plan | None = None
+        self._image: ShardImage | None = None
+
+    def take(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Captured:
+        """Make the directory and copy the state. A collective; arguments as for `CheckpointWriter.begin`.
+
+        Raises:
+            RankError: on every rank, if there is such a directory, or not enough memory on one of them.
+        """
+        tensors, values = flatten({name: part.state_dict() for name, part in state.items()})
+        text = to_json(values)
+
+        def prepare() -> bool:
+            if self._ranks.rank == 0:
+                directory.make()
+            return self._plan is None or not self._plan.fits(tensors)
+
+        if any(self._ranks.all_or_raise(prepare)):
+            self._lay_out(tensors)
+        plan, image = self._plan, self._image
+        assert plan is not None
+        copied = image.fill(plan.parts(tensors)) if image is not None else None
+        return Captured(directory, plan.metadata, image, copied, text, dict(info))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._image is not None:
+            self._image.close()
+        self._plan, self._image = None, None
+
+    def _lay_out(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.close()
+        plan = _Plan(tensors, self._ranks)
+
+        def allocate() -> None:
+            if plan.indices:
+                items = list(zip(plan.indices, plan.parts(tensors), strict=True))
+                self._image = ShardImage(_shard_name(self._ranks.rank), items)
+
+        self._ranks.all_or_raise(allocate)
+        self._plan = plan
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The state of one moment in host memory.
+
+    Args:
+        directory: of the checkpoint.
+        metadata: DCP's, but for where the tensors lie.
+        image: of this rank's shard file; None if it writes none.
+        copied: after this event the image is complete; None: it is.
+        text: state.json.
+        info: for the manifest.
+    """
+
+    directory: Storage
+    metadata: Metadata
+    image: ShardImage | None
+    copied: torch.cuda.Event | None
+    text: bytes
+    info: dict[str, Any]
+
+    def finish(self, write: Callable[[ShardImage], dict[str, Any]], ranks: Ranks) -> Manifest:
+        """Write and commit it. A collective.
+
+        Args:
+            write: writes the image to the directory; a manifest's record of the file.
+            ranks: all ranks of the job.
+
+        Raises:
+            RankError: on every rank, if any of them could not write.
+        """
+
+        def write_mine() -> _Written:
+            if self.image is None:
+                return None
+            if self.copied is not None:
+                self.copied.synchronize()
+            return self.image.where, FileRecord(**write(self.image))
+
+        written = ranks.all_or_raise(write_mine)
+        return ranks.on_rank_zero(lambda: self._commit(written))
+
+    def _commit(self, written: list[_Written]) -> Manifest:
+        files: dict[str, FileRecord] = {}
+        storage_data: dict[Any, Any] = {}
+        for shard in filter(None, written):
+            where, record = shard
+            storage_data.update(where)
+            files[next(iter(where.values())).relative_path] = record
+        metadata = replace(self.metadata, storage_data=storage_data, planner_data=None, storage_meta=StorageMeta())
+        files[STATE] = _write_small(self.directory, STATE, self.text)
+        files[METADATA] = _write_small(self.directory, METADATA, pickle.dumps(metadata))
+        manifest = Manifest(self.info, files)
+        # In one piece: a torn one is damage, not a save that was cut off.
+        self.directory.publish(MANIFEST, manifest.encode())
+        return manifest
+
+
+def _shard_name(rank: int) -> str:
+    return f"shard-{rank:05d}.distcp"  # a number among shards; nothing on loading depends on who wrote it
+
+
+def _write_small(directory: Storage, name: str, data: bytes) -> FileRecord:
+    """Write a small file that must not exist yet."""
+    with directory.create(name) as file:
+        file.write(data)
+    return FileRecord(len(data), xxhash.xxh3_128_hexdigest(data))
