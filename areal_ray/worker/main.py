@@ -79,7 +79,7 @@ def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: 
         faults, ranks, Control(context.submission), sidecars.standbys(config, run, ranks, nodes), watchdog
     )
     job = wire(config, engine, ranks, run, catalog, attempt, faults, session, memory_copies(config, ranks, context))
-    session.pace = sidecars.pace(config, engine, job.batches, ranks, run, nodes)
+    session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
     copy = job.recover.restore_from_memory()
     checkpoint = None if copy else job.recover.load()

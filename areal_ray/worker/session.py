@@ -51,7 +51,7 @@ class RaySession:
         self._steps, self._began = 0, time.monotonic()  # of this attempt
         self._step = 0
         # Both look at parts that are wired around this one: told of every step that is finished, and of the first.
-        self.pace: StragglerDetector | None = None
+        self.stragglers: StragglerDetector | None = None
         self.first_step: Callable[[int], None] | None = None
         self.computing: int | None = None  # the step that is being computed
         self._context = get_internal_train_context()
@@ -70,8 +70,8 @@ class RaySession:
         if self.first_step:
             self.first_step(self._step)
             self.first_step = None
-        if self.pace:
-            self.pace.after_step()
+        if self.stragglers:
+            self.stragglers.after_step()
         # The notice reaches every worker; Ray's own get_preemption_info() waits for all ranks on an actor each time.
         preempted = self._context.preemption_context.preemption_info is not None
         mine: Reason | None = "preempted" if preempted else self._asked

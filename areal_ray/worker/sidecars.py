@@ -19,7 +19,7 @@ from areal_ray.run import RunDir
 from areal_ray.worker.stragglers import StragglerDetector
 from areal_ray.worker.watchdog import Stuck, Watchdog
 
-_PACE_STEPS = 16  # between two comparisons of the ranks
+_STRAGGLER_STEPS = 16  # between two comparisons of the ranks
 
 
 def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) -> Standbys | None:
@@ -58,7 +58,7 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
     return Watchdog(config.cluster.watchdog, stuck)
 
 
-def pace(
+def stragglers(
     config: Config, engine: FSDPEngine, batches: GlobalBatches, ranks: Ranks, run: RunDir, nodes: Sequence[str]
 ) -> StragglerDetector | None:
     """In every worker; None where it would be in the way."""
@@ -71,7 +71,7 @@ def pace(
         run.note("straggler", say, **what)
 
     units = models.shard_units(engine.model, config.model.shard_units)
-    return StragglerDetector(units, lambda: batches.seconds, engine.device, ranks, _PACE_STEPS, slow)
+    return StragglerDetector(units, lambda: batches.seconds, engine.device, ranks, _STRAGGLER_STEPS, slow)
 
 
 class Stopwatch:
