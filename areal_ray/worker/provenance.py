@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from, and where a run that restores one goes on."""
+"""Provenance of a checkpoint for its manifest, and the note of where a run begins or goes on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from areal_ray.worker.receipt import receipt
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """What the manifest says about where a checkpoint comes from."""
-    # Name and place, faults and the end of this invocation do not make it another experiment.
+    """Provenance for the manifest: config, its hash, model, tokenizer and versions."""
+    # An experiment with another name, place, fault or end of this invocation has the same hash.
     lasting = dataclasses.replace(
         config,
         run=RunConfig(seed=config.run.seed),
