@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +14,30 @@ from tests.s3_server import S3Server
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Refuses tests without the marker of their tier, which `-m` would leave out unnoticed."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuses tests without the marker of their tier, which `-m` would leave out unnoticed; sorts the others."""
     tiers = {item: item.path.relative_to(HERE).parts[0] for item in items}
     wrong = {
         f"{item.path.relative_to(HERE)}: {tier}" for item, tier in tiers.items() if not item.get_closest_marker(tier)
     }
     if wrong:
         raise pytest.UsageError("no marker of the tier, `pytestmark = pytest.mark.TIER`:\n" + "\n".join(sorted(wrong)))
+    if hasattr(config, "workerinput"):  # of `pytest -n 2`: the longest tier first
+        items.sort(key=lambda item: tiers[item] != "ray")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n 2`: hands out tests file by file, and the Ray tier, which shares a cluster, as one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "tests/ray" if path.startswith("tests/ray/") else path
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")
