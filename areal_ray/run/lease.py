@@ -128,7 +128,7 @@ def _has_died(holder: dict[str, Any]) -> bool:
 
 
 def _boot() -> str:
-    """Tells one start of this machine (or of this container's process numbers) from another."""
+    """Identifier of this start of the machine, or of this container's process numbers."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()

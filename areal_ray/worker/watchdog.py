@@ -164,7 +164,7 @@ class Watchdog:
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """Where a thread is ("file:line in function"), and whether it waits for other ranks there."""
+    """A thread's place, "file:line in function", and whether it waits for other ranks there."""
     frames = []
     while frame is not None:
         frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))

@@ -77,7 +77,7 @@ def drive(tmp_path, said):
 
 
 def held_by(folder, **fields):
-    """What another driver has written; by default one on another machine."""
+    """Write the lease of another driver, by default one on another machine."""
     holder = {"id": "0123456789abcdef", "host": "elsewhere", "pid": 7, "boot": "one/1", "time": 1.0, **fields}
     (folder / NAME).write_text(json.dumps(holder))
     return holder

@@ -1,4 +1,4 @@
-"""How long is too long: learned from the durations of each phase, under a clock that the test moves."""
+"""Limits of the watchdog, learned from the durations of each phase, under a clock that the test moves."""
 
 import pytest
 
