@@ -56,8 +56,9 @@ def test_results_come_by_rank_from_the_environment_of_a_launcher() -> None:
         assert result == (rank, "hello", [str(rank), str(rank), "2", "1", "127.0.0.1", ""])
 
 
-def test_no_order_of_names_in_a_set_is_the_same_by_chance() -> None:
-    first, second = run_ranks(hash_of_a_name, 2)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_no_order_of_names_in_a_set_is_the_same_by_chance(gpu: bool) -> None:
+    first, second = run_ranks(hash_of_a_name, 2, gpu=gpu)
     assert first != second
 
 
