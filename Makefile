@@ -37,14 +37,15 @@ train: install
 submit: install
 	@$(BIN)/areal-ray submit --config $(CONFIG) $(SET)
 
+# Two processes (tests/conftest.py says who gets which test); plain `pytest tests` is the same one after the other.
 test: install
-	@$(BIN)/pytest tests -m "not gpu"
+	@$(BIN)/pytest tests -m "not gpu" -n 2
 
 test-unit: install
-	@$(BIN)/pytest tests/unit
+	@$(BIN)/pytest tests/unit -n 2
 
 test-distributed: install
-	@$(BIN)/pytest tests/distributed
+	@$(BIN)/pytest tests/distributed -m "not gpu" -n 2
 
 test-ray: install
 	@$(BIN)/pytest tests/ray

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0 done, 1 failed (diff: different), 2 wrong arguments or configuration."""
+    """Runs a command.
+
+    Returns:
+        The exit status: 0 done, 1 failed (diff: different), 2 wrong arguments or configuration.
+    """
     parser = argparse.ArgumentParser(prog="areal-ray", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_experiment(
@@ -102,7 +106,7 @@ def _chaos(arguments: argparse.Namespace) -> int:
 
 
 def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list[Check]]) -> int:
-    """Run something that checks promises in a folder, and show what it found."""
+    """Runs a tool that checks promises, in a folder, and prints its table of checks."""
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix=f"areal_ray-{name}-")).resolve()
     if folder.is_dir() and any(folder.iterdir()):
         print(f"areal-ray {name}: {folder} is not empty", file=sys.stderr)
@@ -133,21 +137,21 @@ def _driver_train(config: Any, arguments: argparse.Namespace) -> int:
 
     if os.environ.get("RAY_ADDRESS"):
         use_token()
-    # What has Ray already may have a cluster, too.
-    template = fork_server_for(config, PREPARATION) if "ray" not in sys.modules else None
+    # A process that has imported Ray may have a cluster, too.
+    fork_server = fork_server_for(config, PREPARATION) if "ray" not in sys.modules else None
     try:
         # A cluster that runs is asked for the first processes before this one imports what it needs itself.
-        with cluster(config, template) if answering() else nullcontext():
-            return _drive(config, arguments.overrides, template, plugin.search_path(arguments.config))
+        with cluster(config, fork_server) if answering() else nullcontext():
+            return _drive(config, arguments.overrides, fork_server, plugin.search_path(arguments.config))
     finally:
-        if template:
-            template.close()
+        if fork_server:
+            fork_server.close()
 
 
-def _drive(config: Any, overrides: Sequence[str], template: Any, search_path: tuple[str, ...]) -> int:
+def _drive(config: Any, overrides: Sequence[str], fork_server: Any, search_path: tuple[str, ...]) -> int:
     from areal_ray.driver.main import train  # imports Ray and torch: seconds that a typing error need not wait for
 
-    return train(config, overrides, template, search_path)
+    return train(config, overrides, fork_server, search_path)
 
 
 def _with_config(arguments: argparse.Namespace, run: Callable[[Any], int]) -> int:

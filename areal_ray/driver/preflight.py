@@ -1,4 +1,4 @@
-"""Everything that can be checked before anything is trained or written."""
+"""Preflight checks: every mistake that can be found before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from areal_ray.storage import LocalStorage, Storage, storage_at
 
 
 def prepare(config: Config) -> tuple[RunDir, Config]:
-    """Check what can be checked without a cluster, and fix paths.
+    """Checks a config, model, data and run directory without a cluster, and makes the storage path absolute.
 
     Returns:
         The run directory, and the config with an absolute storage path.
@@ -80,7 +80,7 @@ def _check_weights(config: Config) -> None:
 
 
 def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) -> None:
-    """Compare what a checkpoint says of its run with what is asked for, where nobody could go on with a difference."""
+    """Compares a checkpoint's run with the one that is asked for, in all that must not differ to go on."""
     if not {"model", "seed", "data"} <= set(saved):
         return  # an engine's own save, put here by hand; the workers compare the state itself
     before, now = saved["model"], redact(asdict(config.model))

@@ -1,4 +1,4 @@
-"""Hand an experiment to a running cluster and follow it."""
+"""Submits an experiment to a running cluster and follows its output."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ or name another:  export RAY_API_SERVER_ADDRESS=http://HEAD:8265
 
 
 def submit(config: str, overrides: Sequence[str], address: str | None = None) -> int:
-    """Upload this folder, run jobs/train.py on the cluster, show its output; the job's own exit status.
+    """Uploads the current folder, runs jobs/train.py on the cluster and shows its output.
 
     Args:
         config: an experiment's file, below the current folder.
         overrides: key=value strings.
-        address: of the dashboard; default RAY_API_SERVER_ADDRESS, then this machine.
+        address: the dashboard's URL; default RAY_API_SERVER_ADDRESS, then this machine.
+
+    Returns:
+        The job's exit status; 1 if no cluster answers, 2 without jobs/train.py in the current folder.
     """
     use_token()
     from ray.job_submission import JobStatus, JobSubmissionClient

@@ -1,4 +1,4 @@
-"""One driver at a time on a run directory."""
+"""Lease of a run directory: one driver at a time works on it."""
 
 from __future__ import annotations
 
@@ -15,39 +15,47 @@ from typing import Any
 from areal_ray.storage import Storage
 
 _NAME = "driver.json"
-_RENEW_S = 3.0
-_EXPIRES_S = 15.0  # without a renewal; five of them have failed by then
-_SETTLE_S = 0.3  # between writing the lease and looking whose it is: two who find none may both write
 
 
 class RunInUse(ValueError):
-    """Another driver works on this run directory; says where."""
+    """Another driver works on this run directory; the message says on which machine and as which process."""
 
 
 @contextmanager
-def hold_lease(run: Storage, lost: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lease of a run directory while the block lasts.
+def hold_lease(
+    run: Storage,
+    lost: Callable[[], None],
+    say: Callable[[str], None],
+    *,
+    renew_s: float = 3.0,
+    expires_s: float = 15.0,
+    settle_s: float = 0.3,
+) -> Iterator[None]:
+    """Holds the lease of a run directory while the block lasts.
 
-    That of a driver which was killed is waited for until it expires, or taken at once if it ran on this machine (and in
-    this container). Clocks are not compared: a lease is alive if its file changes while one looks.
+    The lease of a driver that was killed is taken when it expires, or at once if that driver ran on this machine (and
+    in this container). Clocks are not compared: a lease is alive if its file changes while one looks.
 
     Args:
         run: the run directory.
-        lost: called, from another thread, if somebody else has taken the lease: this driver was not heard of for long.
+        lost: called, from another thread, if another driver has taken the lease because this one could not renew it.
         say: prints a line for the user.
+        renew_s: seconds between two renewals.
+        expires_s: seconds without a renewal after which a lease is taken; by default five renewals have failed by then.
+        settle_s: seconds between writing the lease and reading it back: two drivers that find none may both write.
 
     Raises:
         RunInUse: if another driver is alive.
         OSError: if the storage cannot be read or written.
     """
-    _wait_for_others(run, say)
+    _wait_for_others(run, say, renew_s, expires_s)
     mine = {"id": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot()}
     _write(run, mine)
-    time.sleep(_SETTLE_S)
+    time.sleep(settle_s)
     if (now := _read(run)) is not None and now["id"] != mine["id"]:
         raise RunInUse(_sentence(run, now))
     ended = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(run, mine, lost, say, ended), name="lease", daemon=True)
+    keeper = threading.Thread(target=_keep, args=(run, mine, lost, say, ended, renew_s), name="lease", daemon=True)
     keeper.start()
     try:
         yield
@@ -59,14 +67,14 @@ def hold_lease(run: Storage, lost: Callable[[], None], say: Callable[[str], None
                 run.remove(_NAME)
 
 
-def _wait_for_others(run: Storage, say: Callable[[str], None]) -> None:
+def _wait_for_others(run: Storage, say: Callable[[str], None], renew_s: float, expires_s: float) -> None:
     seen = _read(run)
     if seen is None or _has_died(seen):
         return
     began = time.monotonic()
-    say(f"{_sentence(run, seen)}; waiting {_EXPIRES_S:.0f} s to see whether it is alive")
-    while time.monotonic() - began < _EXPIRES_S:
-        time.sleep(_RENEW_S / 3)
+    say(f"{_sentence(run, seen)}; waiting {expires_s:.0f} s to see whether it is alive")
+    while time.monotonic() - began < expires_s:
+        time.sleep(renew_s / 3)
         now = _read(run)
         if now is None:
             return
@@ -75,9 +83,14 @@ def _wait_for_others(run: Storage, say: Callable[[str], None]) -> None:
 
 
 def _keep(
-    run: Storage, mine: dict[str, Any], lost: Callable[[], None], say: Callable[[str], None], ended: threading.Event
+    run: Storage,
+    mine: dict[str, Any],
+    lost: Callable[[], None],
+    say: Callable[[str], None],
+    ended: threading.Event,
+    renew_s: float,
 ) -> None:
-    while not ended.wait(_RENEW_S):
+    while not ended.wait(renew_s):
         try:
             now = _read(run)
             if now is not None and now["id"] != mine["id"]:
@@ -92,7 +105,7 @@ def _keep(
 def _read(run: Storage) -> dict[str, Any] | None:
     try:
         return dict(json.loads(run.read(_NAME)))
-    except (FileNotFoundError, ValueError):  # none, or the half of one
+    except (FileNotFoundError, ValueError):  # none, or a torn one
         return None
 
 
@@ -115,7 +128,7 @@ def _has_died(holder: dict[str, Any]) -> bool:
 
 
 def _boot() -> str:
-    """Tells one start of this machine (or of this container's process numbers) from another."""
+    """Identifier of this start of the machine, or of this container's process numbers."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()

@@ -14,9 +14,11 @@ _PASSING = ("run.name", "run.storage_path", "run.s3", "run.recover", "run.allow_
 
 @dataclass(frozen=True)
 class Receipt:
-    """Args:
-    before, now: step, samples, epoch, lr, optimizer_step, global_batch, world_size, mesh.
-    changed: keys of the config that are not what they were, as [before, now].
+    """Position of a run in its checkpoint and after the restore.
+
+    Args:
+        before, now: step, samples, epoch, lr, optimizer_step, global_batch, world_size, mesh.
+        changed: [before, now] by key of the config, for the keys that differ.
     """
 
     before: dict[str, Any]
@@ -24,11 +26,11 @@ class Receipt:
     changed: dict[str, list[Any]]
 
     def event(self) -> dict[str, Any]:
-        """For the ledger."""
+        """Fields for the event log."""
         return {"before": self.before, "now": self.now, "changed": self.changed}
 
     def text(self) -> str:
-        """For the screen: every value once, both where they differ."""
+        """Lines for the console: every value once, both where they differ."""
         shown = [f"{name.replace('_', ' ')} {self._both(name)}" for name in self.now]
         lines = ["  " + ", ".join(shown)]
         lines += [f"  changed: {key} {before} -> {now}" for key, (before, now) in self.changed.items()]
@@ -42,14 +44,14 @@ class Receipt:
 def receipt(
     saved: Mapping[str, Any], saved_info: Mapping[str, Any], live: Mapping[str, Any], live_info: Mapping[str, Any]
 ) -> Receipt:
-    """Compare a checkpoint with the objects that were brought to its state.
+    """Compares a checkpoint with the objects that were restored from it.
 
     Args:
         saved, live: plain values of the state, by object, as in state.json: progress, data, engine.
         saved_info, live_info: world_size, mesh and the redacted config, as in the manifest.
 
     Raises:
-        ValueError: if step, optimizer step and cursor contradict each other, or are not what was saved.
+        ValueError: if step, optimizer step and cursor contradict each other, or differ from the saved ones.
     """
     before, now = _position(saved, saved_info), _position(live, live_info)
     for where, place in (("the checkpoint", before), ("the restored run", now)):

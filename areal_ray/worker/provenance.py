@@ -15,8 +15,8 @@ from areal_ray.config import Config, RunConfig, dump, redact
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """What the manifest says about where a checkpoint comes from."""
-    # Name and place, faults and the end of this invocation do not make it another experiment.
+    """Provenance for the manifest: config, its hash, model, tokenizer and versions."""
+    # An experiment with another name, place, fault or end of this invocation has the same hash.
     lasting = dataclasses.replace(
         config,
         run=RunConfig(seed=config.run.seed),

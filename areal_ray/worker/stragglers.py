@@ -1,4 +1,4 @@
-"""Which rank is slow: every rank's own time, without the time that it waits for others."""
+"""Detects slow ranks: compares every rank's own time, without the time that it waits for others."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 from areal_ray.distributed import Ranks
 
-_FACTOR = 2.0  # so many times the median of the others is slow
-_SHARE = 0.1  # of a step's time; less than that costs nobody anything
-_WINDOWS = 2  # in a row, before it is said
+_FACTOR = 2.0  # times the median of the others, from which on a rank is slow
+_SHARE = 0.1  # of a step's time that a slow rank must cost
+_WINDOWS = 2  # slow comparisons in a row before a rank is reported
 
 
 class StragglerDetector:
@@ -24,12 +24,13 @@ class StragglerDetector:
     unit's parameters being there and its output: it has no collective in it.
 
     Args:
-        units: modules that are gathered and computed as one; their hooks must have been set before.
-        making: seconds that this rank has spent on making batches so far.
-        device: of the computation; on CUDA the device's own clock is read.
+        units: modules that are gathered and computed as one; FSDP's hooks must have been set before.
+        making: returns the seconds that this rank has spent on making batches so far.
+        device: device of the computation; on CUDA its own clock is read.
         ranks: all ranks.
         every: steps between two comparisons.
-        slow: told on rank 0 of a rank that is slow: its number, its seconds per step, the median of the others.
+        slow: called on rank 0 for a slow rank: its number, its seconds per step, the median of the others.
+        clock: seconds, monotonic; for a step's time, and on the CPU for that of the units.
     """
 
     def __init__(
@@ -40,13 +41,14 @@ class StragglerDetector:
         ranks: Ranks,
         every: int,
         slow: Callable[[int, float, float], None],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._making, self._cuda = making, device.type == "cuda"
+        self._making, self._cuda, self._clock = making, device.type == "cuda", clock
         self._ranks, self._every, self._slow = ranks, every, slow
         self._seconds = 0.0
         self._open: dict[nn.Module, Any] = {}
         self._pairs: list[tuple[Any, Any]] = []
-        self._steps, self._made, self._began = 0, 0.0, time.monotonic()
+        self._steps, self._made, self._began = 0, 0.0, clock()
         self._in_a_row: dict[int, int] = {}
         for unit in units:
             unit.register_forward_pre_hook(self._enter)
@@ -54,7 +56,7 @@ class StragglerDetector:
 
     def _now(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return self._clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -70,14 +72,14 @@ class StragglerDetector:
             self._seconds += ended - began
 
     def after_step(self) -> None:
-        """A step is finished. A collective once in `every` calls."""
+        """Counts a finished step; every `every` steps compares the ranks, a collective."""
         self._steps += 1
         if self._steps < self._every:
             return
         if self._cuda:  # the step's numbers have been read, so all of this has happened
             self._seconds = sum(began.elapsed_time(ended) for began, ended in self._pairs) / 1e3
             self._pairs = []
-        made, now = self._making(), time.monotonic()
+        made, now = self._making(), self._clock()
         own = (self._seconds + made - self._made) / self._steps
         wall = (now - self._began) / self._steps
         self._seconds, self._made, self._steps, self._began = 0.0, made, 0, now

@@ -1,7 +1,7 @@
-"""Hangs turned into deaths: a thread beside training ends a process that makes no progress, so that it is restarted.
+"""Ends a process that makes no progress, from a thread beside training, so that it is restarted.
 
-What no launcher sees (a rank stuck in a collective whose peer is gone, a deadlock, a read that never returns) looks
-like a long step from outside. How long is too long is learned from the run itself, phase by phase.
+A hang (a rank in a collective whose peer is gone, a deadlock, a read that never returns) looks like a long step from
+outside, and no launcher sees it. How long is too long is learned from the run itself, phase by phase.
 """
 
 from __future__ import annotations
@@ -25,26 +25,23 @@ from areal_ray.run.stack_frames import innermost
 EXIT_STATUS = 86  # of a process that was ended because it was stuck
 _REGULAR = ("step", "evaluate")  # take much the same time again and again; a save may wait for slow storage
 _STORAGE, _STORAGE_FACTOR = ("save", "finish"), 4
-_TICK_S = 0.25
-_ENOUGH = 3  # durations of a phase from which on it is known what is usual
+_ENOUGH = 3  # durations of a phase that tell its usual one
 _EARLY = 6  # times the floor, before that: the first steps compile, allocate and connect
-_GRACE_S = 1.5  # a rank that waits for others lets them say first what is the matter
-_LAST_RESORT_S = 10.0  # after the limit, should the interpreter itself be stuck
 _WAITING = re.compile(r"/torch/distributed/")
 _DEVICE = re.compile(r"/areal_ray/engine/|/torch/")  # innermost: it waits for kernels, among them collectives
 
 
 @dataclass(frozen=True)
 class Stuck:
-    """What is known of a process that makes no progress.
+    """Report on a process that makes no progress.
 
     Args:
-        phase: what it does.
-        step: that it computes; None if it computes none.
-        seconds: for how long.
+        phase: its phase, as told to `Watchdog.beat`.
+        step: the step that it computes; None if it computes none.
+        seconds: time since the last beat.
         where: "file:line in function", the innermost frame of the user's code (else of any).
         waiting: whether it waits for other ranks, and so is not the cause.
-        stacks: of all threads.
+        stacks: stacks of all threads.
     """
 
     phase: str
@@ -56,21 +53,34 @@ class Stuck:
 
 
 class Watchdog:
-    """Watches the thread that made it, from a thread that needs nothing of it.
+    """Watches the thread that constructs it, from a thread of its own.
 
     Args:
         limits: how long is too long.
-        stuck: told before the process ends; may write files and take its time, up to a few seconds.
-        end: ends the process.
+        stuck: called with the report before the process ends; may write files, and take a few seconds.
+        end: ends the process, with its exit status.
+        tick_s: seconds between two looks.
+        grace_s: seconds beyond its limit for a rank that waits for others: the cause reports first.
+        last_resort_s: seconds beyond its limit after which C code ends the process, should the interpreter hang.
+        clock: seconds, monotonic.
     """
 
     def __init__(
-        self, limits: WatchdogConfig, stuck: Callable[[Stuck], None], end: Callable[[int], object] = os._exit
+        self,
+        limits: WatchdogConfig,
+        stuck: Callable[[Stuck], None],
+        end: Callable[[int], object] = os._exit,
+        *,
+        tick_s: float = 0.25,
+        grace_s: float = 1.5,
+        last_resort_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._stuck, self._end = limits, stuck, end
+        self._tick_s, self._grace_s, self._last_resort_s, self._clock = tick_s, grace_s, last_resort_s, clock
         self._watched = threading.get_ident()
         self._usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
-        self._phase, self._since = "start", time.monotonic()
+        self._phase, self._since = "start", clock()
         self._step: int | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -87,21 +97,26 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """The watched thread is alive and begins this phase: step, evaluate, save, ...; in a step, which one."""
-        now = time.monotonic()
+        """Tells that the watched thread is alive and begins a phase.
+
+        Args:
+            phase: step, evaluate, save, finish, ...
+            step: the number of the step, where it is one.
+        """
+        now = self._clock()
         self._usual[self._phase].append(now - self._since)
         self._phase, self._since, self._step = phase, now, step
         self._arm()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Ends the watch."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
         if self._thread.is_alive():
             self._thread.join()
 
     def limit(self) -> float:
-        """Seconds without a beat after which this phase counts as stuck."""
+        """Seconds without a beat after which the present phase counts as stuck."""
         usual, limits = self._usual[self._phase], self._limits
         if self._phase not in _REGULAR or not usual:
             # A save that was cut off would begin again, and never be finished.
@@ -113,29 +128,43 @@ class Watchdog:
     def _arm(self) -> None:
         # A thread in C: it ends the process even if no Python thread runs any more, with the stacks in its log.
         assert sys.__stderr__ is not None
-        faulthandler.dump_traceback_later(self.limit() + _LAST_RESORT_S, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.limit() + self._last_resort_s, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:
-        last = time.monotonic()
-        while not self._stopped.wait(_TICK_S):
-            now = time.monotonic()
-            if now - last > 4 * _TICK_S:  # this process was stopped as a whole, and goes on now: no fault of training
-                self._since += now - last
-            last = now
-            phase, since, step, limit = self._phase, self._since, self._step, self.limit()
-            if now - since < limit:
-                continue
-            where, waiting = _place(sys._current_frames().get(self._watched))
-            if waiting and now - since < limit + _GRACE_S:
-                continue
-            if since == self._since:
-                self._stuck(Stuck(phase, step, now - since, where, waiting, _stacks()))
-                self._end(EXIT_STATUS)
+        last = self._clock()
+        while not self._stopped.wait(self._tick_s):
+            now = self._clock()
+            if self.look(now, now - last):
                 return
+            last = now
+
+    def look(self, now: float, passed: float) -> bool:
+        """Looks at the watched thread once, and ends the process if it is stuck.
+
+        Args:
+            now: the clock's time.
+            passed: seconds since the look before.
+
+        Returns:
+            Whether the process was ended.
+        """
+        if passed > 4 * self._tick_s:  # this process was stopped as a whole, and goes on now: no fault of training
+            self._since += passed
+        phase, since, step, limit = self._phase, self._since, self._step, self.limit()
+        if now - since < limit:
+            return False
+        where, waiting = _place(sys._current_frames().get(self._watched))
+        if waiting and now - since < limit + self._grace_s:
+            return False
+        if since != self._since:  # a beat at the last moment
+            return False
+        self._stuck(Stuck(phase, step, now - since, where, waiting, _stacks()))
+        self._end(EXIT_STATUS)
+        return True
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """Where a thread is ("file:line in function"), and whether it waits for other ranks there."""
+    """A thread's place, "file:line in function", and whether it waits for other ranks there."""
     frames = []
     while frame is not None:
         frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))

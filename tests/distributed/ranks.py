@@ -1,17 +1,27 @@
-"""Ranks of a process group, spawned inside pytest: no launcher, no Ray, nothing left behind."""
+"""Ranks of a process group, forked for pytest: no launcher, no Ray, nothing left behind."""
 
 from __future__ import annotations
 
-import multiprocessing
+import atexit
 import os
 import pickle
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from functools import cache
+from multiprocessing.connection import wait
 from typing import Any
+
+from tests.distributed.rank_server import RankServer
+
+_MODULES = (
+    "areal_ray.engine",
+    "areal_ray.train.journal",
+    "areal_ray.train.loop",
+    "pytest",
+    "torch._dynamo",  # the first optimizer does
+    "transformers.models.qwen3.modeling_qwen3",
+)
 
 
 class RankFailed(RuntimeError):
@@ -35,60 +45,60 @@ def run_ranks(
     Raises:
         RankFailed: as soon as one rank fails or the time is over; the others are ended then.
     """
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
-    environment |= {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-    job = pickle.dumps((function, args))  # opened in the child after its environment is set: it imports torch
-    context = multiprocessing.get_context("spawn")
-    processes, pipes = [], {}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
+    environment = {**os.environ, **_environment(gpu), **common}
+    job = pickle.dumps((function, args))
+    servers = [_server(gpu, parity) for parity in range(min(world_size, 2))]
     deadline = time.monotonic() + time_limit_s
+    for parity, server in enumerate(servers):
+        ranks = [str(rank) for rank in range(parity, world_size, 2)]
+        server.fork({int(rank): {**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks}, job)
+    busy, results = {server.connection: server for server in servers}, {}
     try:
-        for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(context.Process(target=_child, args=(theirs, own, job), daemon=True))
-            processes[rank].start()
-            theirs.close()  # so that the end of the child is the end of the pipe
-            pipes[ours] = rank
-        results: dict[int, Any] = {}
-        while len(results) < world_size:
-            ready = wait([pipe for pipe, rank in pipes.items() if rank not in results], deadline - time.monotonic())
+        while busy:
+            ready = wait(list(busy), max(0.0, deadline - time.monotonic()))
+            if not ready and len(results) == world_size:  # they have said all, and do not end
+                break
             if not ready:
                 late = sorted(set(range(world_size)) - set(results))
                 raise RankFailed(f"ranks {late} were not done after {time_limit_s} s")
-            for pipe in ready:
-                results[pipes[pipe]] = _receive(pipe, pipes[pipe], processes[pipes[pipe]])  # type: ignore[arg-type,index]
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+            for connection in ready:
+                message = connection.recv()  # type: ignore[union-attr]
+                if message is None:
+                    del busy[connection]  # type: ignore[arg-type]
+                    continue
+                results[message[0]] = _result(*message)
+                if len(results) == world_size:
+                    for server in servers:
+                        server.leave()
         return [results[rank] for rank in range(world_size)]
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        for server in busy.values():
+            server.end()
 
 
-def _receive(pipe: Connection, rank: int, process: Any) -> Any:
-    try:
-        failure, result = pickle.loads(pipe.recv_bytes())  # noqa: S301  (from our own child)
-    except EOFError:
-        process.join()
-        raise RankFailed(f"rank {rank} died, exit code {process.exitcode}") from None
+@cache
+def _server(gpu: bool, parity: int) -> RankServer:
+    """The server of the ranks with even or with odd numbers: two, as the hashes of strings differ between them.
+
+    An order of names in a set that ranks rely on to be the same would show. A GPU's ranks import torch themselves.
+    """
+    server = RankServer({**_environment(gpu), "PYTHONHASHSEED": "random"}, () if gpu else _MODULES)
+    atexit.register(server.close)
+    return server
+
+
+def _environment(gpu: bool) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def _result(rank: int, outcome: bytes | None, exit_code: int | None) -> Any:
+    if outcome is None:
+        raise RankFailed(f"rank {rank} died, exit code {exit_code}")
+    failure, result = pickle.loads(outcome)  # noqa: S301  (from our own child)
     if failure is not None:
         raise RankFailed(f"rank {rank} failed:\n{failure}")
     return result
-
-
-def _child(pipe: Connection, environment: dict[str, str], job: bytes) -> None:
-    os.environ.update(environment)
-    try:
-        function, args = pickle.loads(job)  # noqa: S301  (from our own parent)
-        outcome = (None, function(int(environment["RANK"]), *args))
-    except BaseException:  # noqa: BLE001  (raised again in the parent)
-        outcome = (traceback.format_exc(), None)
-    pipe.send_bytes(pickle.dumps(outcome))
-    distributed = sys.modules.get("torch.distributed")
-    if outcome[0] is None and distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _free_port() -> int:

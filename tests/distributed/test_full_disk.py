@@ -20,7 +20,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.small import differing, erase, snapshot, start_engine, train
 from tests.small_disk import SmallDisk, small_disk
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 GOOD, NO_ROOM, LATER = "step-00000001.a1", "step-00000002.a1", "step-00000003.a1"
 WRITERS = ("at once", "beside the training")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed.ranks import RankFailed, run_ranks
 
@@ -30,6 +32,21 @@ def one_dies(rank: int) -> None:
     os._exit(7) if rank == 1 else signal.pause()
 
 
+def hash_of_a_name(rank: int) -> int:
+    return hash("lm_head.weight")
+
+
+def needs_rank_0(rank: int) -> bytes:
+    """Rank 0 has the store, and is done at once."""
+    dist.init_process_group("gloo")
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        time.sleep(0.3)
+        store.set("word", "late")
+        return bytes(store.get("word"))
+    return b""
+
+
 def wait_for_ever(rank: int) -> None:
     signal.pause()
 
@@ -37,6 +54,16 @@ def wait_for_ever(rank: int) -> None:
 def test_results_come_by_rank_from_the_environment_of_a_launcher() -> None:
     for rank, result in enumerate(run_ranks(look_around, 2, "hello")):
         assert result == (rank, "hello", [str(rank), str(rank), "2", "1", "127.0.0.1", ""])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_no_order_of_names_in_a_set_is_the_same_by_chance(gpu: bool) -> None:
+    first, second = run_ranks(hash_of_a_name, 2, gpu=gpu)
+    assert first != second
+
+
+def test_a_rank_that_is_done_stays_for_the_others() -> None:
+    assert run_ranks(needs_rank_0, 2) == [b"", b"late"]
 
 
 def test_a_failure_carries_the_traceback_and_ends_the_others(tmp_path: Path) -> None:

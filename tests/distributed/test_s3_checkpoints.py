@@ -24,7 +24,7 @@ from tests.distributed.small import FINE, attempt, differing, erase, snapshot, s
 from tests.s3_server import S3Server
 from tests.unit.checkpoint.boxes import Box
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 class Switch:

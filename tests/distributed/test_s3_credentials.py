@@ -12,7 +12,7 @@ from tests.distributed.s3 import write
 from tests.s3_proxy import S3Proxy
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from areal_ray.storage import Storage, s3
 from tests.distributed.s3 import write
 from tests.s3_proxy import S3Proxy
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_a_directory_says_what_is_directly_in_it(storage: Storage) -> None:

@@ -10,7 +10,7 @@ from areal_ray.storage import Storage, storage_at
 from tests.distributed.s3 import DOWN, outage
 from tests.s3_server import S3Server
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_events_of_two_processes_are_merged_by_time(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

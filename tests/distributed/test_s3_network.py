@@ -12,7 +12,7 @@ from tests.distributed.s3 import DOWN, outage, write
 from tests.s3_proxy import S3Proxy
 from tests.s3_server import S3Server
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(

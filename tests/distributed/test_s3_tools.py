@@ -18,7 +18,7 @@ from areal_ray.storage import Storage, s3
 from areal_ray.tools import checkpoints
 from tests.distributed.s3 import flip, save_box, write
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_two_saves_under_one_name_leave_the_first(storage: Storage) -> None:

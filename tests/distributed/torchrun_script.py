@@ -7,6 +7,7 @@ sys.modules["ray"] = None  # type: ignore[assignment]  # from here on `import ra
 import importlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import pkgutil  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -16,7 +17,10 @@ import torch.nn.functional as F  # noqa: E402
 from areal_ray.config import load  # noqa: E402
 from areal_ray.engine import FSDPEngine, SaveLoadMeta  # noqa: E402
 
-LOWER_FLOORS = ["cadence", "ckpt", "data", "evaluation", "faults", "goodput", "loop", "recover", "rundir", "tracking"]
+WITHOUT_RAY = [
+    *("config", "storage", "run", "processes", "distributed", "data", "models", "checkpoint", "engine", "train"),
+    *("tools.checkpoints", "tools.export"),
+]
 
 
 def loss_fn(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -28,8 +32,10 @@ def loss_weight_fn(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def main(config: str, out: str, *overrides: str) -> None:
-    for name in LOWER_FLOORS:
-        importlib.import_module(f"areal_ray.{name}")
+    for name in WITHOUT_RAY:
+        module = importlib.import_module(f"areal_ray.{name}")
+        for _, inside, _ in pkgutil.iter_modules(getattr(module, "__path__", [])):
+            importlib.import_module(f"areal_ray.{name}.{inside}")
     engine = FSDPEngine(load(config, overrides))
     engine.initialize()
     generator = torch.Generator().manual_seed(int(os.environ["RANK"]))

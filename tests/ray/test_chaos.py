@@ -12,7 +12,7 @@ from areal_ray.cli.main import main as run_cli
 
 from .conftest import EXPERIMENT, ROOT, SMALL
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def chaos(tmp_path, *arguments, minutes, seed, environment=None):

@@ -12,7 +12,7 @@ from areal_ray.tools import checkpoints
 from ..small_disk import small_disk
 from .conftest import Run
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NO_SPACE = "No space left on device"
 

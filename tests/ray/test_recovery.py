@@ -29,11 +29,13 @@ def reservations() -> dict[str, str]:
 
 
 def keepers() -> set[psutil.Process]:
-    """Processes that keep memory."""
+    """Processes that keep memory, but for those that are there for tests beside this one (`pytest -n 2`)."""
+    beside = {str(process.pid) for process in psutil.Process().parent().children()}  # who owns a keeper is an argument
+    commands = {each: set(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])}
     return {
         each
-        for each in psutil.process_iter(["cmdline"])
-        if "areal_ray.processes.memory_keeper" in (each.info["cmdline"] or [])
+        for each, command in commands.items()
+        if "areal_ray.processes.memory_keeper" in command and not beside & command
     }
 
 

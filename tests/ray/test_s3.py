@@ -15,7 +15,7 @@ from areal_ray.tools import checkpoints
 from tests.ray.conftest import EXPERIMENT, SMALL
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 class Run:

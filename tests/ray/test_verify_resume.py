@@ -8,7 +8,7 @@ from areal_ray.cli.main import main as run_cli
 
 from .conftest import EXPERIMENT, SMALL
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_the_tiny_experiment_keeps_what_is_promised(tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""How make bench counts under kills: a clock that stands between turns, steps that are paid for in its time."""
+"""Goodput of make bench under kills: a clock that stands between turns, and steps paid for in its time."""
 
 import argparse
 from types import SimpleNamespace

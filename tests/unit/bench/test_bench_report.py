@@ -1,4 +1,4 @@
-"""What make bench says of its figures: medians, paired ratios, promises, the file that it keeps, Markdown."""
+"""The report of make bench: medians, paired ratios, promises, the file that it keeps, Markdown."""
 
 import json
 

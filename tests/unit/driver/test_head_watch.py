@@ -5,7 +5,6 @@ import threading
 
 import pytest
 
-from areal_ray.driver import head_watch
 from areal_ray.driver.connect import answering
 from areal_ray.driver.head_watch import watching
 
@@ -14,12 +13,8 @@ pytestmark = pytest.mark.unit
 LIMIT_S = 30  # for what must come; far less is needed
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(head_watch, "_LOOK_S", 0.01)
-    monkeypatch.setattr(head_watch, "_SAY_S", 0.05)
-    monkeypatch.setattr(head_watch, "_BEFORE_S", 0.0)
-    monkeypatch.setattr(head_watch, "_RAY_GIVES_UP_S", LIMIT_S)
+def quickly(address, say, lost, lost_after_s=LIMIT_S):
+    return watching(address, say, lost, look_s=0.01, say_after_s=0.05, lost_after_s=lost_after_s)
 
 
 class Said:
@@ -50,7 +45,7 @@ def never():
 def test_a_head_node_that_is_away_for_a_while_is_said_to_be_away_and_back():
     server, address = listen()
     said = Said()
-    with watching(address, said, never):
+    with quickly(address, said, never):
         server.close()
         said.wait_for(1)
         again, _ = listen(int(address.rpartition(":")[2]))
@@ -61,8 +56,7 @@ def test_a_head_node_that_is_away_for_a_while_is_said_to_be_away_and_back():
     assert "answers again" in said.lines[1]
 
 
-def test_a_head_node_that_stays_away_is_given_up_once(monkeypatch):
-    monkeypatch.setattr(head_watch, "_RAY_GIVES_UP_S", 0.1)
+def test_a_head_node_that_stays_away_is_given_up_once():
     server, address = listen()
     server.close()
     lost, count = threading.Event(), []
@@ -71,7 +65,7 @@ def test_a_head_node_that_stays_away_is_given_up_once(monkeypatch):
         count.append(1)
         lost.set()
 
-    with watching(address, lambda _: None, give_up):
+    with quickly(address, lambda _: None, give_up, lost_after_s=0.1):
         assert lost.wait(LIMIT_S)
     assert count == [1]
 
@@ -79,7 +73,7 @@ def test_a_head_node_that_stays_away_is_given_up_once(monkeypatch):
 def test_of_one_that_answers_nothing_is_said():
     server, address = listen()
     said = Said()
-    with watching(address, said, never):
+    with quickly(address, said, never):
         server.settimeout(LIMIT_S)
         for _ in range(3):  # looks
             server.accept()[0].close()

@@ -8,6 +8,7 @@ import pytest
 
 from areal_ray.config import ConfigError, load
 from areal_ray.driver.main import _record, prepare
+from areal_ray.storage import s3
 from tests.unit.checkpoint.boxes import save_box
 
 pytestmark = pytest.mark.unit
@@ -47,7 +48,8 @@ def test_a_relative_storage_path_becomes_absolute(config, tmp_path, monkeypatch)
     assert prepare(config("run.storage_path=runs"))[1].run.storage_path == str(tmp_path / "runs")
 
 
-def test_what_cannot_be_is_found_before_anything_starts(config):
+def test_what_cannot_be_is_found_before_anything_starts(config, monkeypatch):
+    monkeypatch.setattr(s3, "_ATTEMPTS", 1)  # else it asks for a bucket that is not there for twenty seconds
     assert key_of(config("run.storage_path=s3://bucket/runs")) == "run.storage_path"
     assert key_of(config("model.config.vocab_size=100")) == "model.config.vocab_size"
     assert key_of(config("train.seq_len=1024")) == "data.paths"

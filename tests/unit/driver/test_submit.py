@@ -16,7 +16,7 @@ FACTORY = ["model=pretrained", "model.path=null", "model.factory=package.module:
 
 @pytest.fixture
 def submitted(monkeypatch):
-    """What was handed to a cluster; there is none."""
+    """Jobs that a cluster would have been handed; there is none."""
     jobs = []
 
     def submit(config, overrides):

@@ -1,4 +1,4 @@
-"""One driver at a time on a run directory: who has died is followed, who is alive is left alone."""
+"""The lease of a run directory: a dead driver is followed, one that is alive is left alone."""
 
 import json
 import os
@@ -59,13 +59,6 @@ class Renewed(LocalStorage):
         return json.dumps({**json.loads(super().read(name)), "time": secrets.token_hex(4)}).encode()
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(lease, "_RENEW_S", 0.02)
-    monkeypatch.setattr(lease, "_EXPIRES_S", 0.2)
-    monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
-
-
 @pytest.fixture
 def said():
     return []
@@ -75,15 +68,16 @@ def said():
 def drive(tmp_path, said):
     """Take the lease; what is lost is told to the Event `drive.lost`."""
 
-    def drive(run=None):
-        return hold_lease(run or LocalStorage(tmp_path), drive.lost.set, said.append)
+    def drive(run=None, expires_s=0.2):
+        run = run or LocalStorage(tmp_path)
+        return hold_lease(run, drive.lost.set, said.append, renew_s=0.02, expires_s=expires_s, settle_s=0.0)
 
     drive.lost = threading.Event()
     return drive
 
 
 def held_by(folder, **fields):
-    """What another driver has written; by default one on another machine."""
+    """Write the lease of another driver, by default one on another machine."""
     holder = {"id": "0123456789abcdef", "host": "elsewhere", "pid": 7, "boot": "one/1", "time": 1.0, **fields}
     (folder / NAME).write_text(json.dumps(holder))
     return holder
@@ -118,11 +112,11 @@ def test_a_run_that_fails_releases_it(drive, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_second_driver_starts_beside_one_that_is_alive(drive, tmp_path, monkeypatch, said):
-    monkeypatch.setattr(lease, "_EXPIRES_S", NEVER)
+def test_no_second_driver_starts_beside_one_that_is_alive(drive, tmp_path, said):
     with drive():
         first = holder(tmp_path)["id"]
-        with pytest.raises(RunInUse, match=f"in use by process {os.getpid()} on {socket.gethostname()}"), drive():
+        in_use = f"in use by process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(RunInUse, match=in_use), drive(expires_s=NEVER):
             pytest.fail("two drivers")
         assert holder(tmp_path)["id"] == first
         assert not drive.lost.is_set()
@@ -130,16 +124,14 @@ def test_no_second_driver_starts_beside_one_that_is_alive(drive, tmp_path, monke
     assert f"{tmp_path} is in use by process {os.getpid()}" in line
 
 
-def test_no_second_driver_starts_beside_one_that_is_alive_elsewhere(drive, tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "_EXPIRES_S", NEVER)
+def test_no_second_driver_starts_beside_one_that_is_alive_elsewhere(drive, tmp_path):
     theirs = held_by(tmp_path)
-    with pytest.raises(RunInUse, match="in use by process 7 on elsewhere"), drive(Renewed(tmp_path)):
+    with pytest.raises(RunInUse, match="in use by process 7 on elsewhere"), drive(Renewed(tmp_path), NEVER):
         pytest.fail("two drivers")
     assert holder(tmp_path) == theirs
 
 
-def test_a_driver_elsewhere_that_is_done_meanwhile_is_followed(drive, tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "_EXPIRES_S", NEVER)
+def test_a_driver_elsewhere_that_is_done_meanwhile_is_followed(drive, tmp_path):
 
     class Done(LocalStorage):
         looks = 0
@@ -151,14 +143,13 @@ def test_a_driver_elsewhere_that_is_done_meanwhile_is_followed(drive, tmp_path, 
             return super().read(name)
 
     held_by(tmp_path)
-    with drive(Done(tmp_path)):
+    with drive(Done(tmp_path), NEVER):
         assert holder(tmp_path)["pid"] == os.getpid()
 
 
-def test_that_of_a_process_which_died_here_is_taken_at_once(drive, tmp_path, monkeypatch, said):
-    monkeypatch.setattr(lease, "_EXPIRES_S", NEVER)
+def test_that_of_a_process_which_died_here_is_taken_at_once(drive, tmp_path, said):
     held_by(tmp_path, **HERE, pid=dead_process())
-    with drive():
+    with drive(expires_s=NEVER):
         assert holder(tmp_path)["pid"] == os.getpid()
     assert said == []
 
