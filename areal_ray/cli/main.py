@@ -127,13 +127,13 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
 
 
 def _driver_train(config: Any, overrides: Sequence[str]) -> int:
-    from areal_ray.driver.connect import PREPARATION, answering, cluster, use_token
+    from areal_ray.driver.connect import PREPARATION, answering, cluster, is_off, use_token
     from areal_ray.processes.fork_server import fork_server_for
 
     if os.environ.get("RAY_ADDRESS"):
         use_token()
     # What has Ray already may have a cluster, too.
-    template = fork_server_for(config, PREPARATION) if "ray" not in sys.modules else None
+    template = fork_server_for(config, PREPARATION) if "ray" not in sys.modules and not is_off(config) else None
     try:
         # A cluster that runs is asked for the first processes before this one imports what it needs itself.
         with cluster(config, template) if answering() else nullcontext():

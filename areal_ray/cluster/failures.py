@@ -145,13 +145,13 @@ def _stuck(run: RunDir) -> dict[int, dict[str, Any]]:
     return {event["rank"]: event for event in events if event["event"] == "stuck" and event["attempt"] == attempt}
 
 
-def _detection_s(errors: dict[int, Exception]) -> float | None:
+def detection_s(errors: dict[int, Exception]) -> float | None:
     """How long ago the failure was, by what the first of the surviving workers saw of it."""
     times = [error.areal_ray["time"] for error in errors.values() if hasattr(error, "areal_ray")]
     return round(max(0.0, time.time() - min(times)), 3) if times else None
 
 
-def _hung(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
+def hung_cause(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
     """The worker for which the others were ended by their watchdogs, if it was that; see watchdog.py.
 
     Args:

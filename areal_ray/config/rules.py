@@ -71,6 +71,8 @@ def _check_run(config: Config) -> None:
     standbys = config.cluster.standbys
     if standbys not in ("auto", "off", False) and not (type(standbys) is int and standbys >= 0):
         raise ConfigError("cluster.standbys", f"must be auto, off or a number of processes per node, not {standbys!r}")
+    if (fast := config.cluster.fast_restarts) not in ("auto", "off", False):
+        raise ConfigError("cluster.fast_restarts", f"must be auto or off, not {fast!r}")
     if config.cluster.max_failures < -1:
         raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
     ways = [bool(config.model.config), bool(config.model.path), bool(config.model.factory)]

@@ -1,4 +1,4 @@
-"""The group of workers as Ray Train's controller starts and ends it: without waiting for the dead, and timed."""
+"""Worker group of Ray Train's controller, extended: it does not wait for the dead, and its start is timed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from areal_ray.cluster.standbys import Standbys
 from areal_ray.controller.placement import PlacementGroupCache, release_all
 from areal_ray.run import RunDir
 
-_CALM_S = 8.0  # after the start of the workers; what it starts then is not in their way
+_CALM_S = 8.0  # after the start of the workers; processes that are started then are not in their way
 
 
 class _Handle(DefaultPlacementGroupHandle):
-    """Ray's, but timed, and what it holds may be kept when it ends.
+    """Ray's, but timed, and its placement group may be kept when it ends.
 
     Attributes:
-        keep: to be called then instead of giving it back.
+        keep: called then with the placement group instead of removing it.
     """
 
     def __init__(self, reserved: PlacementGroup, reached: dict[str, float]) -> None:
@@ -51,13 +51,13 @@ class _Handle(DefaultPlacementGroupHandle):
 
 
 class Group(WorkerGroup):
-    """Ray's, with a reservation that outlives it, unless it is aborted.
+    """Ray's, with a placement group that outlives it, unless it is aborted.
 
     And it gives that back when the workers die while they start: Ray's forgets a group that was half up, and the next
     one waits for resources that nobody uses.
 
     Args:
-        placement_groups: where to get room for the workers.
+        placement_groups: the cache to take it from.
         ending: process ids of the group before, by node id.
         options: as for WorkerGroup.
 
@@ -93,7 +93,7 @@ class Group(WorkerGroup):
         return _Handle(self._placement_groups.acquire(self._train_run_context, worker_group_context), self.reached)
 
     def shutdown(self) -> None:
-        """End the workers. What they had stays reserved for those that come next."""
+        """End the workers. Their placement group is kept for those that come next."""
         if self.has_started():
             wanted = self._worker_group_context
             handle = self._worker_group_state.placement_group_handle
@@ -124,12 +124,12 @@ class Groups:
 
 
 class GroupLife(WorkerGroupCallback, ControllerCallback):
-    """Runs in Ray's controller: ends workers at once, does not wait for ever for their start, writes down how long.
+    """Ends workers at once, limits their start, and notes its phases; a callback of Ray's controller.
 
     Args:
         run: the run directory.
         start_limit_s: workers that have not all begun to train by then are ended, which counts as a failed start.
-        standbys: for the actors that Ray Train starts beside every group; None for no spares.
+        standbys: for the actors that Ray Train starts beside every group; None for none.
     """
 
     def __init__(self, run: RunDir, start_limit_s: float, standbys: Standbys | None) -> None:
@@ -193,4 +193,4 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
         say(f"the workers have not started in {self._limit:.0f} s: starting them again")
         for worker in self._workers:
             ray.kill(worker.actor)
-        release_all(self._context)  # and with it what runs there, known by now or not
+        release_all(self._context)  # and with them the processes there, known by now or not

@@ -1,4 +1,4 @@
-"""Getting to a Ray cluster: the one that is there, or one of one's own."""
+"""Connection to a Ray cluster: the one that is there, or one of one's own."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from areal_ray.cluster.nodes import is_reachable
-
 # Ray reads RAY_AUTH_MODE when it is imported, so nothing here imports it at the top.
+from areal_ray.cluster import ray_internals
+from areal_ray.cluster.nodes import is_reachable
 from areal_ray.config import Config
 from areal_ray.processes.fork_server import MALLOC, ForkServer, fork_server_for
 
@@ -38,6 +40,31 @@ def answering() -> bool:
     return re.fullmatch(r"[^/]+:\d+", address) is not None and is_reachable(address)
 
 
+def is_off(config: Config) -> bool:
+    """Whether fast restarts are switched off; YAML reads a bare `off` as False."""
+    return config.cluster.fast_restarts in ("off", False)
+
+
+def slow_because(config: Config, train: bool) -> str | None:
+    """Find why this job is to do with Ray's public API alone; None if Ray's internals can be used.
+
+    Args:
+        config: of the run.
+        train: look at Ray Train, too, which imports it: seconds.
+    """
+    if is_off(config):
+        return "cluster.fast_restarts=off"
+    problems = ray_internals.core_problems() or (ray_internals.train_problems() if train else [])
+    if not problems:
+        return None
+    return f"{problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}"
+
+
+def without_internals(config: Config) -> Config:
+    """The configuration without standbys and fork server, which take Ray's internals."""
+    return replace(config, cluster=replace(config.cluster, standbys="off", template=False))
+
+
 @contextmanager
 def cluster(config: Config, template: ForkServer | None = None) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
@@ -47,13 +74,21 @@ def cluster(config: Config, template: ForkServer | None = None) -> Iterator[None
 
     Args:
         config: of the run.
-        template: that is there for it already, closed by who made it.
+        template: fork server that is there already, closed by its maker.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
+    quiet: AbstractContextManager[None]
+    fast = slow_because(config, train=False) is None
+    if fast:
+        quiet = ray_internals.unprinted_worker_logs()  # the Console, which comes and goes, prints them
+    else:
+        if not sys.stdout.isatty():
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray itself prints then
+        config, template, quiet = without_internals(config), None, nullcontext()
     made = None if template else fork_server_for(config, PREPARATION)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config, template or made)}
     if not os.environ.get("RAY_ADDRESS"):
@@ -63,22 +98,20 @@ def cluster(config: Config, template: ForkServer | None = None) -> Iterator[None
         cores = os.cpu_count() or 1
         if needed > cores:
             print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
-        # "local", or it would find a cluster that happens to run here.
-        options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
-    # What a submitted job's own runtime environment has, ours may have too; Ray would refuse to be told twice.
+        # "local", or it would find a cluster that happens to run here. An actor of Ray Train's that our controller
+        # does without asks the dashboard's server.
+        options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": not fast}
+    # A submitted job's own runtime environment may have the same keys; Ray would refuse to be told twice.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    from ray._private import worker
-
-    shown, worker._worker_logs_enabled = worker._worker_logs_enabled, False  # see console.py, which comes and goes
-    try:
-        ray.init(**options)
-        _start_ahead(config)
-        yield
-    finally:
-        ray.shutdown()
-        worker._worker_logs_enabled = shown
-        if made:
-            made.close()
+    with quiet:
+        try:
+            ray.init(**options)
+            _start_ahead(config)
+            yield
+        finally:
+            ray.shutdown()
+            if made:
+                made.close()
 
 
 def _start_ahead(config: Config) -> None:
@@ -95,7 +128,7 @@ def _start_ahead(config: Config) -> None:
 
 
 def resources(config: Config) -> dict[str, float]:
-    """What Ray reserves for one worker."""
+    """Resources of one worker."""
     return {"CPU": 1, **({"GPU": 1} if config.cluster.use_gpu else {}), **config.cluster.resources_per_worker}
 
 

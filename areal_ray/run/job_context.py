@@ -1,4 +1,4 @@
-"""What every process of a job is told of it."""
+"""Context of a job, the same in all of its processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ class JobContext:
 
     Args:
         run: the run directory.
-        submission: unique to this submission, so that what was asked of an earlier one is not heard.
+        submission: unique to this submission, so that requests to an earlier one are not heard.
+        fast_restarts: whether Ray's internals are used, for restarts in seconds; else its public API alone.
     """
 
     run: RunDir
     submission: str
+    fast_restarts: bool = True

@@ -12,7 +12,7 @@ import torch
 from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import failures
 from areal_ray.cluster.console import say, say_end
-from areal_ray.cluster.requests import Control, PlannedRestart
+from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
@@ -76,7 +76,12 @@ def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: 
         run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
     faults = Faults(config.faults, run, ranks)
     session = RaySession(
-        faults, ranks, Control(context.submission), sidecars.standbys(config, run, ranks, nodes), watchdog
+        faults,
+        ranks,
+        requests_to(context.submission, context.fast_restarts),
+        sidecars.standbys(config, run, ranks, nodes),
+        watchdog,
+        context.fast_restarts,
     )
     job = wire(config, engine, ranks, run, catalog, attempt, faults, session, memory_copies(config, ranks, context))
     session.pace = sidecars.pace(config, engine, job.batches, ranks, run, nodes)

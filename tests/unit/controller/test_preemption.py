@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from areal_ray.controller.preemption import Preemption
+from areal_ray.controller.preemption import ThreadedPreemptionCallback
 
 pytestmark = pytest.mark.unit
 
@@ -28,7 +28,7 @@ class Worker:
 def preemption(monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.01")
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": name, "Labels": {}} for name in "abc"])
-    made = Preemption()
+    made = ThreadedPreemptionCallback()
     yield made
     made._stop_watcher()
 

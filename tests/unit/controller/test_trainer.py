@@ -8,7 +8,7 @@ import pytest
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
 
-from areal_ray.controller.preemption import Preemption
+from areal_ray.controller.preemption import ThreadedPreemptionCallback
 from areal_ray.controller.trainer import Controller
 
 pytestmark = pytest.mark.unit
@@ -54,7 +54,7 @@ def test_what_is_wrong_with_the_list_itself_is_raised(controller):
 
 def test_ray_s_actor_that_hears_of_preemption_is_a_thread(controller):
     callbacks = controller(None)._worker_group_callbacks_to_propagate
-    assert [type(each) for each in callbacks] == [str, Preemption]
+    assert [type(each) for each in callbacks] == [str, ThreadedPreemptionCallback]
 
 
 @pytest.mark.parametrize("fails", [False, True])

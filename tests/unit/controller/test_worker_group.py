@@ -115,7 +115,7 @@ class Kept:
 
 
 @pytest.fixture
-def reservations(monkeypatch):
+def cache(monkeypatch):
     made = Kept()
     monkeypatch.setattr(
         "ray.train.v2._internal.execution.worker_group.placement_group_handle.remove_placement_group",
@@ -125,7 +125,7 @@ def reservations(monkeypatch):
 
 
 @pytest.fixture
-def started(reservations, monkeypatch):
+def started(cache, monkeypatch):
     """Makes a group that has got its room; `fails`: what its start ends with."""
 
     def init(self, worker_group_context):
@@ -146,7 +146,7 @@ def started(reservations, monkeypatch):
         monkeypatch.setattr(WorkerGroup, "_start", start)
         return groups.create(worker_group_context="two")
 
-    groups = Groups(reservations)
+    groups = Groups(cache)
     return make
 
 
@@ -154,10 +154,10 @@ def member(node, pid):
     return SimpleNamespace(metadata=SimpleNamespace(node_id=node, pid=pid))
 
 
-def test_what_a_group_had_is_kept_for_the_next_one(started, reservations):
+def test_what_a_group_had_is_kept_for_the_next_one(started, cache):
     started().shutdown()
-    assert (reservations.kept, reservations.removed) == ([("reserved for two", "two")], [])
-    assert reservations.given_back == 0
+    assert (cache.kept, cache.removed) == ([("reserved for two", "two")], [])
+    assert cache.given_back == 0
 
 
 def test_a_group_knows_the_processes_of_the_one_before(started):
@@ -167,21 +167,21 @@ def test_a_group_knows_the_processes_of_the_one_before(started):
     assert started().ending == {"n1": [7], "n2": [8]}
 
 
-def test_what_a_group_had_that_is_aborted_is_given_back(started, reservations):
+def test_what_a_group_had_that_is_aborted_is_given_back(started, cache):
     started().abort()
-    assert (reservations.kept, reservations.removed) == ([], ["reserved for two"])
-    assert reservations.given_back == 1  # what a group before it may have left
+    assert (cache.kept, cache.removed) == ([], ["reserved for two"])
+    assert cache.given_back == 1  # what a group before it may have left
 
 
 @pytest.mark.parametrize("half_up", [True, False])
-def test_a_group_that_was_half_up_gives_back_what_it_had_reserved(started, reservations, half_up):
+def test_a_group_that_was_half_up_gives_back_what_it_had_reserved(started, cache, half_up):
     with pytest.raises(RuntimeError, match="a worker died"):
         started(half_up, RuntimeError("a worker died"))
-    assert reservations.removed == (["reserved for two"] if half_up else [])
-    assert reservations.kept == []
+    assert cache.removed == (["reserved for two"] if half_up else [])
+    assert cache.kept == []
 
 
-def test_what_a_group_had_is_kept_when_what_follows_its_end_fails(started, reservations, monkeypatch):
+def test_what_a_group_had_is_kept_when_what_follows_its_end_fails(started, cache, monkeypatch):
     def shutdown(self):
         self._worker_group_state.shutdown()
         raise RuntimeError("a callback failed")
@@ -190,10 +190,10 @@ def test_what_a_group_had_is_kept_when_what_follows_its_end_fails(started, reser
     monkeypatch.setattr(WorkerGroup, "shutdown", shutdown)
     with pytest.raises(RuntimeError, match="a callback failed"):
         made.shutdown()
-    assert (reservations.kept, reservations.removed) == ([("reserved for two", "two")], [])
+    assert (cache.kept, cache.removed) == ([("reserved for two", "two")], [])
 
 
-def test_when_there_was_room_is_noted(reservations, monkeypatch):
+def test_when_there_was_room_is_noted(cache, monkeypatch):
     monkeypatch.setattr(worker_group.time, "time", lambda: 7.0)
     monkeypatch.setattr(worker_group.DefaultPlacementGroupHandle, "wait", lambda self, seconds: True)
     reached = {}
