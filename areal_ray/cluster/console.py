@@ -14,7 +14,7 @@ import time
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from areal_ray.cluster.ray_internals import unprinted_worker_logs, worker_logs_to
+from areal_ray.cluster.ray_internals import core_problems, worker_logs_printed, worker_logs_to
 
 _MARK = "[areal_ray] "
 _LOG = "[areal_ray.log] "
@@ -87,9 +87,13 @@ class StockConsole:
         self._delay_s = delay_s
 
     def __enter__(self) -> StockConsole:
+        self._stack = ExitStack()
+        if not core_problems():  # a connection that is there may keep Ray from printing
+            self._stack.enter_context(worker_logs_printed(True))
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def wait_for_end(self, timeout_s: float = 5.0) -> None:
         time.sleep(min(timeout_s, self._delay_s))  # nothing tells that all have arrived
@@ -102,7 +106,7 @@ class Console:
         self._ended = threading.Event()
         self._dumped: set[str] = set()  # processes that have crashed
         self._stack = ExitStack()
-        self._stack.enter_context(unprinted_worker_logs())
+        self._stack.enter_context(worker_logs_printed(False))
         self._stack.enter_context(worker_logs_to(_HANDLER, self._show))
         return self
 

@@ -55,7 +55,7 @@ def _compare(module: Any, path: str, parameters: list[str]) -> Iterator[str]:
 
 
 def _of_instances(value: Any) -> set[str]:
-    """Names that instances of a class have although the class has not: fields, and what its methods set."""
+    """Names that instances of a class have although the class has not: fields, and those that its methods set."""
     names = set(getattr(getattr(value, "DESCRIPTOR", None), "fields_by_name", ()))
     for each in getattr(value, "__mro__", ()):
         names.update(getattr(each, "__annotations__", ()))

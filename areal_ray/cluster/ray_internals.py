@@ -1,8 +1,7 @@
-"""The only file that names what is private to Ray, with a check that all of it is as it was when it was written down.
+"""Names that are private to Ray: in this file only, with a check that all of them are as they were when it was written.
 
 Nothing of Ray is imported before it is used: a module that a new Ray has renamed shows in `core_problems` or
-`train_problems`, and the run goes on with Ray's public API alone. controller/ extends classes of
-ray.train.v2._internal; what it relies on is listed here, too.
+`train_problems`, and the run goes on with Ray's public API alone. The classes that controller/ extends are listed, too.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ _TRAIN = {
 
 
 def core_problems() -> list[str]:
-    """List what is unknown of this Ray, by name: its version, and what `import ray` brings. Empty if it is known."""
+    """List differences of this Ray, by name: its version and all that `import ray` brings. Empty if there are none."""
     import ray
 
     if ray.__version__.rpartition(".")[0] not in KNOWN:
@@ -103,7 +102,7 @@ def core_problems() -> list[str]:
 
 
 def train_problems() -> list[str]:
-    """List what is unknown of Ray Train, by name; imports ray.train."""
+    """List differences of Ray Train, by name; imports ray.train."""
     return missing(_TRAIN)
 
 
@@ -126,11 +125,11 @@ def unseeded_actor_classes() -> Iterator[None]:
 
 
 @contextmanager
-def unprinted_worker_logs() -> Iterator[None]:
-    """Keep Ray from printing lines of workers and the raylet's accounts of dead ones while the block lasts."""
+def worker_logs_printed(on: bool) -> Iterator[None]:
+    """Have Ray print lines of workers and the raylet's accounts of dead ones, or not, while the block lasts."""
     from ray._private import worker
 
-    before, worker._worker_logs_enabled = worker._worker_logs_enabled, False
+    before, worker._worker_logs_enabled = worker._worker_logs_enabled, on
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ Request = Literal["stop", "resize"]
 Reason = Literal["stop", "resize", "preempted"]
 _ALL: tuple[Request, ...] = ("stop", "resize")  # "stop" goes before everything else
 _NAMESPACE = "areal_ray"
-AWAY = (ray.exceptions.RayError, ConnectionError)  # what calls to the head node raise while it is away
+AWAY = (ray.exceptions.RayError, ConnectionError)  # raised by calls to the head node while it is away
 
 
 class PlannedRestart(Exception):
@@ -34,7 +34,7 @@ def is_planned(errors: dict[int, Exception]) -> bool:
 
 
 class Requests(Protocol):
-    """Requests to one job. Methods raise what `AWAY` lists while the head node does not answer."""
+    """Requests to one job. Methods raise one of `AWAY` while the head node does not answer."""
 
     def ask(self, request: Request) -> None:
         """Have the workers save at the end of their step and leave, for good (stop) or to come back (resize)."""
@@ -152,7 +152,7 @@ def stop_on_signal(
             return
         asked.set()
         print("saving, then stopping; once more to stop at once", flush=True)
-        # In a thread: the call that was interrupted may hold what this one needs.
+        # In a thread: the call that was interrupted may hold a lock that this one needs.
         threading.Thread(target=requests.ask, args=("stop",), daemon=True).start()
 
     return handle

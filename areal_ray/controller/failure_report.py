@@ -30,7 +30,7 @@ class Reporter(UserCallback):
             return
         try:
             self._report(worker_exceptions)
-        except Exception as error:  # noqa: BLE001  (raised here it would take the place of what the workers raised)
+        except Exception as error:  # noqa: BLE001  (raised here it would take the place of the workers' own)
             say(f"could not write down a failure: {type(error).__name__}: {error}")
 
     def _report(self, worker_exceptions: dict[int, Exception]) -> None:

@@ -1,4 +1,4 @@
-"""A TorchTrainer with our policies, and workers that save and leave when the job is asked to stop."""
+"""TorchTrainer and TrainController with our policies, and workers that save and leave when the job is asked to stop."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Controller(TrainController):
         try:
             super()._start_worker_group(*args, **kwargs)
         except Exception:
-            self._placement_groups.release()  # what comes next may be to wait, for hours
+            self._placement_groups.release()  # the controller may wait next, for hours
             raise
 
     async def _shutdown(self) -> Any:
@@ -75,7 +75,7 @@ class Controller(TrainController):
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer with these policies.
+    """A TorchTrainer whose controller has our policies.
 
     Args:
         sizes: numbers of workers that can be used, ascending.
@@ -143,8 +143,8 @@ class Trainer(TorchTrainer):
         return result
 
     def _create_default_callbacks(self) -> list[Any]:
-        # Actors that would be started for nothing: for datasets, of which there are none, and to give back what a
-        # controller held that has died, which the supervisor does.
+        # Actors that would be started for nothing: for datasets, of which there are none, and to give back placement
+        # groups of a dead controller, which `fit` does.
         idle = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
 

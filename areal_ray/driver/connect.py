@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,7 @@ from areal_ray.config import Config
 from areal_ray.processes.fork_server import MALLOC, ForkServer, fork_server_for
 
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
+_PORT = "RAY_GCS_SERVER_PORT"  # of a cluster that `ray.init` starts
 BESIDE = 1  # actors that Ray Train starts beside every group: for synchronisation
 
 
@@ -61,12 +63,12 @@ def slow_because(config: Config, train: bool) -> str | None:
 
 
 def without_internals(config: Config) -> Config:
-    """The configuration without standbys and fork server, which take Ray's internals."""
-    return replace(config, cluster=replace(config.cluster, standbys="off", template=False))
+    """The configuration without fast restarts, and without the standbys and the fork server that belong to them."""
+    return replace(config, cluster=replace(config.cluster, fast_restarts="off", standbys="off", template=False))
 
 
 @contextmanager
-def cluster(config: Config, template: ForkServer | None = None) -> Iterator[None]:
+def cluster(config: Config, fork_server: ForkServer | None = None) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
 
     The first processes of the job begin to start at once. A connection that the caller has already is used and left
@@ -74,7 +76,7 @@ def cluster(config: Config, template: ForkServer | None = None) -> Iterator[None
 
     Args:
         config: of the run.
-        template: fork server that is there already, closed by its maker.
+        fork_server: fork server that is there already, closed by its maker.
     """
     import ray
 
@@ -84,34 +86,55 @@ def cluster(config: Config, template: ForkServer | None = None) -> Iterator[None
     quiet: AbstractContextManager[None]
     fast = slow_because(config, train=False) is None
     if fast:
-        quiet = ray_internals.unprinted_worker_logs()  # the Console, which comes and goes, prints them
+        quiet = ray_internals.worker_logs_printed(False)  # the Console, which comes and goes, prints them
     else:
         if not sys.stdout.isatty():
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray itself prints then
-        config, template, quiet = without_internals(config), None, nullcontext()
-    made = None if template else fork_server_for(config, PREPARATION)
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config, template or made)}
-    if not os.environ.get("RAY_ADDRESS"):
-        # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
-        workers = config.worker_range[1]
-        needed = math.ceil(workers * resources(config).get("CPU", 0))
-        cores = os.cpu_count() or 1
-        if needed > cores:
-            print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
-        # "local", or it would find a cluster that happens to run here. An actor of Ray Train's that our controller
-        # does without asks the dashboard's server.
-        options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": not fast}
+        config, fork_server, quiet = without_internals(config), None, nullcontext()
+    made = None if fork_server else fork_server_for(config, PREPARATION)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config, fork_server or made)}
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        options |= _local_options(config)
+    if not fast:
+        if not address:
+            port = os.environ.setdefault(_PORT, _free_port())
+            address = f"{ray.util.get_node_ip_address()}:{port}"
+            options["include_dashboard"] = True
+        # Ray Train's own actors ask the dashboard's server for the controller: on a machine with several clusters that
+        # of the newest, and take the controller, which that one does not know, for dead.
+        options["runtime_env"]["env_vars"].setdefault("RAY_ADDRESS", address)
     # A submitted job's own runtime environment may have the same keys; Ray would refuse to be told twice.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     with quiet:
         try:
             ray.init(**options)
+            if not fast:
+                os.environ.pop(_PORT, None)
             _start_ahead(config)
             yield
         finally:
             ray.shutdown()
             if made:
                 made.close()
+
+
+def _local_options(config: Config) -> dict[str, Any]:
+    """Options of `ray.init` for a cluster on this machine."""
+    # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
+    workers = config.worker_range[1]
+    needed = math.ceil(workers * resources(config).get("CPU", 0))
+    cores = os.cpu_count() or 1
+    if needed > cores:
+        print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
+    # "local", or it would find a cluster that happens to run here.
+    return {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
 
 
 def _start_ahead(config: Config) -> None:
@@ -132,7 +155,7 @@ def resources(config: Config) -> dict[str, float]:
     return {"CPU": 1, **({"GPU": 1} if config.cluster.use_gpu else {}), **config.cluster.resources_per_worker}
 
 
-def _runtime_env(config: Config, template: ForkServer | None) -> dict[str, Any]:
+def _runtime_env(config: Config, fork_server: ForkServer | None) -> dict[str, Any]:
     from areal_ray.driver import warm_start
 
     settings = {
@@ -152,5 +175,5 @@ def _runtime_env(config: Config, template: ForkServer | None) -> dict[str, Any]:
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
     chosen |= {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-    executable = {"py_executable": template.executable} if template else {}
+    executable = {"py_executable": fork_server.executable} if fork_server else {}
     return {"env_vars": {**chosen, **warm_start.job_environment(config)}, **executable}

@@ -78,7 +78,7 @@ def import_ray() -> None:
 
 
 def _in_a_fork(work: Callable[[], bytes]) -> bytes:
-    """What it returns in a fork of this process: a few bytes."""
+    """Do `work` in a fork of this process; its result, a few bytes."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -30,13 +30,13 @@ from areal_ray.run.goodput import goodput, table
 from areal_ray.run.lease import RunInUse, hold_lease
 
 
-def train(config: Config, overrides: Sequence[str] = (), template: ForkServer | None = None) -> int:
+def train(config: Config, overrides: Sequence[str] = (), fork_server: ForkServer | None = None) -> int:
     """Run an experiment to its end.
 
     Args:
         config: as loaded.
-        overrides: what was typed beside the file, for the record.
-        template: fork server for the job's processes, if one has been started.
+        overrides: typed beside the file, for the record.
+        fork_server: fork server for the job's processes, if one has been started.
 
     Returns:
         The exit status: 0 when the run reached its last step, 1 when training failed.
@@ -60,8 +60,9 @@ def train(config: Config, overrides: Sequence[str] = (), template: ForkServer | 
     slow = slow_because(config, train=True)
     if slow:
         print(f"restarts take longer, with Ray's public API alone: {slow}", flush=True)
+    job = without_internals(config) if slow else config
     context = JobContext(run, secrets.token_hex(8), fast_restarts=slow is None)
-    with display(context.fast_restarts) as shown, cluster(config, template), ExitStack() as stack:
+    with display(context.fast_restarts) as shown, cluster(job, fork_server), ExitStack() as stack:
         requests = requests_to(context.submission, context.fast_restarts)
         try:
             # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
@@ -71,7 +72,7 @@ def train(config: Config, overrides: Sequence[str] = (), template: ForkServer | 
             raise ConfigError("run.name", str(error)) from None
         except OSError as error:
             raise ConfigError("run.storage_path", str(error)) from None
-        return _drive(without_internals(config) if slow else config, context, shown, requests)
+        return _drive(job, context, shown, requests)
 
 
 def _drive(config: Config, context: JobContext, shown: Display, requests: Requests) -> int:

@@ -58,7 +58,7 @@ class StockTrainer:
         self._rules = RestartPolicy(self._count, context.run, limit, skip, _print)
 
     def fit(self) -> dict[str, Any]:
-        """Train until the workers have come to an end; returns what `worker.main` returned.
+        """Train until the workers have come to an end; returns the outcome of `worker.main`.
 
         Raises:
             TrainingFailedError: when the run is given up.

@@ -36,7 +36,7 @@ def supervise(fit: Callable[[], dict[str, Any]], run: RunDir, sleep: Callable[[f
     restart.
 
     Args:
-        fit: starts Ray Train and returns what rank 0 returned; called again after the controller's death.
+        fit: starts Ray Train and returns the outcome of rank 0; called again after the controller's death.
         run: the run directory.
         sleep: waits so many seconds.
 

@@ -136,7 +136,7 @@ class RaySession:
             try:
                 checkpoint = Checkpoint(path, self._storage.storage_filesystem)
                 report(values, checkpoint=checkpoint, checkpoint_upload_mode=Upload.NO_UPLOAD)
-            except Exception as error:  # noqa: BLE001  (a future drops what its callbacks raise; see check)
+            except Exception as error:  # noqa: BLE001  (a future drops exceptions of its callbacks; see check)
                 self._error = error
 
         dump.manifest.add_done_callback(register)
