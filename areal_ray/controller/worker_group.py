@@ -130,10 +130,20 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
         run: the run directory.
         start_limit_s: workers that have not all begun to train by then are ended, which counts as a failed start.
         standbys: for the actors that Ray Train starts beside every group; None for none.
+        clock: seconds since the epoch.
+        timer: calls a function after so many seconds.
     """
 
-    def __init__(self, run: RunDir, start_limit_s: float, standbys: Standbys | None) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        start_limit_s: float,
+        standbys: Standbys | None,
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[float, Callable[[], None]], threading.Timer] = threading.Timer,
+    ) -> None:
         self._run, self._limit, self._standbys = run, start_limit_s, standbys
+        self._clock, self._timer = clock, timer
         self._times: dict[str, float] = {}
         self._replenish_at = float("inf")
         self._workers: list[Any] = []
@@ -141,7 +151,7 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
         self._workers = []
-        timer = threading.Timer(self._limit, self._give_up)
+        timer = self._timer(self._limit, self._give_up)
         timer.daemon = True
         timer.start()
         try:
@@ -153,14 +163,14 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
         self._context = train_run_context
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        self._times |= {"begin": time.time()}
+        self._times |= {"begin": self._clock()}
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         self._workers = workers
         return {}
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._times |= {**worker_group.reached, "process_group": time.time()}
+        self._times |= {**worker_group.reached, "process_group": self._clock()}
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._replenish_at = time.monotonic() + _CALM_S
@@ -181,13 +191,13 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
             self._replenish_at = float("inf")
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        self._times["failed"] = time.time()
+        self._times["failed"] = self._clock()
         for worker in worker_group.get_workers():
             # Ray would first ask each of them, and wait five seconds for one that cannot answer.
             ray.kill(worker.actor)
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
-        self._times["end"] = time.time()
+        self._times["end"] = self._clock()
 
     def _give_up(self) -> None:
         say(f"the workers have not started in {self._limit:.0f} s: starting them again")

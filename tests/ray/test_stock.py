@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from .conftest import EXPERIMENT, ROOT, Run
@@ -113,22 +115,37 @@ def test_failures_are_counted_up_to_their_limit_and_the_same_command_goes_on(und
     assert run.digest() == undisturbed.digest()
 
 
-def test_a_job_that_is_told_to_stop_saves_and_goes_on_later(alone):
-    long = ["train.steps=1000000", "checkpoint.every_steps=50", "eval.every_steps=null"]
+def kill_controller(job: subprocess.Popen) -> None:
+    for process in psutil.Process(job.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if process.cmdline()[0].startswith("ray::TrainController"):
+                process.kill()
+
+
+def test_a_job_whose_controller_dies_goes_on_until_it_is_told_to_stop(alone):
+    long = ["train.steps=1000000", "checkpoint.every_steps=50", "eval.every_steps=null", "logging.sample_ids=true"]
     with subprocess.Popen(
         command(alone, OFF, *long), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     ) as job:
         assert job.stdout is not None
         seen = ""
         for line in job.stdout:
-            seen += line
-            if "loss" in line and "s/step" in line:
+            trains = "loss" in line and "s/step" in line
+            if trains and "s/step" not in seen:
+                kill_controller(job)
+            elif trains and "attempt 2" in seen:
                 job.send_signal(signal.SIGTERM)
                 break
+            seen += line
         seen += job.stdout.read()
     assert job.returncode == 130, seen
+    assert "starting Ray Train again" in seen
+    assert len(alone.events("controller_died")) == 1
+    assert [event["attempt"] for event in alone.events("attempt")] == [1, 2]
     (left,) = alone.events("left")
     assert left["reason"] == "stop"
     assert "saving, then stopping; once more to stop at once" in seen
-    assert f"goes on from step-{left['step']:08d}.a1" in seen
+    assert f"goes on from step-{left['step']:08d}.a2" in seen
     assert alone.result()["status"] == "interrupted"
+    firsts = [line["first"] for line in alone.lines("samples.jsonl")]
+    assert firsts == [8 * step for step in range(alone.result()["step"])]

@@ -32,8 +32,8 @@ def run(tmp_path):
     return RunDir(LocalStorage(tmp_path))
 
 
-def life(run, limit_s):
-    made = GroupLife(run, limit_s, None)
+def life(run, limit_s, **options):
+    made = GroupLife(run, limit_s, None, **options)
     made.after_controller_start(SimpleNamespace(run_id="r"))
     return made
 
@@ -58,8 +58,7 @@ def test_a_start_that_fails_does_not_end_the_group_that_comes_next(run, killed, 
             super().__init__(*args)
             timers.append(self)
 
-    monkeypatch.setattr(worker_group.threading, "Timer", Timer)
-    failing = life(run, 3600)
+    failing = life(run, 3600, timer=Timer)
     with pytest.raises(RuntimeError, match="no room"), failing.on_worker_group_start():
         raise RuntimeError("no room")
     with failing.on_worker_group_start():
@@ -71,10 +70,9 @@ def test_a_start_that_fails_does_not_end_the_group_that_comes_next(run, killed, 
     assert killed == []
 
 
-def test_the_phases_of_a_start_stand_in_the_ledger(run, killed, monkeypatch):
+def test_the_phases_of_a_start_stand_in_the_ledger(run, killed):
     now = [100.0]
-    monkeypatch.setattr(worker_group.time, "time", lambda: now[0])
-    timed = life(run, 3600)
+    timed = life(run, 3600, clock=lambda: now[0])
 
     def start(seconds):
         with timed.on_worker_group_start():
@@ -152,12 +150,6 @@ def started(cache, monkeypatch):
 
 def member(node, pid):
     return SimpleNamespace(metadata=SimpleNamespace(node_id=node, pid=pid))
-
-
-def test_what_a_group_had_is_kept_for_the_next_one(started, cache):
-    started().shutdown()
-    assert (cache.kept, cache.removed) == ([("reserved for two", "two")], [])
-    assert cache.given_back == 0
 
 
 def test_a_group_knows_the_processes_of_the_one_before(started):
