@@ -26,8 +26,6 @@ from areal_ray.worker.watchdog import Watchdog
 _CALM_STEPS, _CALM_S = 4, 4.0  # after so much training new standbys are not in its way
 _LISTEN_S = 0.5  # between two looks at the requests to the job
 _REASONS: tuple[Reason | None, ...] = (None, "stop", "resize", "preempted")
-_LOOK = len(_REASONS)  # rank 0's word to all ranks to ask Ray Train together
-_LOOK_S = 5.0  # between two such questions
 
 
 class RaySession:
@@ -39,8 +37,8 @@ class RaySession:
         requests: polled by rank 0.
         standbys: of this node, to be replenished when training is under way; None in all but one of its workers.
         watchdog: told of progress; None if there is none.
-        fast_restarts: as in JobContext. If not, Ray Train is asked for preemption by its public function, a barrier of
-            all ranks, every few seconds.
+        fast_restarts: as in JobContext. If not, Ray Train is asked for preemption by its public function, which is a
+            barrier of all ranks, with every report.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class RaySession:
         fast_restarts: bool = True,
     ) -> None:
         self._faults, self._ranks, self._requests = faults, ranks, requests
-        self._fast_restarts, self._look_at = fast_restarts, time.monotonic() + _LOOK_S
+        self._fast_restarts, self._preempted = fast_restarts, False
         self._standbys, self._watchdog = standbys, watchdog
         self._steps, self._began = 0, time.monotonic()  # of this attempt
         self._step = 0
@@ -78,16 +76,9 @@ class RaySession:
         if self.pace:
             self.pace.after_step()
         # The notice reaches every worker; Ray's own get_preemption_info() waits for all ranks on an actor each time.
-        preempted = self._fast_restarts and is_preempted()
-        word = _REASONS.index("preempted" if preempted else self._asked)
-        if not (self._fast_restarts or word or time.monotonic() < self._look_at):
-            word = _LOOK
-        word = self._ranks.broadcast_int(word)
-        if word == _LOOK:
-            self._look_at = time.monotonic() + _LOOK_S
-            self.reason = "preempted" if ray.train.get_preemption_info() is not None else None
-        else:
-            self.reason = _REASONS[word]
+        preempted = is_preempted() if self._fast_restarts else self._preempted
+        mine: Reason | None = "preempted" if preempted else self._asked
+        self.reason = _REASONS[self._ranks.broadcast_int(_REASONS.index(mine))]
         return self.reason is not None
 
     def _listen(self) -> None:
@@ -136,6 +127,9 @@ class RaySession:
             try:
                 checkpoint = Checkpoint(path, self._storage.storage_filesystem)
                 report(values, checkpoint=checkpoint, checkpoint_upload_mode=Upload.NO_UPLOAD)
+                if not self._fast_restarts:
+                    # Here, as Ray's barriers know no names: one rank's question would meet another one's report.
+                    self._preempted = ray.train.get_preemption_info() is not None
             except Exception as error:  # noqa: BLE001  (a future drops exceptions of its callbacks; see check)
                 self._error = error
 

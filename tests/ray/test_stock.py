@@ -12,6 +12,7 @@ import pytest
 
 from .conftest import EXPERIMENT, ROOT, Run
 from .models import train
+from .test_elastic import assert_every_batch_once, change_nodes, sizes
 
 pytestmark = pytest.mark.ray
 
@@ -149,3 +150,12 @@ def test_a_job_whose_controller_dies_goes_on_until_it_is_told_to_stop(alone):
     assert alone.result()["status"] == "interrupted"
     firsts = [line["first"] for line in alone.lines("samples.jsonl")]
     assert firsts == [8 * step for step in range(alone.result()["step"])]
+
+
+def test_a_node_that_is_taken_back_is_left_in_time(alone):
+    change_nodes("drain", alone, OFF)
+    assert sizes(alone) == [2, 1]
+    left = alone.events("left")[0]
+    assert left["reason"] == "preempted"
+    assert [event["step"] for event in alone.events("restored")] == [left["step"]]
+    assert_every_batch_once(alone)
