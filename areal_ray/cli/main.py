@@ -132,13 +132,13 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
 
 def _driver_train(config: Any, arguments: argparse.Namespace) -> int:
     from areal_ray.config import plugin
-    from areal_ray.driver.connect import PREPARATION, answering, cluster, use_token
+    from areal_ray.driver.connect import PREPARATION, answering, cluster, is_off, use_token
     from areal_ray.processes.fork_server import fork_server_for
 
     if os.environ.get("RAY_ADDRESS"):
         use_token()
     # A process that has imported Ray may have a cluster, too.
-    fork_server = fork_server_for(config, PREPARATION) if "ray" not in sys.modules else None
+    fork_server = fork_server_for(config, PREPARATION) if "ray" not in sys.modules and not is_off(config) else None
     try:
         # A cluster that runs is asked for the first processes before this one imports what it needs itself.
         with cluster(config, fork_server) if answering() else nullcontext():

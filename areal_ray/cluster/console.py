@@ -1,7 +1,8 @@
-"""Lines for the user, from whatever process they come, without Ray's prefixes.
+"""Lines for the user, from whatever process they come.
 
-Ray brings what its processes print to the driver. Lines that `say` printed are shown as they are; others from workers
-(a user's own prints, warnings) with the process that they come from. What Ray's own actors say stays in Ray's logs.
+Ray brings the output of its processes to the driver. A `Console` shows lines that `say` printed as they are, others of
+workers (a user's own prints, warnings) with their process, and leaves those of Ray's own actors in Ray's logs. A
+`StockConsole` leaves the printing to Ray, which puts the process before every line.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from typing import Any
+import time
+from contextlib import ExitStack
+from typing import Any, Protocol
 
-import ray._private.worker as ray_worker
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from areal_ray.cluster.ray_internals import core_problems, worker_logs_printed, worker_logs_to
 
 _MARK = "[areal_ray] "
 _LOG = "[areal_ray.log] "
 _END = "\x04"
-# What a process writes when it crashes: pages of native and Python stacks, for the log and not for the screen.
+# Native and Python stacks of a process that crashes: pages, for the log and not for the screen.
 _DUMP = re.compile(
     r"logging\.cc:\d+: |\(\+0x[0-9a-f]+\) \[0x|^\*\*\* |^Fatal Python error|^(Current )?[Tt]hread 0x"
     r'|^ *File "[^"]+", line \d+ in |^Extension modules: |^(PC: )?\s*@ +(0x|\.\.\.)|^ *<no Python frame>'
@@ -26,23 +28,75 @@ _DUMP = re.compile(
 _HANDLER = "areal_ray_console"
 
 
+class _Marks:
+    """Whether this process marks its lines for a `Console`."""
+
+    on = True
+
+
+def leave_out_marks() -> None:
+    """Print the lines of this process as they are: no `Console` is there to take the marks off."""
+    _Marks.on = False
+
+
 def say(text: str) -> None:
     """Print a line for the user from a worker."""
     # Not `print`, which Ray Train replaces in its workers.
-    sys.stdout.write(_MARK + text + "\n")
+    sys.stdout.write(f"{_MARK if _Marks.on else ''}{text}\n")
     sys.stdout.flush()
 
 
 def log(text: str) -> None:
-    """Write lines into the worker's log that are too much for the screen."""
-    for line in text.splitlines():
+    """Write lines into the worker's log that are too much for the screen; without a `Console` there is no such log."""
+    for line in text.splitlines() if _Marks.on else ():
         sys.stdout.write(_LOG + line + "\n")
     sys.stdout.flush()
 
 
 def say_end() -> None:
-    """Mark the end of what a worker has to say, for the driver to wait for."""
-    say(_END)
+    """Mark the end of a worker's lines, for the driver to wait for."""
+    if _Marks.on:
+        say(_END)
+
+
+class Display(Protocol):
+    """Shows the lines of the job's processes while the block lasts."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_for_end(self, timeout_s: float = 5.0) -> None:
+        """Let lines that are under way arrive before the driver says its last."""
+        ...
+
+
+def display(fast_restarts: bool) -> Display:
+    """Make the display of a job (fast_restarts: as in JobContext)."""
+    return Console() if fast_restarts else StockConsole()
+
+
+class StockConsole:
+    """Display by Ray itself.
+
+    Args:
+        delay_s: time that lines take to the driver: Ray looks for new ones several times a second.
+    """
+
+    def __init__(self, delay_s: float = 1.0) -> None:
+        self._delay_s = delay_s
+
+    def __enter__(self) -> StockConsole:
+        self._stack = ExitStack()
+        if not core_problems():  # a connection that is there may keep Ray from printing
+            self._stack.enter_context(worker_logs_printed(True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def wait_for_end(self, timeout_s: float = 5.0) -> None:
+        time.sleep(min(timeout_s, self._delay_s))  # nothing tells that all have arrived
 
 
 class Console:
@@ -51,17 +105,15 @@ class Console:
     def __enter__(self) -> Console:
         self._ended = threading.Event()
         self._dumped: set[str] = set()  # processes that have crashed
-        # Ray's own printing, of worker output and of the raylet's accounts of dead workers.
-        self._shown, ray_worker._worker_logs_enabled = ray_worker._worker_logs_enabled, False
-        global_worker_stdstream_dispatcher.add_handler(_HANDLER, self._show)
+        self._stack = ExitStack()
+        self._stack.enter_context(worker_logs_printed(False))
+        self._stack.enter_context(worker_logs_to(_HANDLER, self._show))
         return self
 
     def __exit__(self, *_: object) -> None:
-        global_worker_stdstream_dispatcher.remove_handler(_HANDLER)
-        ray_worker._worker_logs_enabled = self._shown
+        self._stack.close()
 
     def wait_for_end(self, timeout_s: float = 5.0) -> None:
-        """Let lines that are under way arrive before the driver says its last."""
         self._ended.wait(timeout_s)
 
     def _show(self, data: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What went wrong, said once and clearly: in the ledger and on the screen as it happens, in a panel at the end."""
+"""Root causes of failures: told in the ledger and on the screen as they happen, in a panel at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from areal_ray.distributed import RankError
 from areal_ray.run import RunDir
 from areal_ray.run.stack_frames import innermost
 
-# What the ranks that did nothing wrong report when another one is gone.
+# Errors of ranks that did nothing wrong, when another one is gone.
 _COLLATERAL = re.compile(
     r"Connection (reset|closed|refused|timed out)|No route to host|(Network|Host) is unreachable"
     r"|Broken pipe|ncclRemoteError|ncclSystemError|Timed out waiting|timed out after"
@@ -60,7 +60,7 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
 
     def order(item: tuple[int, Exception]) -> tuple[bool, bool, bool, int]:
         rank, error = item
-        # An exception of one's own code explains most, then a dead process, then what the survivors saw of either.
+        # An exception of one's own code explains most, then a dead process, then errors of the survivors of either.
         collateral = _is_collateral(error)
         return collateral, isinstance(error, RankError), not hasattr(error, "__notes__"), rank
 
@@ -71,7 +71,7 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
 
 
 def _of_one(error: RankError) -> tuple[int, str, list[str]]:
-    """Of what failed on several ranks the first that the code is to blame for, else the first."""
+    """Choose among failures of several ranks the first that the code is to blame for, else the first."""
     return min(error.failures, key=lambda failure: _is_infrastructure(set(failure[2])))
 
 
@@ -81,7 +81,7 @@ def _describe(rank: int | None, error: BaseException) -> Cause:
         rank, text, names = _of_one(error)
         kind, _, message = text.partition(": ")
         return Cause(rank, kind, message, _where(error), _is_infrastructure(set(names)) or _is_collateral(error))
-    seen = getattr(error, "health_check_failure", error)  # what Ray Train wraps when it asks a worker how it is
+    seen = getattr(error, "health_check_failure", error)  # wrapped by Ray Train when a health check fails
     if isinstance(seen, RayActorError) or kind in _DIED:
         who = _DEATH if rank is not None else "Ray Train's controller died"
         return Cause(rank, who, _why_died(str(error)), infrastructure=True)
@@ -103,7 +103,7 @@ def _is_infrastructure(names: set[str]) -> bool:
 
 
 def annotate(error: Exception, step: int | None) -> None:
-    """Note on an exception of a worker what the controller is to know of it.
+    """Attach to an exception of a worker its traceback and step, for the controller.
 
     Args:
         step: that was being computed; None if none was (start, evaluation, a save).
@@ -139,23 +139,23 @@ def step_of(errors: dict[int, Exception], run: Callable[[], RunDir]) -> int | No
 
 
 def _stuck(run: RunDir) -> dict[int, dict[str, Any]]:
-    """What the watchdogs of the newest attempt saw, by rank."""
+    """Events of the watchdogs of the newest attempt, by rank."""
     events = run.events()
     attempt = max((event["attempt"] for event in events if event["event"] == "attempt"), default=None)
     return {event["rank"]: event for event in events if event["event"] == "stuck" and event["attempt"] == attempt}
 
 
-def _detection_s(errors: dict[int, Exception]) -> float | None:
-    """How long ago the failure was, by what the first of the surviving workers saw of it."""
+def detection_s(errors: dict[int, Exception]) -> float | None:
+    """Seconds since the failure, by the first of the surviving workers that saw it; None if none did."""
     times = [error.areal_ray["time"] for error in errors.values() if hasattr(error, "areal_ray")]
     return round(max(0.0, time.time() - min(times)), 3) if times else None
 
 
-def _hung(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
+def hung_cause(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
     """The worker for which the others were ended by their watchdogs, if it was that; see watchdog.py.
 
     Args:
-        run: its ledger has what the watchdogs saw.
+        run: its ledger has the events of the watchdogs.
         errors: of the ranks; those that could say something were no more stopped than those with a watchdog.
     """
     failed = max((event["time"] for event in run.events("failure")), default=0.0)
@@ -177,7 +177,7 @@ def _hung(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
 def _where(error: BaseException) -> str:
     # The note is the traceback, see worker.py.
     text = "".join(getattr(error, "__notes__", [])) or "".join(traceback.format_exception(error))
-    if isinstance(error, RankError):  # raised again where the ranks agreed; what it was came before
+    if isinstance(error, RankError):  # raised again where the ranks agreed; the original comes before
         text = text.partition(_CAUSE)[0]
     return innermost(re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text))
 

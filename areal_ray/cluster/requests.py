@@ -1,20 +1,31 @@
-"""Asking a job to leave: a word in Ray's key-value store, between the driver, the controller and the workers."""
+"""Requests to a job to save and leave, passed between the driver, the controller and the workers."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Literal
+from types import FrameType
+from typing import Any, Literal, Protocol
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from areal_ray.cluster import ray_internals
+
+Request = Literal["stop", "resize"]
 Reason = Literal["stop", "resize", "preempted"]
-_NAMESPACE = b"areal_ray"
-AWAY = (ray.exceptions.RayError, ConnectionError)  # what calls to the head node raise while it is away
+_ALL: tuple[Request, ...] = ("stop", "resize")  # "stop" goes before everything else
+_NAMESPACE = "areal_ray"
+AWAY = (ray.exceptions.RayError, ConnectionError)  # raised by calls to the head node while it is away
 
 
 class PlannedRestart(Exception):
     """The workers have saved and left, to be started again elsewhere or in another number. No failure."""
+
+
+class StoppedWhileWaiting(RuntimeError):
+    """The job was asked to stop when no worker ran."""
 
 
 def is_planned(errors: dict[int, Exception]) -> bool:
@@ -22,36 +33,126 @@ def is_planned(errors: dict[int, Exception]) -> bool:
     return any(isinstance(error, PlannedRestart) for error in errors.values())
 
 
-class Control:
-    """One job's requests. A call is one round trip to the head node, well under a millisecond.
+class Requests(Protocol):
+    """Requests to one job. Methods raise one of `AWAY` while the head node does not answer."""
+
+    def ask(self, request: Request) -> None:
+        """Have the workers save at the end of their step and leave, for good (stop) or to come back (resize)."""
+        ...
+
+    def asked(self) -> Request | None:
+        """The request to the workers; to stop goes before everything else."""
+        ...
+
+    def clear_resize(self) -> None:
+        """Take back a request to resize: the workers have left, and those that come next need not."""
+        ...
+
+    def close(self) -> None:
+        """Forget everything, if the head node is still there to be told."""
+        ...
+
+
+def requests_to(job: str, fast_restarts: bool) -> Requests:
+    """Open the requests to a job, in any of its processes.
 
     Args:
-        job: unique to this submission, so that what was asked of an earlier one is not heard.
+        job: unique to this submission, so that requests to an earlier one are not heard.
+        fast_restarts: as in JobContext.
+    """
+    return StoredRequests(job) if fast_restarts else ActorRequests(job)
+
+
+class StoredRequests:
+    """Requests in Ray's key-value store. A call is one round trip to the head node, well under a millisecond.
+
+    Args:
+        job: unique to this submission.
     """
 
     def __init__(self, job: str) -> None:
         self._job = job
 
-    def ask(self, reason: Literal["stop", "resize"]) -> None:
-        """Have the workers save at the end of their step and leave, for good (stop) or to come back (resize)."""
-        _internal_kv_put(self._key(reason), b"1", namespace=_NAMESPACE)
+    def ask(self, request: Request) -> None:
+        ray_internals.put(self._key(request))
 
-    def asked(self) -> Literal["stop", "resize"] | None:
-        """What the workers are asked for; to stop goes before everything else."""
-        for reason in ("stop", "resize"):
-            if _internal_kv_get(self._key(reason), namespace=_NAMESPACE) is not None:
-                return reason
-        return None
+    def asked(self) -> Request | None:
+        return next((request for request in _ALL if ray_internals.is_set(self._key(request))), None)
 
-    def done(self) -> None:
-        """The workers have left; those that come next are not asked to resize."""
-        _internal_kv_del(self._key("resize"), namespace=_NAMESPACE)
+    def clear_resize(self) -> None:
+        ray_internals.delete(self._key("resize"))
 
     def close(self) -> None:
-        """Forget everything, if the head node is still there to be told."""
         with suppress(*AWAY):
-            for reason in ("stop", "resize"):
-                _internal_kv_del(self._key(reason), namespace=_NAMESPACE)
+            for request in _ALL:
+                ray_internals.delete(self._key(request))
 
-    def _key(self, reason: str) -> bytes:
-        return f"{self._job}/{reason}".encode()
+    def _key(self, request: Request) -> str:
+        return f"{self._job}/{request}"
+
+
+class _Mailbox:
+    """Actor that holds the requests."""
+
+    def __init__(self) -> None:
+        self._requests: set[Request] = set()
+
+    def add(self, request: Request) -> None:
+        self._requests.add(request)
+
+    def discard(self, request: Request) -> None:
+        self._requests.discard(request)
+
+    def first(self) -> Request | None:
+        return next((request for request in _ALL if request in self._requests), None)
+
+
+class ActorRequests:
+    """Requests held by a named actor, for Ray's public API alone. It lives on the node of the driver that opens it.
+
+    Args:
+        job: unique to this submission.
+    """
+
+    def __init__(self, job: str) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = ray.remote(num_cpus=0)(_Mailbox)
+        options = {"name": f"requests-{job}", "namespace": _NAMESPACE, "get_if_exists": True}
+        self._mailbox: Any = actor.options(scheduling_strategy=here, **options).remote()
+
+    def ask(self, request: Request) -> None:
+        ray.get(self._mailbox.add.remote(request))
+
+    def asked(self) -> Request | None:
+        request: Request | None = ray.get(self._mailbox.first.remote())
+        return request
+
+    def clear_resize(self) -> None:
+        ray.get(self._mailbox.discard.remote("resize"))
+
+    def close(self) -> None:
+        with suppress(*AWAY):
+            ray.kill(self._mailbox)
+
+
+def stop_on_signal(
+    requests: Requests, again: Callable[[int, FrameType | None], object]
+) -> Callable[[int, FrameType | None], None]:
+    """Make a signal handler that has the workers save and leave.
+
+    Args:
+        requests: to the job.
+        again: handler of a second signal.
+    """
+    asked = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            again(number, frame)
+            return
+        asked.set()
+        print("saving, then stopping; once more to stop at once", flush=True)
+        # In a thread: the call that was interrupted may hold a lock that this one needs.
+        threading.Thread(target=requests.ask, args=("stop",), daemon=True).start()
+
+    return handle

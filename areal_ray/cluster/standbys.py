@@ -1,9 +1,9 @@
-"""Warm spare processes: a restarted group starts in processes that have done their imports already.
+"""Standbys: idle processes with their imports done, in which the workers of a restarted group start.
 
 A new worker process spends most of a restart on importing Ray Train, torch and the model's code. Ray's raylet can be
 told to start idle processes ahead of need (its PrestartWorkers call, which Ray makes itself when tasks queue up), and
-gives them to the next actors of the same job and runtime environment. The call is internal to Ray: it is made in this
-module only, and where it is refused a restart is an ordinary one.
+gives them to the next actors of the same job and runtime environment. The call is internal to Ray; where it is refused
+a restart is an ordinary one.
 """
 
 from __future__ import annotations
@@ -17,36 +17,59 @@ from pathlib import Path
 import psutil
 import ray
 
-from areal_ray.cluster.nodes import raylet
+from areal_ray.cluster import ray_internals
 
-_KEEP_S = 30 * 24 * 3600  # how long the raylet lets a spare wait
+WARM_UP_S = 120.0  # time limit for a standby to do its imports
+_KEEP_S = 30 * 24 * 3600  # time that the raylet lets a standby wait
 _CALL_S = 10.0  # time limit of the call
-_WARM_S = 120.0  # time limit for spares to get warm
-_LOOK_S = 0.5
-_FREE = 0.1  # share of a node's memory that must be left when the spares are there
+_FREE = 0.1  # share of a node's memory that must be left when the standbys are there
 _MEMORY = 600e6  # bytes that one takes, before one has been measured
 
 
-def _folder(kind: str) -> Path:
-    """Where the processes of this job on this node that have got ready are listed, by process id."""
-    session = ray._private.worker._global_node.get_session_dir_path()
+def ready_folder(kind: str) -> Path:
+    """Folder in which the processes of this job on this node that have done their imports are listed, by process id."""
+    session = ray_internals.session_directory()
     return Path(session) / "areal_ray" / ray.get_runtime_context().get_job_id() / kind
 
 
+def prestart(count: int) -> None:
+    """Have the raylet of this node start idle processes like this one: same job, same environment.
+
+    Raises:
+        grpc.RpcError: if the raylet refuses.
+    """
+    context = ray.get_runtime_context()
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    job, environment = context.get_job_id(), context.get_runtime_env_string()
+    with ray_internals.node_service(node) as service:
+        ray_internals.prestart_workers(service, job, environment, count, _KEEP_S, _CALL_S)
+
+
 class Standbys:
-    """Keeps a number of spares for processes of one kind ready on this node.
+    """Keeps a number of standbys for processes of one kind ready on this node.
 
     Args:
         kind: "worker" or "plain"; that of the process that asks.
         count: how many.
         report: told (ready, their memory in bytes, seconds that it took) when there are new ones.
         complain: prints a line for the user.
+        warm_up_s: time limit for their imports.
+        poll_s: time between two looks at how many are ready.
+        start: starts so many of them.
     """
 
     def __init__(
-        self, kind: str, count: int, report: Callable[[int, int, float], None], complain: Callable[[str], None]
+        self,
+        kind: str,
+        count: int,
+        report: Callable[[int, int, float], None],
+        complain: Callable[[str], None],
+        warm_up_s: float = WARM_UP_S,
+        poll_s: float = 0.5,
+        start: Callable[[int], None] = prestart,
     ) -> None:
         self._kind, self._count, self._report, self._complain = kind, count, report, complain
+        self._warm_up_s, self._poll_s, self._start = warm_up_s, poll_s, start
 
     def replenish(self) -> None:
         """Start those that are missing, in the background."""
@@ -62,16 +85,16 @@ class Standbys:
             if memory.available - missing * _MEMORY < _FREE * memory.total:
                 self._complain(f"no standbys: only {memory.available / 1e9:.1f} GB of memory are free on this node")
                 return
-            prestart(missing)
+            self._start(missing)
         except Exception as error:  # noqa: BLE001  (the call is internal to Ray; whatever it says, training goes on)
             text = " ".join(str(error).split())[:200]
             self._complain(f"no standbys, so that a restart takes longer: {type(error).__name__}: {text}")
             return
         while len(ready := self._ready()) < self._count:
-            if time.monotonic() - began > _WARM_S:
-                self._complain(f"only {len(ready)} of {self._count} standbys are ready after {_WARM_S:.0f} s")
+            if time.monotonic() - began > self._warm_up_s:
+                self._complain(f"only {len(ready)} of {self._count} standbys are ready after {self._warm_up_s:.0f} s")
                 break
-            time.sleep(_LOOK_S)
+            time.sleep(self._poll_s)
         memory_used = 0
         for process in ready:
             with suppress(psutil.Error):  # taken, or gone, just now
@@ -79,32 +102,11 @@ class Standbys:
         self._report(len(ready), memory_used, time.monotonic() - began)
 
     def _ready(self) -> list[psutil.Process]:
-        """The processes that are warm and still idle."""
+        """The processes that have done their imports and are still idle."""
         found = []
-        for path in _folder(self._kind).glob("[0-9]*"):
+        for path in ready_folder(self._kind).glob("[0-9]*"):
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 process = psutil.Process(int(path.name))
                 if process.cmdline()[:1] == ["ray::IDLE"]:
                     found.append(process)
         return found
-
-
-def prestart(count: int) -> None:
-    """Have the raylet of this node start idle processes like this one: same job, same environment.
-
-    Raises:
-        grpc.RpcError: if the raylet refuses.
-    """
-    from ray.core.generated import common_pb2, node_manager_pb2
-
-    context = ray.get_runtime_context()
-    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    request = node_manager_pb2.PrestartWorkersRequest(
-        language=common_pb2.Language.PYTHON,
-        job_id=bytes.fromhex(context.get_job_id()),
-        keep_alive_duration_secs=_KEEP_S,
-        num_workers=count,
-    )
-    request.runtime_env_info.serialized_runtime_env = context.get_runtime_env_string()
-    with raylet(node) as service:
-        service.PrestartWorkers(request, timeout=_CALL_S)

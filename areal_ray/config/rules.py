@@ -72,6 +72,8 @@ def _check_run(config: Config) -> None:
     if other := set(config.run.allow_changes) - set(ALLOWABLE):
         raise ConfigError("run.allow_changes", f"knows {', '.join(ALLOWABLE)}; not {', '.join(sorted(other))}")
     StandbyCount.parse(config.cluster.standbys)
+    if (fast := config.cluster.fast_restarts) not in ("auto", "off", False):
+        raise ConfigError("cluster.fast_restarts", f"must be auto or off, not {fast!r}")
     if config.cluster.max_failures < -1:
         raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
     ways = [bool(config.model.config), bool(config.model.path), bool(config.model.factory)]

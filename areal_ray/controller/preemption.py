@@ -1,4 +1,4 @@
-"""Hears that a machine is about to be taken away, as Ray Train does, but without a process for it."""
+"""Ray Train's watch for nodes that are about to be taken away, in a thread instead of a process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallb
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 
 
-class Preemption(PreemptionCallback):
-    """In the place of Ray's, whose watcher is an actor: one more process to start with every group of workers, which
-    wakes up a hundred times a second ever after. Here it is a thread of the controller.
+class ThreadedPreemptionCallback(PreemptionCallback):
+    """Polls for node preemption in a thread of the controller.
+
+    Ray's own watcher is an actor: one more process to start with every group of workers, which wakes up a hundred times
+    a second ever after.
     """
 
     def after_worker_group_start(self, worker_group: Any) -> None:

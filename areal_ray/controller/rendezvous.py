@@ -1,4 +1,4 @@
-"""How the workers of a group meet: at a store that is open before they come, on devices that are free."""
+"""Rendezvous of the workers of a group: at a store that is open before they come, on devices that are free."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import psutil
 import ray
-from ray.train._internal.utils import get_address_and_port
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from areal_ray.cluster.ray_internals import find_address_function
 
 _ENDING_S = 30.0  # so long processes that have been killed are waited for
 
@@ -46,7 +47,7 @@ class RankZeroStoreFirst:
         return len(self._workers)
 
     def execute_single(self, rank: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        wanted = _address if function is get_address_and_port else function
+        wanted = _address if function is find_address_function() else function
         return self._workers.execute_single(rank, wanted, *args, **kwargs)
 
 
@@ -79,7 +80,7 @@ class _Backend(_TorchBackend):
 
 
 class GroupTorchConfig(TorchConfig):
-    """Ray's, for a `group.Group`, whose `reached` and `ending` it knows."""
+    """Ray's, for a `worker_group.Group`, whose `reached` and `ending` it knows."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:

@@ -1,7 +1,8 @@
-"""Ray Train's list of checkpoints, made anew from the manifests.
+"""Ray Train's list of checkpoints, rebuilt from the manifests.
 
 Ray keeps `checkpoint_manager_snapshot.json` in the run directory, writes it in place, and refuses to start a run whose
-list is torn or names a directory that is gone. Nothing in it is news to us, so it is rewritten before every start.
+list is torn or names a directory that is gone. The manifests say all that is in it, so it is rewritten before every
+start.
 """
 
 from __future__ import annotations

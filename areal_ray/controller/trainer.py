@@ -1,4 +1,4 @@
-"""A TorchTrainer with our policies, and workers that save and leave when the job is asked to stop."""
+"""TorchTrainer and TrainController with our policies, and workers that save and leave when the job is asked to stop."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import signal
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from types import FrameType
 from typing import Any
 
 import ray
-from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train import FailureConfig, Result
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -21,11 +19,14 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.util import ObjectRefWrapper
 
 from areal_ray.cluster.console import say
-from areal_ray.cluster.requests import AWAY, Control
+from areal_ray.cluster.ray_internals import blocking_get_variable, on_this_node
+from areal_ray.cluster.requests import AWAY, Requests, stop_on_signal
 from areal_ray.controller.failure_policy import FailurePolicy
 from areal_ray.controller.placement import PlacementGroupCache, release_all
-from areal_ray.controller.preemption import Preemption
+from areal_ray.controller.preemption import ThreadedPreemptionCallback
+from areal_ray.controller.restart_policy import RestartPolicy
 from areal_ray.controller.scaling_policy import ScalingPolicy
+from areal_ray.controller.worker_count import WorkerCount
 from areal_ray.controller.worker_group import Groups
 from areal_ray.run.directory import RunDir
 
@@ -43,11 +44,13 @@ class Controller(TrainController):
         self._placement_groups = PlacementGroupCache()
         self.worker_group_cls = Groups(self._placement_groups)
         callbacks = self._worker_group_callbacks_to_propagate
-        callbacks[:] = [Preemption() if isinstance(each, PreemptionCallback) else each for each in callbacks]
+        for i, each in enumerate(callbacks):
+            if isinstance(each, PreemptionCallback):
+                callbacks[i] = ThreadedPreemptionCallback()
         write = self._checkpoint_manager._write_state_to_storage
 
         def try_to_write() -> None:
-            # Ray's list is made anew before it is read, see snapshot.py: no reason to restart healthy workers.
+            # Ray's list is rebuilt before it is read, see snapshot.py: no reason to restart healthy workers.
             try:
                 write()
             except OSError as error:
@@ -61,7 +64,7 @@ class Controller(TrainController):
         try:
             super()._start_worker_group(*args, **kwargs)
         except Exception:
-            self._placement_groups.release()  # what comes next may be to wait, for hours
+            self._placement_groups.release()  # the controller may wait next, for hours
             raise
 
     async def _shutdown(self) -> Any:
@@ -72,11 +75,11 @@ class Controller(TrainController):
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer with these policies.
+    """A TorchTrainer whose controller has our policies.
 
     Args:
         sizes: numbers of workers that can be used, ascending.
-        control: of this job.
+        requests: to this job.
         run: the run directory.
         skip_poison_steps: as in the configuration.
         options: as for TorchTrainer.
@@ -86,22 +89,25 @@ class Trainer(TorchTrainer):
         self,
         *args: Any,
         sizes: Sequence[int],
-        control: Control,
+        requests: Requests,
         run: RunDir,
         skip_poison_steps: bool,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self._sizes, self._control, self._run_directory, self._skip = sizes, control, run, skip_poison_steps
+        self._sizes, self._requests, self._run_directory, self._skip = sizes, requests, run, skip_poison_steps
 
     def fit(self) -> Result:
-        count = ScalingPolicy(self.scaling_config, self._sizes, self._control, self._run_directory)
+        run, worker = self._run_directory, self.scaling_config._resources_per_worker_not_none
         limits = self.run_config.failure_config or FailureConfig()
+        count = WorkerCount(self._sizes, self._requests, run, worker, say)
+        rules = RestartPolicy(count, run, limits.max_failures, self._skip, say)
+        scaling = ScalingPolicy(self.scaling_config, count, self._requests)
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             result = self._run(
-                policies=(count, FailurePolicy(limits, count, self._run_directory, self._skip)),
+                policies=(scaling, FailurePolicy(rules)),
                 train_fn_ref=ObjectRefWrapper(self._get_train_func()),
                 train_run_context=self.train_run_context,
                 callbacks=self._create_default_callbacks(),
@@ -119,12 +125,11 @@ class Trainer(TorchTrainer):
 
     def _run(self, **options: Any) -> Result:
         """Start the controller on this node and wait for its end. RayError if it dies."""
-        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
+        environment = {blocking_get_variable(): "0", **get_env_vars_to_propagate()}
         known = ray.get_runtime_context().runtime_env.get("env_vars", {})
-        # With an environment of its own it could be none of the processes that have been started ahead, see cluster.py.
+        # With an environment of its own it could be none of the processes that have been started ahead.
         own = {} if environment.items() <= known.items() else {"runtime_env": {"env_vars": environment}}
-        actor = ray.remote(num_cpus=0, label_selector=here, **own)(Controller)
+        actor = ray.remote(num_cpus=0, label_selector=on_this_node(), **own)(Controller)
         controller = actor.remote(**options)
         if threading.current_thread() is threading.main_thread():
             self._register_sigint_handler(controller)
@@ -138,8 +143,8 @@ class Trainer(TorchTrainer):
         return result
 
     def _create_default_callbacks(self) -> list[Any]:
-        # Actors that would be started for nothing: for datasets, of which there are none, and to give back what a
-        # controller held that has died, which the supervisor does.
+        # Actors that would be started for nothing: for datasets, of which there are none, and to give back placement
+        # groups of a dead controller, which `fit` does.
         idle = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
 
@@ -147,17 +152,7 @@ class Trainer(TorchTrainer):
         """Ctrl-C and SIGTERM have the workers save and leave; a second one ends the job as it stands."""
         super()._register_sigint_handler(controller)
         abort = signal.getsignal(signal.SIGINT)
-        asked = threading.Event()
-
-        def leave(number: int, frame: FrameType | None) -> None:
-            if asked.is_set():
-                assert callable(abort)
-                abort(number, frame)
-                return
-            asked.set()
-            print("saving, then stopping; once more to stop at once", flush=True)
-            # In a thread: the call that was interrupted may hold what this one needs.
-            threading.Thread(target=self._control.ask, args=("stop",), daemon=True).start()
-
+        assert callable(abort)
+        leave = stop_on_signal(self._requests, again=abort)
         signal.signal(signal.SIGINT, leave)
         signal.signal(signal.SIGTERM, leave)

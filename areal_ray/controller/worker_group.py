@@ -1,4 +1,4 @@
-"""The group of workers as Ray Train's controller starts and ends it: without waiting for the dead, and timed."""
+"""Worker group of Ray Train's controller, extended: it does not wait for the dead, and its start is timed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from areal_ray.cluster.standbys import Standbys
 from areal_ray.controller.placement import PlacementGroupCache, release_all
 from areal_ray.run import RunDir
 
-_CALM_S = 8.0  # after the start of the workers; what it starts then is not in their way
+_CALM_S = 8.0  # after the start of the workers; processes that are started then are not in their way
 
 
 class _Handle(DefaultPlacementGroupHandle):
-    """Ray's, but timed, and what it holds may be kept when it ends.
+    """Ray's, but timed, and its placement group may be kept when it ends.
 
     Attributes:
-        keep: to be called then instead of giving it back.
+        keep: called then with the placement group instead of removing it.
     """
 
     def __init__(self, reserved: PlacementGroup, reached: dict[str, float]) -> None:
@@ -51,13 +51,13 @@ class _Handle(DefaultPlacementGroupHandle):
 
 
 class Group(WorkerGroup):
-    """Ray's, with a reservation that outlives it, unless it is aborted.
+    """Ray's, with a placement group that outlives it, unless it is aborted.
 
     And it gives that back when the workers die while they start: Ray's forgets a group that was half up, and the next
     one waits for resources that nobody uses.
 
     Args:
-        placement_groups: where to get room for the workers.
+        placement_groups: the cache to take it from.
         ending: process ids of the group before, by node id.
         options: as for WorkerGroup.
 
@@ -93,7 +93,7 @@ class Group(WorkerGroup):
         return _Handle(self._placement_groups.acquire(self._train_run_context, worker_group_context), self.reached)
 
     def shutdown(self) -> None:
-        """End the workers. What they had stays reserved for those that come next."""
+        """End the workers. Their placement group is kept for those that come next."""
         if self.has_started():
             wanted = self._worker_group_context
             handle = self._worker_group_state.placement_group_handle
@@ -124,16 +124,26 @@ class Groups:
 
 
 class GroupLife(WorkerGroupCallback, ControllerCallback):
-    """Runs in Ray's controller: ends workers at once, does not wait for ever for their start, writes down how long.
+    """Ends workers at once, limits their start, and notes its phases; a callback of Ray's controller.
 
     Args:
         run: the run directory.
         start_limit_s: workers that have not all begun to train by then are ended, which counts as a failed start.
-        standbys: for the actors that Ray Train starts beside every group; None for no spares.
+        standbys: for the actors that Ray Train starts beside every group; None for none.
+        clock: seconds since the epoch.
+        timer: calls a function after so many seconds.
     """
 
-    def __init__(self, run: RunDir, start_limit_s: float, standbys: Standbys | None) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        start_limit_s: float,
+        standbys: Standbys | None,
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[float, Callable[[], None]], threading.Timer] = threading.Timer,
+    ) -> None:
         self._run, self._limit, self._standbys = run, start_limit_s, standbys
+        self._clock, self._timer = clock, timer
         self._times: dict[str, float] = {}
         self._replenish_at = float("inf")
         self._workers: list[Any] = []
@@ -141,7 +151,7 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
         self._workers = []
-        timer = threading.Timer(self._limit, self._give_up)
+        timer = self._timer(self._limit, self._give_up)
         timer.daemon = True
         timer.start()
         try:
@@ -153,14 +163,14 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
         self._context = train_run_context
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        self._times |= {"begin": time.time()}
+        self._times |= {"begin": self._clock()}
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         self._workers = workers
         return {}
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._times |= {**worker_group.reached, "process_group": time.time()}
+        self._times |= {**worker_group.reached, "process_group": self._clock()}
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._replenish_at = time.monotonic() + _CALM_S
@@ -181,16 +191,16 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
             self._replenish_at = float("inf")
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        self._times["failed"] = time.time()
+        self._times["failed"] = self._clock()
         for worker in worker_group.get_workers():
             # Ray would first ask each of them, and wait five seconds for one that cannot answer.
             ray.kill(worker.actor)
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
-        self._times["end"] = time.time()
+        self._times["end"] = self._clock()
 
     def _give_up(self) -> None:
         say(f"the workers have not started in {self._limit:.0f} s: starting them again")
         for worker in self._workers:
             ray.kill(worker.actor)
-        release_all(self._context)  # and with it what runs there, known by now or not
+        release_all(self._context)  # and with them the processes there, known by now or not

@@ -1,4 +1,4 @@
-"""Getting to a Ray cluster: the one that is there, or one of one's own."""
+"""Connection to a Ray cluster: the one that is there, or one of one's own."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import logging
 import math
 import os
 import re
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from areal_ray.cluster.nodes import is_reachable
-
 # Ray reads RAY_AUTH_MODE when it is imported, so nothing here imports it at the top.
+from areal_ray.cluster import ray_internals
+from areal_ray.cluster.nodes import is_reachable
 from areal_ray.config import Config
 from areal_ray.processes.fork_server import MALLOC, ForkServer, fork_server_for
 
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
+_PORT = "RAY_GCS_SERVER_PORT"  # of a cluster that `ray.init` starts
 BESIDE = 1  # actors that Ray Train starts beside every group: for synchronisation
 
 
@@ -38,8 +42,33 @@ def answering() -> bool:
     return re.fullmatch(r"[^/]+:\d+", address) is not None and is_reachable(address)
 
 
+def is_off(config: Config) -> bool:
+    """Whether fast restarts are switched off; YAML reads a bare `off` as False."""
+    return config.cluster.fast_restarts in ("off", False)
+
+
+def slow_because(config: Config, train: bool) -> str | None:
+    """Find why this job is to do with Ray's public API alone; None if Ray's internals can be used.
+
+    Args:
+        config: of the run.
+        train: look at Ray Train, too, which imports it: seconds.
+    """
+    if is_off(config):
+        return "cluster.fast_restarts=off"
+    problems = ray_internals.core_problems() or (ray_internals.train_problems() if train else [])
+    if not problems:
+        return None
+    return f"{problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}"
+
+
+def without_internals(config: Config) -> Config:
+    """The configuration without fast restarts, and without the standbys and the fork server that belong to them."""
+    return replace(config, cluster=replace(config.cluster, fast_restarts="off", standbys="off", template=False))
+
+
 @contextmanager
-def cluster(config: Config, template: ForkServer | None = None) -> Iterator[None]:
+def cluster(config: Config, fork_server: ForkServer | None = None) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
 
     The first processes of the job begin to start at once. A connection that the caller has already is used and left
@@ -47,38 +76,65 @@ def cluster(config: Config, template: ForkServer | None = None) -> Iterator[None
 
     Args:
         config: of the run.
-        template: that is there for it already, closed by who made it.
+        fork_server: fork server that is there already, closed by its maker.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    made = None if template else fork_server_for(config, PREPARATION)
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config, template or made)}
-    if not os.environ.get("RAY_ADDRESS"):
-        # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
-        workers = config.worker_range[1]
-        needed = math.ceil(workers * resources(config).get("CPU", 0))
-        cores = os.cpu_count() or 1
-        if needed > cores:
-            print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
-        # "local", or it would find a cluster that happens to run here.
-        options |= {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
-    # What a submitted job's own runtime environment has, ours may have too; Ray would refuse to be told twice.
+    quiet: AbstractContextManager[None]
+    fast = slow_because(config, train=False) is None
+    if fast:
+        quiet = ray_internals.worker_logs_printed(False)  # the Console, which comes and goes, prints them
+    else:
+        if not sys.stdout.isatty():
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray itself prints then
+        config, fork_server, quiet = without_internals(config), None, nullcontext()
+    made = None if fork_server else fork_server_for(config, PREPARATION)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config, fork_server or made)}
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        options |= _local_options(config)
+    if not fast:
+        if not address:
+            port = os.environ.setdefault(_PORT, _free_port())
+            address = f"{ray.util.get_node_ip_address()}:{port}"
+            options["include_dashboard"] = True
+        # Ray Train's own actors ask the dashboard's server for the controller: on a machine with several clusters that
+        # of the newest, and take the controller, which that one does not know, for dead.
+        options["runtime_env"]["env_vars"].setdefault("RAY_ADDRESS", address)
+    # A submitted job's own runtime environment may have the same keys; Ray would refuse to be told twice.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    from ray._private import worker
+    with quiet:
+        try:
+            ray.init(**options)
+            if not fast:
+                os.environ.pop(_PORT, None)
+            _start_ahead(config)
+            yield
+        finally:
+            ray.shutdown()
+            if made:
+                made.close()
 
-    shown, worker._worker_logs_enabled = worker._worker_logs_enabled, False  # see console.py, which comes and goes
-    try:
-        ray.init(**options)
-        _start_ahead(config)
-        yield
-    finally:
-        ray.shutdown()
-        worker._worker_logs_enabled = shown
-        if made:
-            made.close()
+
+def _local_options(config: Config) -> dict[str, Any]:
+    """Options of `ray.init` for a cluster on this machine."""
+    # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
+    workers = config.worker_range[1]
+    needed = math.ceil(workers * resources(config).get("CPU", 0))
+    cores = os.cpu_count() or 1
+    if needed > cores:
+        print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
+    # "local", or it would find a cluster that happens to run here.
+    return {"address": "local", "num_cpus": max(cores, needed), "include_dashboard": False}
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
 
 
 def _start_ahead(config: Config) -> None:
@@ -95,11 +151,11 @@ def _start_ahead(config: Config) -> None:
 
 
 def resources(config: Config) -> dict[str, float]:
-    """What Ray reserves for one worker."""
+    """Resources of one worker."""
     return {"CPU": 1, **({"GPU": 1} if config.cluster.use_gpu else {}), **config.cluster.resources_per_worker}
 
 
-def _runtime_env(config: Config, template: ForkServer | None) -> dict[str, Any]:
+def _runtime_env(config: Config, fork_server: ForkServer | None) -> dict[str, Any]:
     from areal_ray.driver import warm_start
 
     settings = {
@@ -119,5 +175,5 @@ def _runtime_env(config: Config, template: ForkServer | None) -> dict[str, Any]:
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
     chosen |= {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-    executable = {"py_executable": template.executable} if template else {}
+    executable = {"py_executable": fork_server.executable} if fork_server else {}
     return {"env_vars": {**chosen, **warm_start.job_environment(config)}, **executable}

@@ -1,4 +1,4 @@
-"""What the fork server imports before it forks: named here, above everything, and carried out in its process.
+"""Imports of the fork server before it forks: named here, above everything, and carried out in its process.
 
 The fork server is told this module's name (processes/fork_server.py). Nothing may be imported at the top that imports
 Ray: its C++ part keeps what it reads of the environment, which is known only once a process of the job has asked.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 
+from areal_ray.cluster.ray_internals import SYNC_ACTOR, unseeded_actor_classes
 from areal_ray.config import ConfigError, ModelConfig
 
 _BEFORE = (
@@ -25,7 +26,7 @@ _BEFORE = (
     "areal_ray.train.loop",
     "areal_ray.run",
     "areal_ray.train.tracking",
-    # What Ray imports.
+    # Ray's own imports.
     "click",
     "fsspec",
     "google.protobuf",
@@ -38,7 +39,7 @@ _BEFORE = (
 )
 _AFTER = (
     "ray.train.torch",
-    "ray.train.v2._internal.execution.checkpoint.sync_actor",
+    SYNC_ACTOR,
     "areal_ray.controller.rendezvous",
     "areal_ray.controller.trainer",
     "areal_ray.worker.main",
@@ -69,7 +70,7 @@ def import_ray() -> None:
     """Import Ray as a process of a job does, after that process has shown its environment."""
     import ray
 
-    with import_module("areal_ray.cluster.ray_internals").unseeded_actor_classes():
+    with unseeded_actor_classes():
         _import(_AFTER)
     drawn = [_in_a_fork(lambda: bytes(ray.WorkerID.from_random().binary())) for _ in range(2)]
     if drawn[0] == drawn[1]:
@@ -77,7 +78,7 @@ def import_ray() -> None:
 
 
 def _in_a_fork(work: Callable[[], bytes]) -> bytes:
-    """What it returns in a fork of this process: a few bytes."""
+    """Do `work` in a fork of this process; its result, a few bytes."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""The driver: check everything, hand the job to Ray Train, say what came of it."""
+"""The driver of a run: checks everything, hands the job to Ray Train, reports its end."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from areal_ray.checkpoint import Catalog
-from areal_ray.cluster import failures
-from areal_ray.cluster.console import Console
-from areal_ray.cluster.requests import Control
+from areal_ray.cluster import failures, ray_internals
+from areal_ray.cluster.console import Display, display
+from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to
 from areal_ray.config import Config, ConfigError, dump, redact_override
-from areal_ray.controller.scaling_policy import StoppedWhileWaiting
-from areal_ray.driver.connect import cluster
+from areal_ray.driver.connect import cluster, slow_because, without_internals
 from areal_ray.driver.head_watch import watching
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
-from areal_ray.driver.supervisor import supervise
+from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
 from areal_ray.run.goodput import goodput, table
@@ -32,14 +31,17 @@ from areal_ray.run.lease import RunInUse, hold_lease
 
 
 def train(
-    config: Config, overrides: Sequence[str] = (), template: ForkServer | None = None, search_path: Sequence[str] = ()
+    config: Config,
+    overrides: Sequence[str] = (),
+    fork_server: ForkServer | None = None,
+    search_path: Sequence[str] = (),
 ) -> int:
     """Run an experiment to its end.
 
     Args:
         config: as loaded.
-        overrides: what was typed beside the file, for the record.
-        template: for the job's processes, if one has been started.
+        overrides: typed beside the file, for the record.
+        fork_server: fork server for the job's processes, if one has been started.
         search_path: folders with the user's own code, for the workers.
 
     Returns:
@@ -61,41 +63,47 @@ def train(
     except OSError as error:
         raise ConfigError("run.storage_path", str(error)) from None
     print(f"run directory: {run.storage.location}", flush=True)
-    submission = secrets.token_hex(8)
-    control = Control(submission)
-    with Console() as console, cluster(config, template), ExitStack() as stack:
+    slow = slow_because(config, train=True)
+    if slow:
+        print(f"restarts take longer, with Ray's public API alone: {slow}", flush=True)
+    job = without_internals(config) if slow else config
+    context = JobContext(run, secrets.token_hex(8), fast_restarts=slow is None, search_path=tuple(search_path))
+    with display(context.fast_restarts) as shown, cluster(job, fork_server), ExitStack() as stack:
+        requests = requests_to(context.submission, context.fast_restarts)
         try:
-            # Who loses the lease asks the workers to leave, so that there must be a cluster first.
-            stack.enter_context(hold_lease(run.storage, lambda: control.ask("stop"), _print))
+            # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
+            stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
             run.write_config(_record(config, overrides))
         except RunInUse as error:
             raise ConfigError("run.name", str(error)) from None
         except OSError as error:
             raise ConfigError("run.storage_path", str(error)) from None
-        context = JobContext(run, submission, tuple(search_path))
-        return _drive(config, context, console, control)
+        return _drive(job, context, shown, requests)
 
 
-def _drive(config: Config, context: JobContext, console: Console, control: Control) -> int:
+def _drive(config: Config, context: JobContext, shown: Display, requests: Requests) -> int:
     run = context.run
     run.note("submitted", print, last_step=config.last_step, submission=context.submission)
     address = ray.get_runtime_context().gcs_address
     try:
         with watching(address, _print, lambda: _lost_head(run, address)):
-            outcome = supervise(config, context)
+            outcome = supervise(choose_fit(config, context), run)
+    except StoppedWhileWaiting:
+        return _interrupted(run)
     except (TrainingFailedError, RayError, OSError) as error:
         if isinstance(getattr(error, "controller_failure", None), StoppedWhileWaiting):
             return _interrupted(run)
         cause = failures.cause_of(error, run)
-        console.wait_for_end(timeout_s=1.0)
-        show(cause, run)
+        shown.wait_for_end(timeout_s=1.0)
+        logs = ray_internals.log_directory() if context.fast_restarts else "Ray's session directory"
+        show(cause, run, logs)
         _close(run, "failed", {}, cause=cause.kind, error=cause.message[:500])
         return 1
     except (KeyboardInterrupt, SystemExit):  # Ray Train makes the latter of Ctrl-C once it has ended the workers
         return _interrupted(run)
     finally:
-        control.close()
-    console.wait_for_end()
+        requests.close()
+    shown.wait_for_end()
     if outcome["reason"] == "stop":
         return _interrupted(run)
     status = "finished" if outcome["step"] == config.train.steps else "stopped"
@@ -107,7 +115,7 @@ def _lost_head(run: RunDir, address: str) -> None:
     text = f"the head node ({address}) is gone, and the cluster with it"
     checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)["checkpoint"]
     print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
-    os._exit(1)  # whatever waits for an answer would wait until Ray ends this process
+    os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
 
 
 def _print(text: str) -> None:

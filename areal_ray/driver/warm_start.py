@@ -1,4 +1,4 @@
-"""Environments of a job's processes, and the hooks by which Ray has them import ahead of need."""
+"""Environments of a job's processes, and the hooks by which Ray has standbys do their imports."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-from areal_ray.cluster.standbys import _WARM_S, _folder
+from areal_ray.cluster.ray_internals import SETUP_HOOK, SYNC_ACTOR
+from areal_ray.cluster.standbys import WARM_UP_S, ready_folder
 from areal_ray.config import Config, ConfigError, ModelConfig, redact
 from areal_ray.processes.launch import MODEL
-
-_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # Ray's: a function that a new process runs before anything else
 
 
 def _import_path() -> str:
@@ -28,20 +27,20 @@ def job_environment(config: Config) -> dict[str, str]:
     """Environment variables for all processes of the job, among them those that Ray Train starts beside the workers."""
     if not config.standbys(1):
         return {}
-    return {_HOOK: f"{__name__}.warm_plain", "PYTHONPATH": _import_path()}
+    return {SETUP_HOOK: f"{__name__}.warm_plain", "PYTHONPATH": _import_path()}
 
 
 def worker_environment(config: Config) -> dict[str, str]:
     """Environment variables for the training workers.
 
-    They set these processes apart, too: Ray gives spares to actors of the very same environment only, so that none is
-    taken by what Ray starts beside the workers.
+    They set these processes apart, too: Ray gives standbys to actors of the very same environment only, so that none is
+    taken by the actors that Ray starts beside the workers.
     """
     if not config.standbys(1):
         return {}
-    # The check for GPUs goes without a CUDA context: which GPU is its own, a spare does not know yet.
+    # The check for GPUs goes without a CUDA context: which GPU is its own, a standby does not know yet.
     return {
-        _HOOK: f"{__name__}.warm",
+        SETUP_HOOK: f"{__name__}.warm",
         MODEL: json.dumps(redact(asdict(config.model))),
         "PYTHONPATH": _import_path(),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -52,7 +51,7 @@ def warm_plain() -> None:
     """Get a process ready for one of Ray Train's own actors; Ray calls it in every new process of the job."""
 
     def work(late: threading.Event) -> None:
-        import_module("ray.train.v2._internal.execution.checkpoint.sync_actor")
+        import_module(SYNC_ACTOR)
 
     _get_ready("plain", work)
 
@@ -66,7 +65,7 @@ def warm() -> None:
         import_module("areal_ray.worker.main")  # and with it everything else that a worker imports
         with suppress(ConfigError):  # a factory on the driver's path, which Ray tells a process with its work only
             import_module("areal_ray.models").build_model(ModelConfig(**json.loads(os.environ[MODEL])))
-        if not late.is_set():  # beside real training a rehearsal would meet its process group
+        if not late.is_set():  # beside real training a warmup would meet its process group
             import_module("areal_ray.engine.warmup").warm_up()
 
     _get_ready("worker", work)
@@ -78,13 +77,13 @@ def _get_ready(kind: str, work: Callable[[threading.Event], None]) -> None:
     def get_ready() -> None:
         try:
             work(late)
-            folder = _folder(kind)
+            folder = ready_folder(kind)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / str(os.getpid())).touch()
-        except Exception:  # a spare that is not warm is still a process that need not be started
+        except Exception:  # a standby without its imports is still a process that need not be started
             logging.getLogger(__name__).warning("could not warm up", exc_info=True)
 
     thread = threading.Thread(target=get_ready)
     thread.start()
-    thread.join(_WARM_S)  # what is not warm by then is cold, but no reason not to start
+    thread.join(WARM_UP_S)  # imports that take longer are no reason not to start
     late.set()

@@ -13,10 +13,12 @@ class JobContext:
 
     Args:
         run: the run directory.
-        submission: unique to this submission, so that what was asked of an earlier one is not heard.
+        submission: unique to this submission, so that requests to an earlier one are not heard.
+        fast_restarts: whether Ray's internals are used, for restarts in seconds; else its public API alone.
         search_path: folders with the user's own code, see `areal_ray.config.plugin`.
     """
 
     run: RunDir
     submission: str
+    fast_restarts: bool = True
     search_path: tuple[str, ...] = ()

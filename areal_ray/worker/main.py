@@ -12,7 +12,7 @@ import torch
 from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import failures
 from areal_ray.cluster.console import say, say_end
-from areal_ray.cluster.requests import Control, PlannedRestart
+from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config, plugin
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
@@ -78,7 +78,8 @@ def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: 
         run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
     faults = Faults(config.faults, run, ranks)
     standbys = sidecars.standbys(config, run, ranks, nodes)
-    session = RaySession(faults, ranks, Control(context.submission), standbys, watchdog)
+    requests = requests_to(context.submission, context.fast_restarts)
+    session = RaySession(faults, ranks, requests, standbys, watchdog, context.fast_restarts)
     data = load_data(config, ranks)
     kept = retention(run, attempt, start.say, catalog, config.checkpoint.keep)
     journal = Journal(run if start.first else None, attempt, start.say, kept)

@@ -1,4 +1,4 @@
-"""The loop's RunContext over Ray Train."""
+"""RunContext of the training loop over Ray Train."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 
+import ray
 from ray.train import Checkpoint, get_context, report
 from ray.train import CheckpointUploadMode as Upload
-from ray.train.v2._internal.execution import context as ray_context
-from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from areal_ray.checkpoint import Manifest
-from areal_ray.cluster.requests import AWAY, Control, Reason
+from areal_ray.cluster.ray_internals import is_preempted
+from areal_ray.cluster.requests import AWAY, Reason, Requests
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.distributed import Ranks
 from areal_ray.train.faults import Faults
@@ -23,30 +24,34 @@ from areal_ray.worker.stragglers import StragglerDetector
 from areal_ray.worker.watchdog import Watchdog
 
 _CALM_STEPS, _CALM_S = 4, 4.0  # after so much training new standbys are not in its way
-_LISTEN_S = 0.5  # between two looks at what the job is asked for
+_LISTEN_S = 0.5  # between two looks at the requests to the job
 _REASONS: tuple[Reason | None, ...] = (None, "stop", "resize", "preempted")
 
 
 class RaySession:
-    """Tells Ray what is committed, and hears when the job is asked to leave.
+    """Reports committed checkpoints to Ray, and polls for requests to leave and for node preemption.
 
     Args:
-        faults: what is to go wrong on purpose.
+        faults: injected on purpose.
         ranks: all ranks.
-        control: where rank 0 listens.
+        requests: polled by rank 0.
         standbys: of this node, to be replenished when training is under way; None in all but one of its workers.
         watchdog: told of progress; None if there is none.
+        fast_restarts: as in JobContext. If not, Ray Train is asked for preemption by its public function, which is a
+            barrier of all ranks, with every report.
     """
 
     def __init__(
         self,
         faults: Faults,
         ranks: Ranks,
-        control: Control,
+        requests: Requests,
         standbys: Standbys | None = None,
         watchdog: Watchdog | None = None,
+        fast_restarts: bool = True,
     ) -> None:
-        self._faults, self._ranks, self._control = faults, ranks, control
+        self._faults, self._ranks, self._requests = faults, ranks, requests
+        self._fast_restarts, self._preempted = fast_restarts, False
         self._standbys, self._watchdog = standbys, watchdog
         self._steps, self._began = 0, time.monotonic()  # of this attempt
         self._step = 0
@@ -54,15 +59,13 @@ class RaySession:
         self.stragglers: StragglerDetector | None = None
         self.first_step: Callable[[int], None] | None = None
         self.computing: int | None = None  # the step that is being computed
-        self._context = get_internal_train_context()
         self._storage = get_context().get_storage()
         self._error: Exception | None = None
         self._asked: Reason | None = None
         self.reason: Reason | None = None  # why the workers leave, the same on all ranks
         if ranks.rank == 0:
-            threading.Thread(target=self._listen, name="control", daemon=True).start()
-        # Ray announces every report of every rank, by a logger that RunConfig's log level does not reach.
-        ray_context.logger.setLevel(logging.WARNING)
+            threading.Thread(target=self._listen, name="requests", daemon=True).start()
+        _quiet_reports()
 
     def leaving(self) -> bool:
         """Whether to leave after this step. One word of rank 0 to all, so that they leave together."""
@@ -73,7 +76,7 @@ class RaySession:
         if self.stragglers:
             self.stragglers.after_step()
         # The notice reaches every worker; Ray's own get_preemption_info() waits for all ranks on an actor each time.
-        preempted = self._context.preemption_context.preemption_info is not None
+        preempted = is_preempted() if self._fast_restarts else self._preempted
         mine: Reason | None = "preempted" if preempted else self._asked
         self.reason = _REASONS[self._ranks.broadcast_int(_REASONS.index(mine))]
         return self.reason is not None
@@ -81,7 +84,7 @@ class RaySession:
     def _listen(self) -> None:
         while self._asked is None:
             try:
-                self._asked = self._control.asked()
+                self._asked = self._requests.asked()
             except AWAY as error:  # the head node is away; when it is back, listen on
                 logging.getLogger(__name__).warning("cannot hear requests: %s", error)
             time.sleep(_LISTEN_S)
@@ -105,7 +108,7 @@ class RaySession:
         self._faults.before_step(step)
 
     def check(self) -> None:
-        """Raise what went wrong in the background: after a report that failed, Ray would wait for the next for ever."""
+        """Raise an error of the background: after a report that failed, Ray would wait for the next for ever."""
         if self._error is not None:
             raise self._error
 
@@ -124,7 +127,18 @@ class RaySession:
             try:
                 checkpoint = Checkpoint(path, self._storage.storage_filesystem)
                 report(values, checkpoint=checkpoint, checkpoint_upload_mode=Upload.NO_UPLOAD)
-            except Exception as error:  # noqa: BLE001  (a future drops what its callbacks raise; see check)
+                if not self._fast_restarts:
+                    # Here, as Ray's barriers know no names: one rank's question would meet another one's report.
+                    self._preempted = ray.train.get_preemption_info() is not None
+            except Exception as error:  # noqa: BLE001  (a future drops exceptions of its callbacks; see check)
                 self._error = error
 
         dump.manifest.add_done_callback(register)
+
+
+def _quiet_reports() -> None:
+    """Silence Ray's announcement of every report of every rank."""
+    folder = str(Path(ray.__file__).parent / "train")  # its logger is named by its file, out of LoggingConfig's reach
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(folder):
+            logging.getLogger(name).setLevel(logging.WARNING)

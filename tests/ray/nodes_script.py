@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from areal_ray.cli.main import main as run_cli
-from areal_ray.cluster.requests import Control
+from areal_ray.cluster.requests import requests_to
 
 DRAIN_FOR_PREEMPTION = 2  # ray.proto: DRAIN_NODE_REASON_PREEMPTION
 DEADLINE_S = 60
@@ -54,7 +54,8 @@ def main(change: str, arguments: list[str]) -> int:
             assert accepted, reason
         while training.is_alive() and events(run, "saved")[-1]["attempt"] < 2:
             time.sleep(0.05)
-        Control(events(run, "submitted")[0]["submission"]).ask("stop")
+        fast_restarts = "cluster.fast_restarts=off" not in arguments
+        requests_to(events(run, "submitted")[0]["submission"], fast_restarts).ask("stop")
         training.join()
     finally:
         ray.shutdown()

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.ray
 LONG = [*SMALL, "train.steps=1000000", "checkpoint.every_steps=50", "eval.every_steps=null", "logging.sample_ids=true"]
 
 
-def change_nodes(change: str, run: Run) -> str:
+def change_nodes(change: str, run: Run, *overrides: str) -> str:
     """Train while a node is added, removed or drained, until the run has saved once more; what was printed."""
     where = [f"run.storage_path={run.path.parent}", f"run.name={run.path.name}"]
-    arguments = ["--config", EXPERIMENT, *LONG, *where, "cluster.num_workers=[1,2]"]
+    arguments = ["--config", EXPERIMENT, *LONG, *where, "cluster.num_workers=[1,2]", *overrides]
     command = [sys.executable, "-m", "tests.ray.nodes_script", change, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 130, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What is shown of a failed run: the failure that the others follow from, and where in the user's code it was."""
+"""Root causes of failed runs: the failure that the others follow from, and where in the user's code it was."""
 
 import json
 import pickle
@@ -291,7 +291,7 @@ def test_of_work_that_failed_together_it_is_known_too(names, infrastructure):
 
 def test_the_panel_tells_cause_place_node_and_ledger_on_lines_to_copy(run, capsys):
     run.event("attempt", attempt=1, nodes=["node-a", "node-b"])
-    show(Cause(1, "ValueError", "mine", "/home/me/model.py:7 in forward"), run)
+    show(Cause(1, "ValueError", "mine", "/home/me/model.py:7 in forward"), run, "/tmp/ray/logs")
     out, err = capsys.readouterr()
     assert out == ""
     rows = dict(line.split(maxsplit=1) for line in err.splitlines()[1:-1])
@@ -299,10 +299,11 @@ def test_the_panel_tells_cause_place_node_and_ledger_on_lines_to_copy(run, capsy
     assert rows["at"] == "/home/me/model.py:7 in forward"
     assert rows["worker"] == "rank 1 on node node-b"
     assert rows["ledger"] == run.ledger
+    assert rows["logs"] == "/tmp/ray/logs (on that node)"
 
 
 def test_the_panel_does_without_what_is_not_known(run, capsys):
-    show(Cause(None, "ControllerError", "no room"), run)
+    show(Cause(None, "ControllerError", "no room"), run, "/tmp/ray/logs")
     err = capsys.readouterr().err
     assert "ControllerError: no room" in err
     assert "\nat " not in err

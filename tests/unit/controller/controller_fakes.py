@@ -1,15 +1,28 @@
-"""What the policies of Ray Train's controller are given in their tests instead of a cluster."""
+"""Stand-ins for a cluster, for the policies of Ray Train's controller."""
 
 from types import SimpleNamespace
 
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
+from areal_ray.cluster.console import say
 from areal_ray.controller.scaling_policy import ScalingPolicy
+from areal_ray.controller.worker_count import WorkerCount
 
 
-class Control:
-    """What was asked for, in memory."""
+class Clock:
+    """Seconds that pass when a test says so; `step` of them at every look."""
+
+    def __init__(self, step=0.0):
+        self.now, self.step = 1000.0, step
+
+    def __call__(self):
+        self.now += self.step
+        return self.now
+
+
+class MemoryRequests:
+    """Requests in memory."""
 
     def __init__(self):
         self.reason, self.asks, self.away = None, [], False
@@ -22,18 +35,23 @@ class Control:
             raise ConnectionError("no head node")
         return self.reason
 
-    def done(self): ...
+    def clear_resize(self): ...
 
 
-class Count(ScalingPolicy):
+def worker_count(requests, run, clock, sizes=(1, 2, 4)):
+    return WorkerCount(sizes, requests, run, {"CPU": 1}, say, clock=clock)
+
+
+class Scaling(ScalingPolicy):
     """A ScalingPolicy that is told how much room there is."""
 
-    def __init__(self, control, run, sizes=(1, 2, 4)):
-        super().__init__(ScalingConfig(num_workers=(sizes[0], sizes[-1])), sizes, control, run)
-        self.room, self.free, self.requests = 0, 8, 0
+    def __init__(self, requests, count, look_s=0.0):
+        config = ScalingConfig(num_workers=(count.sizes[0], count.sizes[-1]))
+        super().__init__(config, count, requests, look_s=look_s, pause_s=0.0)
+        self.room, self.free, self.machine_requests = 0, 8, 0
 
     def _maybe_send_resource_request(self):
-        self.requests += 1
+        self.machine_requests += 1
 
     def _room(self, ask=False):
         return self.room

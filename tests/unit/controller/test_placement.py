@@ -1,4 +1,4 @@
-"""On which nodes what a group had reserved can be kept."""
+"""Nodes on which a placement group can be kept."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ import grpc
 import pytest
 from ray.util.placement_group import PlacementGroup
 
+from areal_ray.cluster.ray_internals import placement_group_id
 from areal_ray.controller import placement
 
 pytestmark = pytest.mark.unit
@@ -47,18 +48,18 @@ class Node:
 
 @pytest.fixture
 def free(monkeypatch):
-    def ask(*nodes, state="CREATED", places=("a", "b")):
+    def ask(*nodes, state="CREATED", places=("a", "b"), ending_s=1.0):
         by_name = {node.entry["NodeID"]: node for node in nodes}
 
         @contextmanager
-        def raylet(entry):
+        def node_service(entry):
             yield by_name[entry["NodeID"]]
 
         table = {"state": state, "bundles_to_node_id": dict(enumerate(places))}
-        monkeypatch.setattr(placement, "raylet", raylet)
+        monkeypatch.setattr(placement, "node_service", node_service)
         monkeypatch.setattr(placement, "placement_group_table", lambda group: table)
         monkeypatch.setattr(placement.ray, "nodes", lambda: [node.entry for node in nodes])
-        return placement._is_free(PlacementGroup(placement.PlacementGroupID.from_hex(GROUP)))
+        return placement._is_free(PlacementGroup(placement_group_id(GROUP)), ending_s)
 
     return ask
 
@@ -85,9 +86,8 @@ def test_processes_that_are_about_to_be_gone_are_waited_for(free):
         {"used": [1.0] * 1000},
     ],
 )
-def test_it_is_not_when_a_node_is_gone_or_going_or_in_use(free, second, monkeypatch, capsys):
-    monkeypatch.setattr(placement, "_GONE_S", 0.0)
-    assert not free(Node("a"), Node("b", **second))
+def test_it_is_not_when_a_node_is_gone_or_going_or_in_use(free, second, capsys):
+    assert not free(Node("a"), Node("b", **second), ending_s=0.0)
     assert capsys.readouterr().out == ""
 
 
@@ -96,13 +96,12 @@ def test_nor_when_the_head_node_has_taken_it_back_or_moves_it(free):
     assert not free(Node("a"), Node("b"), state="RESCHEDULING")
 
 
-def test_nor_when_the_raylet_knows_nothing_of_it(free, monkeypatch):
-    monkeypatch.setattr(placement, "_GONE_S", 0.0)
+def test_nor_when_the_raylet_knows_nothing_of_it(free):
     node = Node("a")
     answer = node.GetResourceLoad(None, None)
     answer.resources.resources_total = {"CPU": 2.0}
     node.GetResourceLoad = lambda request, timeout: answer
-    assert not free(node, places=("a",))
+    assert not free(node, places=("a",), ending_s=0.0)
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED])
@@ -113,7 +112,7 @@ def test_nor_when_it_cannot_be_asked_which_is_said(free, code, capsys):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """PlacementGroupCache that keep something, and a head node that is away once."""
+    """A PlacementGroupCache that keeps something, and a head node that is away once."""
     away = [ConnectionError("away")]
     removed = []
 
@@ -129,21 +128,21 @@ def kept(monkeypatch):
 
 
 def test_what_the_head_node_does_not_take_back_now_is_given_back_later(kept, capsys):
-    reservations, removed = kept
-    reservations.release()
-    assert "could not give back what the workers had: away" in capsys.readouterr().out
-    reservations.release()
-    reservations.release()
+    cache, removed = kept
+    cache.release()
+    assert "could not give back the placement group of the workers: away" in capsys.readouterr().out
+    cache.release()
+    cache.release()
     assert removed == ["group"]
 
 
 def test_nothing_is_reserved_beside_what_could_not_be_given_back(kept, monkeypatch):
-    reservations, removed = kept
+    cache, removed = kept
     made = []
     monkeypatch.setattr(placement, "placement_group", lambda **options: made.append(options) or "new")
     more = SimpleNamespace(**{**vars(WANTED), "num_workers": 2})
     with pytest.raises(ConnectionError):
-        reservations.acquire(SimpleNamespace(run_id="r"), more)
+        cache.acquire(SimpleNamespace(run_id="r"), more)
     assert made == []
-    assert reservations.acquire(SimpleNamespace(run_id="r"), more) == "new"
+    assert cache.acquire(SimpleNamespace(run_id="r"), more) == "new"
     assert (removed, [each["bundles"] for each in made]) == (["group"], [[{"CPU": 1}] * 2])

@@ -5,10 +5,8 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
 
-from areal_ray.controller.preemption import Preemption
 from areal_ray.controller.trainer import Controller
 
 pytestmark = pytest.mark.unit
@@ -22,7 +20,7 @@ def controller(monkeypatch):
         def init(self, failure_policy, **options):
             self._failure_policy = failure_policy
             self._checkpoint_manager = SimpleNamespace(_write_state_to_storage=write)
-            self._worker_group_callbacks_to_propagate = ["another", PreemptionCallback()]
+            self._worker_group_callbacks_to_propagate = []
 
         monkeypatch.setattr(TrainController, "__init__", init)
         return Controller((None, SimpleNamespace(troubled=False)))
@@ -50,11 +48,6 @@ def test_what_is_wrong_with_the_list_itself_is_raised(controller):
 
     with pytest.raises(ValueError, match="not a list"):
         controller(wrong)._checkpoint_manager._write_state_to_storage()
-
-
-def test_ray_s_actor_that_hears_of_preemption_is_a_thread(controller):
-    callbacks = controller(None)._worker_group_callbacks_to_propagate
-    assert [type(each) for each in callbacks] == [str, Preemption]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -32,8 +32,8 @@ def run(tmp_path):
     return RunDir(LocalStorage(tmp_path))
 
 
-def life(run, limit_s):
-    made = GroupLife(run, limit_s, None)
+def life(run, limit_s, **options):
+    made = GroupLife(run, limit_s, None, **options)
     made.after_controller_start(SimpleNamespace(run_id="r"))
     return made
 
@@ -58,8 +58,7 @@ def test_a_start_that_fails_does_not_end_the_group_that_comes_next(run, killed, 
             super().__init__(*args)
             timers.append(self)
 
-    monkeypatch.setattr(worker_group.threading, "Timer", Timer)
-    failing = life(run, 3600)
+    failing = life(run, 3600, timer=Timer)
     with pytest.raises(RuntimeError, match="no room"), failing.on_worker_group_start():
         raise RuntimeError("no room")
     with failing.on_worker_group_start():
@@ -71,10 +70,9 @@ def test_a_start_that_fails_does_not_end_the_group_that_comes_next(run, killed, 
     assert killed == []
 
 
-def test_the_phases_of_a_start_stand_in_the_ledger(run, killed, monkeypatch):
+def test_the_phases_of_a_start_stand_in_the_ledger(run, killed):
     now = [100.0]
-    monkeypatch.setattr(worker_group.time, "time", lambda: now[0])
-    timed = life(run, 3600)
+    timed = life(run, 3600, clock=lambda: now[0])
 
     def start(seconds):
         with timed.on_worker_group_start():
@@ -115,7 +113,7 @@ class Kept:
 
 
 @pytest.fixture
-def reservations(monkeypatch):
+def cache(monkeypatch):
     made = Kept()
     monkeypatch.setattr(
         "ray.train.v2._internal.execution.worker_group.placement_group_handle.remove_placement_group",
@@ -125,7 +123,7 @@ def reservations(monkeypatch):
 
 
 @pytest.fixture
-def started(reservations, monkeypatch):
+def started(cache, monkeypatch):
     """Makes a group that has got its room; `fails`: what its start ends with."""
 
     def init(self, worker_group_context):
@@ -146,18 +144,12 @@ def started(reservations, monkeypatch):
         monkeypatch.setattr(WorkerGroup, "_start", start)
         return groups.create(worker_group_context="two")
 
-    groups = Groups(reservations)
+    groups = Groups(cache)
     return make
 
 
 def member(node, pid):
     return SimpleNamespace(metadata=SimpleNamespace(node_id=node, pid=pid))
-
-
-def test_what_a_group_had_is_kept_for_the_next_one(started, reservations):
-    started().shutdown()
-    assert (reservations.kept, reservations.removed) == ([("reserved for two", "two")], [])
-    assert reservations.given_back == 0
 
 
 def test_a_group_knows_the_processes_of_the_one_before(started):
@@ -167,21 +159,21 @@ def test_a_group_knows_the_processes_of_the_one_before(started):
     assert started().ending == {"n1": [7], "n2": [8]}
 
 
-def test_what_a_group_had_that_is_aborted_is_given_back(started, reservations):
+def test_what_a_group_had_that_is_aborted_is_given_back(started, cache):
     started().abort()
-    assert (reservations.kept, reservations.removed) == ([], ["reserved for two"])
-    assert reservations.given_back == 1  # what a group before it may have left
+    assert (cache.kept, cache.removed) == ([], ["reserved for two"])
+    assert cache.given_back == 1  # what a group before it may have left
 
 
 @pytest.mark.parametrize("half_up", [True, False])
-def test_a_group_that_was_half_up_gives_back_what_it_had_reserved(started, reservations, half_up):
+def test_a_group_that_was_half_up_gives_back_what_it_had_reserved(started, cache, half_up):
     with pytest.raises(RuntimeError, match="a worker died"):
         started(half_up, RuntimeError("a worker died"))
-    assert reservations.removed == (["reserved for two"] if half_up else [])
-    assert reservations.kept == []
+    assert cache.removed == (["reserved for two"] if half_up else [])
+    assert cache.kept == []
 
 
-def test_what_a_group_had_is_kept_when_what_follows_its_end_fails(started, reservations, monkeypatch):
+def test_what_a_group_had_is_kept_when_what_follows_its_end_fails(started, cache, monkeypatch):
     def shutdown(self):
         self._worker_group_state.shutdown()
         raise RuntimeError("a callback failed")
@@ -190,10 +182,10 @@ def test_what_a_group_had_is_kept_when_what_follows_its_end_fails(started, reser
     monkeypatch.setattr(WorkerGroup, "shutdown", shutdown)
     with pytest.raises(RuntimeError, match="a callback failed"):
         made.shutdown()
-    assert (reservations.kept, reservations.removed) == ([("reserved for two", "two")], [])
+    assert (cache.kept, cache.removed) == ([("reserved for two", "two")], [])
 
 
-def test_when_there_was_room_is_noted(reservations, monkeypatch):
+def test_when_there_was_room_is_noted(cache, monkeypatch):
     monkeypatch.setattr(worker_group.time, "time", lambda: 7.0)
     monkeypatch.setattr(worker_group.DefaultPlacementGroupHandle, "wait", lambda self, seconds: True)
     reached = {}

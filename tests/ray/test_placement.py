@@ -1,4 +1,4 @@
-"""What one group of workers had reserved, the next one gets: on a real cluster."""
+"""A placement group of one group of workers is used by the next one: on a real cluster."""
 
 from types import SimpleNamespace
 
@@ -24,13 +24,13 @@ def wanted(workers: int) -> WorkerGroupContext:
 
 
 @pytest.fixture
-def reservations(ray_cluster):
+def cache(ray_cluster):
     yield PlacementGroupCache()
     placement.release_all(CONTEXT)
 
 
-def taken(reservations: PlacementGroupCache, workers: int = 2):
-    group = reservations.acquire(CONTEXT, wanted(workers))
+def taken(cache: PlacementGroupCache, workers: int = 2):
+    group = cache.acquire(CONTEXT, wanted(workers))
     assert group.wait(LIMIT_S)
     return group
 
@@ -53,43 +53,44 @@ def resident(group) -> ray.actor.ActorHandle:
     return made
 
 
-def test_a_group_that_wants_the_same_gets_what_the_last_one_had(reservations):
-    first = taken(reservations)
+def test_a_group_that_wants_the_same_gets_what_the_last_one_had(cache):
+    first = taken(cache)
     ray.kill(resident(first))
-    reservations.retain(first, wanted(2))
-    second = taken(reservations)
+    cache.retain(first, wanted(2))
+    second = taken(cache)
     assert second.id == first.id
     assert state(second) == "CREATED"
-    assert taken(reservations).id != first.id  # it is kept once
+    assert taken(cache).id != first.id  # it is kept once
 
 
-def test_one_that_wants_another_number_gets_its_own_and_the_kept_one_is_given_back(reservations):
-    first = taken(reservations)
-    reservations.retain(first, wanted(2))
-    assert taken(reservations, 1).id != first.id
+def test_one_that_wants_another_number_gets_its_own_and_the_kept_one_is_given_back(cache):
+    first = taken(cache)
+    cache.retain(first, wanted(2))
+    assert taken(cache, 1).id != first.id
     assert state(first) == "REMOVED"
 
 
-def test_where_a_process_lives_on_nothing_is_kept(reservations, monkeypatch):
-    monkeypatch.setattr(placement, "_GONE_S", 0.1)
-    first = taken(reservations)
+def test_where_a_process_lives_on_nothing_is_kept(ray_cluster):
+    cache = PlacementGroupCache(ending_s=0.1)
+    first = taken(cache)
     staying = resident(first)
-    reservations.retain(first, wanted(2))
-    assert taken(reservations).id != first.id
+    cache.retain(first, wanted(2))
+    assert taken(cache).id != first.id
     assert state(first) == "REMOVED"
+    placement.release_all(CONTEXT)
     del staying
 
 
-def test_what_somebody_else_has_given_back_is_reserved_anew(reservations):
-    first = taken(reservations)
-    reservations.retain(first, wanted(2))
+def test_what_somebody_else_has_given_back_is_reserved_anew(cache):
+    first = taken(cache)
+    cache.retain(first, wanted(2))
     placement.release_all(CONTEXT)
-    assert taken(reservations).id != first.id
+    assert taken(cache).id != first.id
 
 
-def test_what_is_kept_can_be_given_back(reservations):
-    first = taken(reservations)
-    reservations.retain(first, wanted(2))
-    reservations.release()
+def test_what_is_kept_can_be_given_back(cache):
+    first = taken(cache)
+    cache.retain(first, wanted(2))
+    cache.release()
     assert state(first) == "REMOVED"
-    reservations.release()
+    cache.release()

@@ -1,21 +1,19 @@
-"""What restarts the workers and what ends the run."""
+"""Failures that restart the workers, and those that end the run."""
 
 import pickle
 from copy import copy
-from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train import ControllerError, FailureConfig, WorkerGroupError
+from ray.train import ControllerError, PreemptionError, PreemptionInfo, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
+from areal_ray.checkpoint import Catalog
 from areal_ray.cluster.failures import annotate
-from areal_ray.cluster.requests import PlannedRestart
-from areal_ray.controller import failure_policy as restart_rules
-from areal_ray.controller import scaling_policy
+from areal_ray.cluster.requests import PlannedRestart, StoppedWhileWaiting
 from areal_ray.controller.failure_policy import FailurePolicy
-from areal_ray.controller.scaling_policy import StoppedWhileWaiting
+from areal_ray.controller.restart_policy import RestartPolicy
 from areal_ray.distributed import RankError
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
@@ -23,11 +21,12 @@ from areal_ray.train.bad_steps import BadStepError
 from areal_ray.train.recovery import TooManyFailedSaves
 from tests.unit.checkpoint.boxes import save_box
 
-from .controller_fakes import Control, Count
+from .controller_fakes import Clock, MemoryRequests, worker_count
 
 pytestmark = pytest.mark.unit
 
-RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
+RETRY, RAISE = True, False
+RAPID_S = 60.0
 RESET = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4411")
 
 
@@ -37,31 +36,23 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """Time passes when a test says so, and more of it between failures than would have them waited between."""
-    clock = SimpleNamespace(now=1000.0, step=2 * restart_rules._QUICK_S)
-
-    def monotonic():
-        clock.now += clock.step
-        return clock.now
-
-    monkeypatch.setattr(restart_rules, "time", SimpleNamespace(monotonic=monotonic))
-    return clock
+def clock():
+    """More time passes between failures than would have them waited between."""
+    return Clock(step=2 * RAPID_S)
 
 
 @pytest.fixture
-def count(run, monkeypatch):
-    monkeypatch.setattr(scaling_policy, "_PAUSE_S", 0.0)
-    count = Count(Control(), run)
+def count(run):
+    count = worker_count(MemoryRequests(), run, Clock())
     count.held = []
-    count.hold = count.held.append
+    count.hold_back = count.held.append
     return count
 
 
 @pytest.fixture
 def make(clock, count, run):
-    def make(max_failures=-1, skip=False):
-        return FailurePolicy(FailureConfig(max_failures=max_failures), count, run, skip)
+    def make(max_failures=-1, skip=False, max_controller_failures=10):
+        return RestartPolicy(count, run, max_failures, skip, print, max_controller_failures, RAPID_S, clock)
 
     return make
 
@@ -82,7 +73,7 @@ def failed(*errors, step=6):
 
 
 def decide(restarts, *failures):
-    return [restarts.make_decision(failure) for failure in failures]
+    return [restarts.should_restart(failure) for failure in failures]
 
 
 def test_leaving_on_request_is_no_failure(make):
@@ -93,6 +84,13 @@ def test_leaving_on_request_is_no_failure(make):
 def test_failures_are_counted_up_to_their_limit(make):
     decisions = decide(make(max_failures=1), failed(ActorDiedError(), RESET), failed(ActorDiedError(), RESET))
     assert decisions == [RETRY, RAISE]
+
+
+def test_nodes_that_are_taken_away_are_not_counted(make):
+    announced = PreemptionError(PreemptionInfo(None, {"node": [1]}))
+    taken = failed(ActorDiedError(), RESET)
+    taken.worker_failures[0]._preempted = True
+    assert decide(make(max_failures=0), announced, taken, failed(ActorDiedError(), RESET)) == [RETRY, RETRY, RAISE]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +233,7 @@ class TestFailuresInQuickSuccession:
     def test_so_does_a_while_without(self, make, count, clock):
         restarts = make()
         decide(restarts, *[failed(ActorDiedError(), RESET)] * 4)
-        clock.now += 2 * restart_rules._QUICK_S
+        clock.now += 2 * RAPID_S
         decide(restarts, *[failed(ActorDiedError(), RESET)] * 2)
         assert count.held == [1.0, 2.0]
 
@@ -261,30 +259,37 @@ class TestTheControllerIsInTrouble:
     @pytest.mark.parametrize(
         "error", [OSError(28, "No space left on device"), RuntimeError("init_process_group: timed out")], ids=str
     )
-    def test_it_is_tried_again_up_to_a_limit(self, make, run, monkeypatch, error):
-        monkeypatch.setattr(restart_rules, "_TROUBLES", 2)
-        assert decide(make(max_failures=0), *[ControllerError(error)] * 3) == [RETRY, RETRY, RAISE]
+    def test_it_is_tried_again_up_to_a_limit(self, make, run, error):
+        assert decide(make(max_failures=0, max_controller_failures=2), *[ControllerError(error)] * 3) == [
+            RETRY,
+            RETRY,
+            RAISE,
+        ]
         assert len(run.events("controller_trouble")) == 2
         assert str(error) in run.events("controller_trouble")[0]["error"]
 
-    def test_a_new_checkpoint_gives_it_all_tries_again(self, make, tmp_path, monkeypatch):
-        monkeypatch.setattr(restart_rules, "_TROUBLES", 2)
-        restarts, trouble = make(), ControllerError(RuntimeError("init_process_group"))
+    def test_a_new_checkpoint_gives_it_all_tries_again(self, make, tmp_path):
+        restarts, trouble = make(max_controller_failures=2), ControllerError(RuntimeError("init_process_group"))
         assert decide(restarts, trouble, trouble) == [RETRY] * 2
         save_box(tmp_path)
         assert decide(restarts, trouble, trouble, trouble) == [RETRY, RETRY, RAISE]
 
     def test_workers_that_could_not_be_placed_are_said_and_fewer_are_tried(self, make, count, capsys):
-        count.room = 2
-        assert count.start() == 2
+        assert count.choose(2) == 2
         assert decide(make(), ControllerError(WorkerGroupStartupTimeoutError(2))) == [RETRY]
         assert "there was no room for 2 workers" in capsys.readouterr().out
-        assert count.start() == 1
+        assert count.choose(2) == 1
 
     def test_storage_that_cannot_be_looked_at_decides_nothing(self, make, monkeypatch):
         def away(self):
             raise OSError(5, "Input/output error")
 
         restarts = make()
-        monkeypatch.setattr(restart_rules.Catalog, "last_committed", away)
+        monkeypatch.setattr(Catalog, "last_committed", away)
         assert decide(restarts, failed(ValueError("mine")), failed(KeyError("mine"))) == [RETRY] * 2
+
+
+def test_ray_s_controller_is_told_the_decisions(make):
+    policy = FailurePolicy(make(max_failures=1))
+    decisions = [policy.make_decision(failed(ActorDiedError(), RESET)) for _ in range(2)]
+    assert decisions == [FailureDecision.RETRY, FailureDecision.RAISE]
