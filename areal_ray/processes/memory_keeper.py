@@ -1,18 +1,24 @@
-"""Keeps memory of a process that dies until the one that takes its place asks for it.
+"""Keeps the memory of a process that dies until the process that takes its place asks for it.
 
-The memory is anonymous files, which live as long as somebody has them open: here a child that does nothing else, and
-imports neither torch nor Ray. It ends when it is released, when it has handed the memory over, with the process that
-it belongs to (the node's own), or when nobody has asked for too long. Nothing is left in any directory.
+The memory is anonymous files, which live as long as some process has them open: here a child that does nothing else,
+and imports neither torch nor Ray. It ends when it is released, when it has handed the memory over, with its owner (the
+node's own process), or when nobody has asked for too long. Nothing is left in any directory.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from areal_ray.processes.launch import address, check_peer
 
@@ -20,6 +26,7 @@ WAIT_S = 120.0  # for a successor, after the death; so long the memory of a run 
 _CLAIM_S = 2.0  # for an answer: the process before may be dying still
 _RELEASE = b"."
 _MOST = 8  # files
+_HEAD = struct.Struct("<QQ")  # of a record: its length, xxh3_64
 
 
 class MemoryKeeper:
@@ -28,7 +35,7 @@ class MemoryKeeper:
     Args:
         name: under which the successor asks for them; unique to a run and a place in it.
         files: file descriptors, in an order that the successor knows.
-        owner: process id; the child ends with it. None: nobody's.
+        owner: process id; the child ends with it. None: it has no owner.
 
     Raises:
         OSError: if the child cannot be started, or there is one of that name.
@@ -66,10 +73,18 @@ class MemoryKeeper:
             return
 
 
-def claim(name: str) -> list[int]:
-    """The files of a process of that name that has died, once: file descriptors; none if there are none."""
+def claim(name: str, wait_s: float = _CLAIM_S) -> list[int]:
+    """Take over the files of a process of that name that has died; each can be taken once.
+
+    Args:
+        name: as for MemoryKeeper.
+        wait_s: seconds to wait for an answer: a process that lives keeps its files.
+
+    Returns:
+        File descriptors; none if there are no such files.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(_CLAIM_S)
+        connection.settimeout(wait_s)
         try:
             connection.connect(address(name))
             check_peer(connection)
@@ -77,6 +92,39 @@ def claim(name: str) -> list[int]:
         except (ConnectionError, TimeoutError):
             return []
     return list(files)
+
+
+def write_record(file: int, at: int, record: dict[str, Any]) -> None:
+    """Write a JSON record with its checksum into a kept file, at an offset in bytes (OSError)."""
+    text = json.dumps(record).encode()
+    os.pwrite(file, _HEAD.pack(len(text), xxhash.xxh3_64_intdigest(text)) + text, at)
+
+
+def read_record(file: int, at: int) -> dict[str, Any] | None:
+    """The record that `write_record` wrote there; None if there is no whole one."""
+    head = os.pread(file, _HEAD.size, at)
+    if len(head) < _HEAD.size:
+        return None
+    length, digest = _HEAD.unpack(head)
+    if length > os.fstat(file).st_size:
+        return None
+    text = os.pread(file, length, at + _HEAD.size)
+    if xxhash.xxh3_64_intdigest(text) != digest:
+        return None
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def free_memory() -> tuple[int, int]:
+    """Bytes of memory, free and in all, on this machine or in this container, whichever is less."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    machine = {line[0]: int(line[1]) << 10 for line in lines}
+    free, total = machine["MemAvailable:"], machine["MemTotal:"]
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container of its own, or "max"
+        return free, total
+    return min(free, limit - used), min(total, limit)
 
 
 def _keep(parent: int, owner: int | None, listener: socket.socket, files: list[int]) -> None:

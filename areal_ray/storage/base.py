@@ -1,7 +1,7 @@
-"""Where runs live: a small interface over a directory tree, made for state that must survive a crash.
+"""Storage: a small interface over a directory tree, made for state that must survive a crash.
 
 Everything that is written is durable when the call returns, and nothing is ever changed in place: a file is created
-whole, replaced whole, or (logs) appended to. Floor 0: checkpoints, run directory and tools use it without Ray.
+whole, replaced whole, or (logs) appended to.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Storage(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """What is directly in here, sorted; empty if there is no such directory."""
+        """Names of the entries directly in here, sorted; empty if there is no such directory."""
         ...
 
     def sizes(self) -> dict[str, int]:
@@ -55,7 +55,7 @@ class Storage(Protocol):
         ...
 
     def make(self) -> None:
-        """Create this directory, which must not exist yet (FileExistsError): nobody ever writes into another's."""
+        """Create this directory, which must not exist yet (FileExistsError): every save has its own."""
         ...
 
     def ensure(self) -> None:
@@ -72,7 +72,7 @@ class Storage(Protocol):
         ...
 
     def publish(self, name: str, data: bytes) -> None:
-        """Write the small file `name` in one piece; if somebody else has (FileExistsError), theirs stays."""
+        """Write the small file `name` in one piece; a file that exists stays (FileExistsError)."""
         ...
 
     def append(self, name: str, data: bytes) -> None:

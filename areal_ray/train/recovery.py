@@ -131,7 +131,7 @@ class RecoverHandler:
     def save_to_memory(self, step: int) -> None:
         """Copy everything to memory, if there are to be such copies. A collective."""
         if self._memory is not None:
-            self._memory.take((self._attempt, step), self._state, self.info)
+            self._memory.save((self._attempt, step), self._state, self.info)
 
     def wait_for_copy(self) -> None:
         """To be called before the state changes next: waits, on the device, for what is still being copied."""

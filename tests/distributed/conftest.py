@@ -1,11 +1,15 @@
-"""What the tests on the S3 server ask for: a directory of their own on it, the proxy's view of it, its keys."""
+"""The name of a run whose state is copied to memory; and on the S3 server a directory of a test's own, its keys."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from functools import partial
 from uuid import uuid4
 
 import pytest
 
+from areal_ray.processes.memory_keeper import claim
 from areal_ray.storage import Storage, s3, storage_at
 from tests.s3_proxy import S3Proxy
 from tests.s3_server import S3Server
@@ -30,7 +34,7 @@ def proxied(proxy: S3Proxy, server: S3Server, uri: str) -> Storage:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is tried again for ten seconds; to be asked for before the storage is opened."""
-    monkeypatch.setattr(s3, "_ATTEMPTS", 1)
+    monkeypatch.setattr(s3, "S3Storage", partial(s3.S3Storage, attempts=1))
 
 
 @pytest.fixture
@@ -39,3 +43,13 @@ def environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     return server.environment
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """Of a run; the copies in memory that its ranks have left are let go."""
+    name = uuid4().hex
+    yield name
+    for rank in range(2):
+        for file in claim(f"{name}-{rank}"):
+            os.close(file)

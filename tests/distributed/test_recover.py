@@ -6,94 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, SyncWriter
 from areal_ray.distributed import Ranks
-from areal_ray.storage import LocalStorage
 from areal_ray.train.cadence import Cadence
-from areal_ray.train.recovery import PendingSave, RecoverHandler, SavePolicy
 from tests.distributed.ranks import run_ranks
-from tests.distributed.small import GLOBAL_BATCH, SEQ_LEN, VOCABULARY, differing, one_step, snapshot, start_engine
+from tests.distributed.recover_run import LAST, Run
+from tests.distributed.small import GLOBAL_BATCH, differing
 
 pytestmark = pytest.mark.distributed
-
-DUMPS = (2, 4)
-LAST = 6
-
-
-class Heard:
-    """A Journal: what was said to it."""
-
-    def __init__(self) -> None:
-        self.saves: list[tuple[str, bool]] = []
-        self.passed: list[tuple[str, str]] = []
-
-    def saved(self, dump: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
-        self.saves.append((dump.name, dump.manifest.exception() is None))
-
-    def skipped(self, step: int) -> None:
-        raise AssertionError("no save is to fall out here")
-
-    def passed_over(self, checkpoint: str, reason: str) -> None:
-        self.passed.append((checkpoint, reason))
-
-
-class Run:
-    """One attempt: everything that a worker wires for training, with a clock of its own that the test turns."""
-
-    def __init__(self, root: str, attempt: int, data_seed: int = 0, background: bool = False) -> None:
-        # Here, so that this module can be collected where there is a torch but no grain.
-        from areal_ray.data import GlobalBatches, PackedTokens
-        from areal_ray.train.loop import Progress
-
-        self.engine = start_engine("train.steps=6")
-        self.ranks = Ranks()
-        # 20 sequences in batches of 8: the third batch reaches into the second epoch.
-        tokens = np.random.default_rng(data_seed).integers(0, VOCABULARY, 20 * SEQ_LEN)
-        self.batches = GlobalBatches(
-            PackedTokens(tokens, SEQ_LEN), 0, GLOBAL_BATCH, self.ranks.rank, self.ranks.size, self.engine.device
-        )
-        self.progress = Progress()
-        self.now = 0.0
-        self.save = Cadence(steps=2, seconds=30, agree=self.ranks.agree, clock=lambda: self.now)
-        self.heard = Heard()
-        writer: CheckpointWriter = SyncWriter(self.ranks)
-        if background:
-            writer = AsyncWriter(self.ranks, Ranks(dist.new_group(backend="gloo")))
-        self.recover = RecoverHandler(
-            Catalog(LocalStorage(root)),
-            {"engine": self.engine.state, "data": self.batches, "progress": self.progress, "save": self.save},
-            writer,
-            self.heard,
-            attempt,
-            self.engine.describe(),
-            self.ranks,
-            SavePolicy(),
-        )
-
-    def train(self, last: int, dump: bool = False) -> None:
-        while self.progress.step < last:
-            stats = one_step(self.engine, next(self.batches), self.recover.wait_for_copy)
-            self.progress.step += 1
-            self.progress.samples = self.batches.next_sample
-            self.progress.metrics["loss"] = stats["loss"]
-            self.now += 10.0 * (1 + self.ranks.rank)
-            if dump and self.progress.step in DUMPS:
-                self.recover.save(self.progress.step, self.progress.metrics)
-        self.recover.finish()
-
-    def standing(self) -> dict[str, Any]:
-        return {
-            "tensors": snapshot(self.engine),
-            "cursor": self.batches.state_dict(),
-            "next batch": next(self.batches)["input_ids"].tolist(),
-            "progress": dataclasses.asdict(self.progress),
-            "schedule": self.engine.state.state_dict()["schedule"],
-        }
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -125,7 +48,7 @@ def recover(rank: int, parent: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     first = Run(root, attempt=1, background=True)
     seen["nothing yet"] = first.recover.load(), list(first.heard.passed)
-    first.train(LAST, dump=True)
+    first.train(LAST, save=True)
     seen["undisturbed"], seen["saves"] = first.standing(), first.heard.saves
 
     # All objects new, as in new processes, and away from the state that is to come back.
@@ -159,7 +82,7 @@ def recover(rank: int, parent: str) -> dict[str, Any]:
     seen["only unfinished"] = unfinished.recover.load(), list(unfinished.heard.passed)
 
     cut = Run(f"{parent}/cut", attempt=1)
-    cut.train(3, dump=True)
+    cut.train(3, save=True)
     # The second rank's clock stands still, then races.
     seen["by the clock"] = [save_by_the_clock([3.0, other][rank]) for other in (0.0, 9.0)]
     return seen
@@ -201,7 +124,7 @@ def test_every_rank_hears_of_every_save(recovered: list[dict[str, Any]]) -> None
         assert seen["saves"] == [("step-00000002.a1", True), ("step-00000004.a1", True)]
 
 
-def test_the_newest_dump_is_restored_and_the_run_goes_on_identically(recovered: list[dict[str, Any]]) -> None:
+def test_the_newest_save_is_restored_and_the_run_goes_on_identically(recovered: list[dict[str, Any]]) -> None:
     for seen in recovered:
         assert seen["restored"] == ("step-00000004.a1", [])
         assert seen["restored progress"]["step"] == 4

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from areal_ray.checkpoint import AsyncWriter, Catalog, SyncWriter, load, save
 from areal_ray.checkpoint.reader import StoredState
 from areal_ray.distributed import Ranks
-from areal_ray.storage import Storage, s3, storage_at
+from areal_ray.storage import Storage, storage_at
+from areal_ray.storage.s3 import S3Storage
 from areal_ray.tools import checkpoints
 from areal_ray.train.recovery import PendingSave, RecoverHandler, SavePolicy
 from tests.distributed.ranks import run_ranks
@@ -78,7 +79,8 @@ class Heard:
 
 def save_and_load(rank: int, run: Storage, switch: tuple[str, int]) -> dict[str, Any]:
     """Saves at once and beside the training, damage, and a server that is away for a while."""
-    s3._ATTEMPTS = 1
+    assert isinstance(run, S3Storage)
+    run = S3Storage(run.location, run._client.options, attempts=1)
     engine = start_engine()
     state, seen = {"engine": engine.state}, {}
     writer = AsyncWriter(Ranks(), Ranks(dist.new_group(backend="gloo")))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from areal_ray.storage import Storage, s3, storage_at
+from areal_ray.storage.s3_client import with_environment
 from tests.distributed.s3 import write
 from tests.s3_proxy import S3Proxy
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
@@ -79,12 +80,12 @@ def test_a_key_that_the_server_repeats_is_masked(storage: Storage) -> None:
     assert isinstance(storage, s3.S3Storage)
     text = f"AWS Error ACCESS_DENIED during PutObject operation: {ACCESS_KEY} may not,\n{SECRET_KEY} or not"
     shown = r"ACCESS_DENIED \(PutObject\): \*\*\* may not, \*\*\* or not$"
-    with pytest.raises(PermissionError, match=shown), storage._plain_errors():
+    with pytest.raises(PermissionError, match=shown), storage._client.plain_errors(storage.location):
         raise OSError(text)
 
 
 def test_what_is_refused_is_not_tried_again(proxy: S3Proxy, proxied: Storage) -> None:
-    refused = storage_at(proxied.location, {**proxied._options, "secret_key": "hidden"})
+    refused = storage_at(proxied.location, {**proxied._client.options, "secret_key": "hidden"})
     for work in (refused.names, lambda: refused.publish("a", b"")):
         proxy.methods.clear()
         with pytest.raises(PermissionError):
@@ -122,12 +123,12 @@ def test_options_win_over_the_environment(
 def test_keys_come_as_a_set(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of the environment's keys")
     both = {"access_key": "mine", "secret_key": "mine too"}
-    assert s3.with_environment(both) == {
+    assert with_environment(both) == {
         "endpoint": environment["AWS_ENDPOINT_URL"],
         "region": "us-east-1",
         **both,
     }
-    assert s3.with_environment({"region": "here"}) == {
+    assert with_environment({"region": "here"}) == {
         "endpoint": environment["AWS_ENDPOINT_URL"],
         "region": "here",
         "access_key": ACCESS_KEY,

@@ -1,0 +1,182 @@
+"""Memory that outlives its process: files that a child keeps until a successor takes them over."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from areal_ray.processes import memory_keeper
+from areal_ray.processes.launch import address
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """Of a run; what its rank has left behind is let go."""
+    name = secrets.token_hex(8)
+    yield name
+    for file in memory_keeper.claim(f"{name}-0"):
+        os.close(file)
+
+
+KEEPS = """
+import os, signal, sys
+from areal_ray.processes.memory_keeper import MemoryKeeper
+files = [os.memfd_create("kept") for _ in range(2)]
+for number, file in enumerate(files):
+    os.write(file, b"content %d" % number)
+kept = MemoryKeeper(sys.argv[1], files, int(sys.argv[2]))
+print("ready", flush=True)
+if sys.stdin.readline() == "release\\n":
+    kept.release()
+    print("released", flush=True)
+sys.stdin.read()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def keeps(name: str) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
+    """Starts a process that has two files kept until its standard input says that it is to die."""
+    started = []
+
+    def start(owner: int) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KEEPS, f"{name}-0", str(owner)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def test_files_outlive_their_process(name: str, keeps: Any) -> None:
+    process = keeps(os.getpid())
+    assert psutil.Process(process.pid).children() == []  # Ray ends the children of a worker
+    process.stdin.close()
+    process.wait()
+    files = memory_keeper.claim(f"{name}-0")
+    assert [os.pread(file, 20, 0) for file in files] == [b"content 0", b"content 1"]
+    for file in files:
+        os.close(file)
+    assert memory_keeper.claim(f"{name}-0") == []
+
+
+def test_a_process_that_lives_keeps_its_files(name: str, keeps: Any) -> None:
+    keeps(os.getpid())
+    assert memory_keeper.claim(f"{name}-0", wait_s=0.1) == []
+
+
+def is_over(name: str) -> None:
+    """Wait until the process that keeps the files has ended."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(address(f"{name}-0"))
+        except ConnectionRefusedError:
+            return
+        connection.settimeout(60)
+        try:
+            assert connection.recv(1) == b""
+        except ConnectionResetError:
+            return
+
+
+def test_what_is_released_is_gone(name: str, keeps: Any) -> None:
+    process = keeps(os.getpid())
+    process.stdin.write("release\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "released\n"
+    is_over(name)
+    process.stdin.close()
+    process.wait()
+    assert memory_keeper.claim(f"{name}-0") == []
+
+
+@pytest.mark.parametrize("when", ["while its process lives", "afterwards"])
+def test_it_ends_with_its_owner(name: str, keeps: Any, when: str) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as owner:
+        process = keeps(owner.pid)
+        if when == "afterwards":
+            process.stdin.close()
+            process.wait()
+        owner.kill()
+    is_over(name)
+
+
+def test_it_does_not_start_without_its_owner(name: str) -> None:
+    with subprocess.Popen(["true"]) as owner:
+        owner.wait()
+    with open(os.devnull) as file, pytest.raises(OSError, match="did not start"):
+        memory_keeper.MemoryKeeper(f"{name}-0", [file.fileno()], owner.pid)
+
+
+def test_a_process_that_its_process_has_forked_hides_no_death(name: str, keeps: Any) -> None:
+    process = keeps(os.getpid())
+    with open(f"/proc/{process.pid}/fd/{pipe_of(process.pid)}", "wb"):  # as a fork would have it
+        process.kill()
+        process.wait()
+        files = memory_keeper.claim(f"{name}-0")
+    assert len(files) == 2
+    for file in files:
+        os.close(file)
+
+
+def pipe_of(pid: int) -> int:
+    """The writing end that a process has of a pipe, beside its standard streams."""
+    (found,) = (
+        int(entry.name)
+        for entry in Path(f"/proc/{pid}/fd").iterdir()
+        if int(entry.name) > 2 and os.readlink(entry).startswith("pipe:")
+    )
+    return found
+
+
+def test_there_is_one_of_a_name(name: str, keeps: Any) -> None:
+    keeps(os.getpid())
+    with open(os.devnull) as file, pytest.raises(OSError, match="in use"):
+        memory_keeper.MemoryKeeper(f"{name}-0", [file.fileno()], os.getpid())
+
+
+def test_nothing_is_left_in_a_directory(name: str, keeps: Any) -> None:
+    before = set(os.listdir("/dev/shm"))
+    keeps(os.getpid())
+    deadline = time.monotonic() + 30  # what others open and unlink there meanwhile is gone by then
+    while (left := set(os.listdir("/dev/shm")) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == set()
+    assert not Path(address(f"{name}-0")[1:]).exists()
+
+
+def test_a_record_is_read_whole_or_not_at_all() -> None:
+    file = os.memfd_create("kept")
+    memory_keeper.write_record(file, 100, {"step": 4})
+    size = os.fstat(file).st_size
+    assert memory_keeper.read_record(file, 100) == {"step": 4}
+    assert memory_keeper.read_record(file, 99) is None
+    os.ftruncate(file, size - 1)
+    assert memory_keeper.read_record(file, 100) is None
+    os.close(file)
+
+
+def test_free_memory_is_part_of_all() -> None:
+    free, total = memory_keeper.free_memory()
+    assert 0 < free < total <= psutil.virtual_memory().total
