@@ -2,5 +2,5 @@
 
 Imports run and distributed (RankError).
 
-Nothing is imported here: the driver asks whether a cluster is_reachable before Ray may be imported.
+Nothing is imported here: the driver asks whether a cluster answers before Ray may be imported.
 """
