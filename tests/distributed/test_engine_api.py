@@ -85,6 +85,24 @@ def refer(rank: int) -> dict[str, Any]:
     return {**seen, "destroyed": not dist.is_initialized()}
 
 
+def freeze(rank: int) -> dict[str, Any]:
+    """Two steps with layer 0 frozen and the norms at twice the rate."""
+    groups = "[{pattern: 'layers.0.', freeze: true}, {pattern: norm, lr_scale: 2.0}]"
+    engine, plain = start_engine(f"optim.groups={groups}"), start_engine()
+    before = snapshot(engine)
+    for seed in range(2):
+        train(engine, seed)
+        train(plain, seed)
+    after = snapshot(engine)
+    return {
+        "changed": differing(after, before, "model."),
+        "optimizer": sorted({name.split(".exp")[0].split(".step")[0] for name in after if name.startswith("optim.")}),
+        "rates": sorted({group["lr"] for group in engine.optimizer.param_groups}),
+        "plain rates": sorted({group["lr"] for group in plain.optimizer.param_groups}),
+        "weights": {name: tensor for name, tensor in after.items() if name.startswith("model.")},
+    }
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engine")
@@ -131,3 +149,16 @@ def test_a_step_is_the_sum_of_its_parts_and_a_weight_may_be_a_number() -> None:
 def test_a_frozen_reference_keeps_the_first_weights() -> None:
     (seen,) = run_ranks(refer, 1)
     assert seen == {"stays": True, "moves": True, "destroyed": True}
+
+
+def test_groups_freeze_and_scale_alike_on_one_rank_and_on_two() -> None:
+    (alone,) = run_ranks(freeze, 1)
+    both = run_ranks(freeze, 2)
+    for seen in (alone, *both):
+        assert not any("layers.0." in name for name in seen["changed"])
+        assert "model.model.layers.1.mlp.up_proj.weight" in seen["changed"]
+        assert not any("layers.0." in name for name in seen["optimizer"])
+        (rate,) = seen["plain rates"]
+        assert seen["rates"] == [rate, 2 * rate]
+    for name, tensor in alone["weights"].items():
+        torch.testing.assert_close(both[0]["weights"][name], tensor, rtol=1e-4, atol=1e-5)
