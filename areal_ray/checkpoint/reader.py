@@ -31,7 +31,8 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: 
 
     Args:
         directory: a committed checkpoint.
-        state: the objects, by the names under which they were saved. Tensors are filled in place.
+        state: the objects, by the names under which they were saved. Tensors are filled in place. One that has a
+            method `expect` is told first which of its tensors the checkpoint has.
         ranks: all ranks of the job.
         part: let the checkpoint hold more than the objects have; what is left over is not read.
 
@@ -45,8 +46,6 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: 
 
 def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: bool) -> Manifest:
     ranks.agree(True)  # nobody reads the manifest before rank 0 has said that it is being read
-    trees = {name: each.state_dict() for name, each in state.items()}
-    tensors, _ = flatten(trees)
 
     def read_small_files() -> tuple[Manifest, Metadata, dict[str, Any]]:
         manifest = read_manifest(directory)
@@ -54,6 +53,11 @@ def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part:
         return manifest, metadata, json.loads(read_checked(directory, STATE, manifest))
 
     manifest, metadata, values = ranks.all_or_raise(read_small_files)[ranks.rank]
+    for name, each in state.items():
+        if expect := getattr(each, "expect", None):
+            expect({key.removeprefix(f"{name}.") for key in metadata.state_dict_metadata if key.startswith(f"{name}.")})
+    trees = {name: each.state_dict() for name, each in state.items()}
+    tensors, _ = flatten(trees)
     _check_keys(tensors, metadata, directory.location, part)
     ranks.all_or_raise(lambda: _read_tensors(directory, manifest, metadata, tensors))
     for name, each in state.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle
@@ -113,19 +115,32 @@ def annotate(error: Exception, step: int | None) -> None:
     error.areal_ray = {"step": step, "time": time.time()}  # type: ignore[attr-defined]
 
 
-def ensure_picklable(error: Exception) -> None:
+def ensure_picklable(error: Exception, own_folders: Sequence[str] = ()) -> None:
     """Raise a RuntimeError in the place of an exception that would not reach the controller in one piece.
 
-    A class whose constructor takes other arguments than its `args` cannot be unpickled; the controller would see a
-    process that died without a word.
+    A class whose constructor takes other arguments than its `args` cannot be unpickled, nor one of a module that the
+    controller does not find; it would see a process that died without a word.
+
+    Args:
+        error: with its notes, see `annotate`.
+        own_folders: with code of the user's own, where the controller does not look.
     """
-    try:
-        pickle.loads(cloudpickle.dumps(error))  # noqa: S301  (its own)
-    except Exception:  # noqa: BLE001  (whatever its class does)
-        plain = RuntimeError(f"{type(error).__name__}: {error}")
-        plain.__notes__ = getattr(error, "__notes__", [])
-        plain.areal_ray = error.areal_ray  # type: ignore[attr-defined]
-        raise plain from None
+    if not _is_own(type(error), own_folders):
+        with suppress(Exception):  # whatever its class does
+            pickle.loads(cloudpickle.dumps(error))  # noqa: S301  (its own)
+            return
+    plain = RuntimeError(f"{type(error).__name__}: {error}")
+    plain.__notes__ = getattr(error, "__notes__", [])
+    plain.areal_ray = error.areal_ray  # type: ignore[attr-defined]
+    raise plain from None
+
+
+def _is_own(kind: type[Exception], folders: Sequence[str]) -> bool:
+    """Whether a class is of code in these folders, and neither of this package nor installed."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None or "site-packages" in file or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return False
+    return any(Path(file).is_relative_to(Path(folder).absolute()) for folder in folders)
 
 
 def step_of(errors: dict[int, Exception], run: Callable[[], RunDir]) -> int | None:

@@ -56,8 +56,13 @@ def _plain_names(layer: Layer) -> Layer:
     for alias, key in ALIASES.items():
         parent, _, name = alias.rpartition(".")
         section = OmegaConf.select(layer.values, parent, throw_on_resolution_failure=False)
-        if isinstance(section, DictConfig) and name in section:
-            section[key.rpartition(".")[2]] = section.pop(name)
+        if isinstance(section, DictConfig) and name in section.keys():  # noqa: SIM118  (`in` resolves)
+            plain = key.rpartition(".")[2]
+            if plain in section.keys():  # noqa: SIM118
+                raise ConfigError(alias, f"is another name of {key}, which is set beside it", layer.source)
+            # As it is written: what it refers to may stand in another layer.
+            section[plain] = OmegaConf.to_container(section, resolve=False)[name]  # type: ignore[call-overload,index]
+            del section[name]
     return layer
 
 

@@ -1,6 +1,6 @@
-"""The whole schema on one page, and `load`, which turns an experiment's files and overrides into a frozen Config.
+"""From an experiment's files and overrides to a frozen Config, and back to YAML.
 
-Values come from, later ones winning: the defaults below, the groups that the experiment's `defaults:` list names
+Values come from, later ones winning: the defaults of schema.py, the groups that the experiment's `defaults:` list names
 (conf/model, conf/data, conf/cluster), the experiment itself, `key=value` on the command line.
 """
 

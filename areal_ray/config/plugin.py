@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -87,15 +88,32 @@ def factory(name: str, key: str, builtin: Mapping[str, Callable[..., Any]]) -> C
     return builtin[name]
 
 
+def check_args(make: Callable[..., Any], name: str, key: str, *given: Any, **args: Any) -> None:
+    """Raise ConfigError if a factory does not take these arguments; it is not called."""
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):  # one of C, that does not say
+        return
+    try:
+        signature.bind(*given, **args)
+    except TypeError as error:
+        raise ConfigError(key, f"{name}: {error}") from None
+
+
 def call(make: Callable[..., Any], name: str, key: str, *given: Any, **args: Any) -> Any:
     """The part that a factory makes of its arguments.
 
     Raises:
         ConfigError: if it fails; a ConfigError of its own is handed on.
+        OSError: if storage or the network is why: that passes, and is no mistake of the configuration.
     """
     try:
         return make(*given, **args)
     except ConfigError:
+        raise
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+            raise ConfigError(key, f"{name} failed: {type(error).__name__}: {error}") from error
         raise
     except Exception as error:  # the user's code, called with the user's arguments
         raise ConfigError(key, f"{name} failed: {type(error).__name__}: {error}") from error

@@ -54,9 +54,12 @@ def load_splits(
     """
     if plugin.is_plugin(config.source):
         source = plugin.factory(config.source, "data.source", {})
-        made = plugin.call(source, config.source, "data.source", tokenizer, seq_len, **config.args)
+        made = plugin.call(source, config.source, "data.args", tokenizer, seq_len, **config.args)
         if not (isinstance(made, tuple) and len(made) == 2):
             raise ConfigError("data.source", f"{config.source} must return two data sets: (train, held out)")
+        for split in made:
+            if lacks := [name for name in ("__len__", "__getitem__", "fingerprint") if not hasattr(split, name)]:
+                raise ConfigError("data.source", f"{config.source}: a {type(split).__name__} has no {lacks[0]}")
         train, held_out = made
         counts = {"train on": f"{len(train)} rows", "hold out": f"{len(held_out)} rows"}
     else:

@@ -129,7 +129,7 @@ def split_tensors(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -
 
     Args:
         model: on the meta device; its tied parameters stay tied.
-        plan: style by module name, see `models.tensor_plan`.
+        plan: style by module name, see `tensor_plan`.
         mesh: of one dimension, the ranks of a tensor group.
     """
     # The logits are then a view of a DTensor's part; that they must not be changed in place stands in TrainEngine.

@@ -57,13 +57,14 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
 
 
 def _check_plugins(config: Config) -> None:
-    """Resolve what the configuration names of the user's own code, and make what can be made without a cluster."""
+    """Resolve the user's own code that the configuration names, and check its arguments as far as that is possible."""
     build_objective(config.objective)
-    for name, key in [(config.optim.name, "optim.name")] + [
-        (tracker.name, f"trackers[{i}].name") for i, tracker in enumerate(config.trackers)
-    ]:
-        if plugin.is_plugin(name):
-            plugin.factory(name, key, {})
+    if plugin.is_plugin(config.optim.name):
+        make = plugin.factory(config.optim.name, "optim.name", {})
+        plugin.check_args(make, config.optim.name, "optim.args", [], **config.optim.args)
+    for i, tracker in enumerate(config.trackers):
+        make = plugin.factory(tracker.name, f"trackers[{i}].name", {})
+        plugin.check_args(make, tracker.name, f"trackers[{i}].args", **tracker.args)
     if config.optim.groups:
         freeze(models.build_model(config.model), config.optim.groups)
 
@@ -102,10 +103,24 @@ def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) ->
         if saved["data"] != fingerprint
         else "",
     }
+    _check_optimizer_continues(saved.get("config", {}).get("optim", {}), config)
     for key, problem in found.items():
         if problem and key not in config.run.allow_changes:
             hint = f"; choose another run.name, or go back, or say run.allow_changes='[{key}]'"
             raise ConfigError(key, problem + hint)
+
+
+def _check_optimizer_continues(saved: dict[str, Any], config: Config) -> None:
+    """Refuse another optimizer, or other frozen parameters: there is no state for them in the checkpoints."""
+    before = saved.get("name", "adamw")  # absent from older checkpoints
+    if before != config.optim.name:
+        text = f"this run's checkpoints have the state of {before}; choose another run.name, or go back"
+        raise ConfigError("optim.name", text)
+    frozen = [group["pattern"] for group in saved.get("groups", []) if group["freeze"]]
+    now = [group.pattern for group in config.optim.groups if group.freeze]
+    if frozen != now:
+        text = f"this run's checkpoints were made with {frozen} frozen, and now it is {now}; choose another run.name"
+        raise ConfigError("optim.groups", text)
 
 
 def _check_writable(config: Config, storage: Storage) -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from areal_ray.config import Config
+from areal_ray.config import Config, plugin
 from areal_ray.distributed import Ranks
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
 from areal_ray.engine import save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
+from areal_ray.engine.metric_sums import MetricSums
 from areal_ray.engine.objectives import Batch, FunctionObjective, LossFn, LossWeightFn, Objective, text_inputs
 from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm
 from areal_ray.engine.randomness import reseed
 from areal_ray.engine.sharded_model import ShardedModel
-from areal_ray.engine.state import DCPState
+from areal_ray.engine.state import DCPState, plain_group_values
 
 
 class FSDPEngine:
@@ -34,7 +35,9 @@ class FSDPEngine:
     def __init__(self, config: Config, device: str | None = None) -> None:
         self._config, self._kind = config, device
         self._schedule = LrSchedule(config.optim, config.train.steps)
-        self._grad_norm: torch.Tensor | None = None  # of gradients that no step has used yet
+        self._owns_group = False
+        self._in_step = False  # whether there are gradients that no step has used yet
+        self._grad_norm: torch.Tensor | None = None  # their norm
 
     def initialize(self, weights: bool = True, references: Sequence[str] = ()) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
@@ -48,6 +51,7 @@ class FSDPEngine:
             ValueError: on every rank, if they are those of another model.
         """
         config = self._config
+        self._owns_group = not dist.is_initialized()
         self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
         self.dims = ParallelDims.build(config.engine.mesh, self.device, config.cluster.collective_timeout_s)
         self._ranks = Ranks()
@@ -56,7 +60,9 @@ class FSDPEngine:
             self._sharded.init_weights()
         else:
             self._sharded.init_buffers()
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim, restored=not weights)
+        own = plugin.is_plugin(config.optim.name)
+        self._group_values = plain_group_values(self.optimizer) if own else None
         self._references = {name: self._build() for name in references}
         for reference in self._references.values():
             reference.init_weights()
@@ -66,9 +72,12 @@ class FSDPEngine:
         return ShardedModel(self._config, self.dims, self.device, self._ranks)
 
     def destroy(self) -> None:
-        """Give back model, optimizer and process group; nothing else may be called after it."""
-        del self._sharded, self._references, self.optimizer
-        dist.destroy_process_group()
+        """Give back model, optimizer and the process group, if this engine made it; it cannot be used afterwards."""
+        for name in ("_sharded", "_references", "optimizer"):
+            self.__dict__.pop(name, None)
+        if self._owns_group:
+            dist.destroy_process_group()
+            self._owns_group = False
 
     @property
     def model(self) -> nn.Module:
@@ -89,7 +98,7 @@ class FSDPEngine:
 
     @property
     def state(self) -> DCPState:
-        return DCPState(self.model, self.optimizer, self._schedule)
+        return DCPState(self.model, self.optimizer, self._schedule, group_values=self._group_values)
 
     @property
     def lr(self) -> float:
@@ -107,36 +116,38 @@ class FSDPEngine:
         self.model.eval()
 
     def forward_backward(self, batch: Batch, objective: Objective) -> StepResult:
+        if self._in_step:
+            raise RuntimeError("the gradients of another batch are there: optimizer_step or skip_step comes first")
+        self._in_step = True
         self.train()
         reseed(self._config.run.seed, self._schedule.step, self.dp_rank)
-        micro_batches = self._prepared(batch, objective)
+        micro_batches = self._split(batch)
         weights = [self._weight(objective, micro) for micro in micro_batches]
         total = torch.stack(weights).sum()
         summed = dist.all_reduce(total, group=self.dims.batch_group, async_op=True)
-        loss_sum, metric_sums = torch.zeros((), device=self.device), dict[str, torch.Tensor]()
+        loss_sum, metrics = torch.zeros((), device=self.device), MetricSums(objective.metrics, self.device)
         for micro, weight in zip(micro_batches, weights, strict=True):
             # Gradients are summed locally and leave the rank once, with the last micro-batch.
             self.model.set_requires_gradient_sync(micro is micro_batches[-1])  # type: ignore[operator]
-            output = self._sharded(objective.model_inputs(micro))
+            prepared = self._prepared(objective, micro)
+            output = self._sharded(objective.model_inputs(prepared))
             summed.wait()
-            share = weight / torch.where(total > 0, total, 1.0)  # a batch without a token to predict changes nothing
-            mean, metrics = objective.loss(output, micro)
-            loss = mean * share
+            mean, values = objective.loss(output, prepared)
+            loss = mean * (weight / torch.where(total > 0, total, 1.0))  # without a token to predict nothing changes
             # FSDP averages over the parts of the batch; the mean here is over the weights of all of them.
             (loss * self.dp_size).backward()
             loss_sum += loss.detach()
-            _add(metric_sums, metrics, share)
+            metrics.add(values, weight)
         self._sharded.late.wait()
         summed = dist.all_reduce(loss_sum, group=self.dims.batch_group, async_op=True)
         grad_norm = gradient_norm(self.model.parameters())
         summed.wait()
-        self._sum_over_ranks(metric_sums)
         if self.dims.tensor is not None:  # its ranks may differ in the last bit of what they sum, and must decide alike
             numbers = torch.stack([loss_sum, grad_norm])
             dist.broadcast(numbers, src=0)
             loss_sum, grad_norm = numbers.unbind()
         self._grad_norm = grad_norm
-        return StepResult(loss_sum, grad_norm, self.lr, metric_sums)
+        return StepResult(loss_sum, grad_norm, self.lr, metrics.means(self.dims.batch_group))
 
     def optimizer_step(self) -> None:
         assert self._grad_norm is not None, "forward_backward comes first"
@@ -148,7 +159,7 @@ class FSDPEngine:
 
     def skip_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self._grad_norm = None
+        self._grad_norm, self._in_step = None, False
 
     def lr_scheduler_step(self) -> None:
         self._schedule.step += 1
@@ -166,16 +177,16 @@ class FSDPEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch, objective: Objective) -> EvalResult:
         self.eval()
-        sums, metric_sums = torch.zeros(2, dtype=torch.float64, device=self.device), dict[str, torch.Tensor]()
-        for micro in self._prepared(batch, objective):
-            weight = self._weight(objective, micro)
-            mean, metrics = objective.loss(self._sharded(objective.model_inputs(micro)), micro)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        metrics = MetricSums(objective.metrics, self.device)
+        for micro in self._split(batch):
+            weight, prepared = self._weight(objective, micro), self._prepared(objective, micro)
+            mean, values = objective.loss(self._sharded(objective.model_inputs(prepared)), prepared)
             sums += torch.stack([mean.double() * weight, weight.double()])
-            _add(metric_sums, metrics, weight)
+            metrics.add(values, weight)
         dist.all_reduce(sums, group=self.dims.batch_group)
-        self._sum_over_ranks(metric_sums)
         self._sharded.reshard()
-        return EvalResult(sums[0] / sums[1], sums[1], {name: value / sums[1] for name, value in metric_sums.items()})
+        return EvalResult(sums[0] / sums[1], sums[1], metrics.means(self.dims.batch_group))
 
     def eval_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
         result = self.evaluate(batch, FunctionObjective(loss_fn, loss_weight_fn))
@@ -209,18 +220,8 @@ class FSDPEngine:
         return [{name: t[i : i + size] for name, t in on_device.items()} for i in range(0, rows, size)]
 
     @torch.no_grad()
-    def _prepared(self, batch: Batch, objective: Objective) -> list[Batch]:
-        models = {name: reference.frozen for name, reference in self._references.items()}
-        return [objective.prepare(micro, models) for micro in self._split(batch)]
+    def _prepared(self, objective: Objective, micro: Batch) -> Batch:
+        return objective.prepare(micro, {name: reference.frozen for name, reference in self._references.items()})
 
     def _weight(self, objective: Objective, micro: Batch) -> torch.Tensor:
         return torch.as_tensor(objective.weight(micro)).to(self.device, torch.float32)
-
-    def _sum_over_ranks(self, metrics: dict[str, torch.Tensor]) -> None:
-        for name in sorted(metrics):
-            dist.all_reduce(metrics[name], group=self.dims.batch_group)
-
-
-def _add(sums: dict[str, torch.Tensor], metrics: Mapping[str, torch.Tensor], share: torch.Tensor) -> None:
-    for name, value in metrics.items():
-        sums[name] = sums.get(name, torch.zeros_like(share)) + torch.as_tensor(value).detach() * share

@@ -15,6 +15,7 @@ Batch = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]
 LossWeightFn = Callable[[Batch], torch.Tensor | float]
 FrozenModel = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # inputs of the model -> its output, no gradients
+RESERVED = ("step", "loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "skipped")  # metrics of any run
 IGNORED = -100  # in labels: nothing is predicted at this position
 
 
@@ -25,12 +26,14 @@ class Objective(ABC):
 
     Attributes:
         references: names of frozen models that `prepare` needs. Each is the run's model with its first weights.
+        metrics: names of the values that `loss` may return beside the loss; all ranks sum all of them.
     """
 
     references: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     def prepare(self, batch: Batch, models: Mapping[str, FrozenModel]) -> Batch:
-        """The micro-batch with what frozen models say of it; called without gradients, before the forward pass."""
+        """The micro-batch with what frozen models say of it; called without gradients, just before the forward pass."""
         return batch
 
     @abstractmethod
@@ -39,13 +42,16 @@ class Objective(ABC):
 
     @abstractmethod
     def weight(self, batch: Batch) -> torch.Tensor | float:
-        """Weight of the micro-batch in the mean over all micro-batches and ranks: how much `loss` is a mean over."""
+        """Weight of the micro-batch in the mean over all micro-batches and ranks: how much `loss` is a mean over.
+
+        It is asked before `prepare`.
+        """
 
     @abstractmethod
     def loss(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """The mean over the micro-batch, a scalar, and means of other values to be logged, by name.
+        """The mean over the micro-batch, a scalar, and means of other values to be logged, some of `metrics` by name.
 
-        The output (logits) must not be changed in place.
+        A micro-batch for which a value means nothing leaves it out. The output (logits) must not be changed in place.
         """
 
 
@@ -94,6 +100,10 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     if not isinstance(made, Objective):
         raise ConfigError(
             "objective.name", f"{config.name} gave a {type(made).__name__}, no areal_ray.engine.Objective"
+        )
+    if taken := [name for name in made.metrics if name in RESERVED or name.startswith("held_out_")]:
+        raise ConfigError(
+            "objective.name", f"{config.name}: `{taken[0]}` is the name of a metric that there is already"
         )
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -14,27 +15,38 @@ from torch.distributed.tensor import DTensor
 
 from areal_ray.config import ConfigError, OptimConfig, ParameterGroupConfig, plugin
 
+_NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+
+def build_optimizer(model: nn.Module, config: OptimConfig, restored: bool = False) -> torch.optim.Optimizer:
     """The optimizer that the configuration names, over the parameters that are trained.
 
-    Its state (for AdamW step, exp_avg, exp_avg_sq) is made at once: a run that does not fit into memory says so at its
-    start, and a save before the first step has the same keys as any other.
+    AdamW's state (step, exp_avg, exp_avg_sq) is made at once: a run that does not fit into memory says so at its
+    start, and a save before the first step has the same keys as any other. Another optimizer makes its state with its
+    first step, as it would alone; one that is about to be restored gets memory for all of it.
+
+    Args:
+        model: sharded or not.
+        config: optim.
+        restored: whether a checkpoint is loaded next.
 
     Raises:
-        ConfigError: if one's own factory fails, or returns no torch optimizer.
+        ConfigError: if one's own factory fails, or returns no torch optimizer, or one that takes a closure.
     """
     groups = parameter_groups(model, config)
-    if plugin.is_plugin(config.name):
+    if not plugin.is_plugin(config.name):  # AdamW, Loshchilov & Hutter, 2019
+        made: Any = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    else:
         make = plugin.factory(config.name, "optim.name", {})
-        made: Any = plugin.call(make, config.name, "optim.args", groups, **config.args)
+        made = plugin.call(make, config.name, "optim.args", groups, **config.args)
         if not isinstance(made, torch.optim.Optimizer):
             raise ConfigError("optim.name", f"{config.name} returned {type(made).__name__}, no torch.optim.Optimizer")
-    else:  # AdamW, Loshchilov & Hutter, 2019
-        made = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        if inspect.signature(made.step).parameters.get("closure", _NO_CLOSURE).default is inspect.Parameter.empty:
+            raise ConfigError("optim.name", f"{config.name}: {type(made).__name__} takes a closure, which there is not")
     for group in made.param_groups:
         group["initial_lr"] = group["lr"]
-    _make_state(made)
+    if restored or not plugin.is_plugin(config.name):
+        _make_state(made)
     return made
 
 
@@ -78,13 +90,12 @@ def freeze(model: nn.Module, groups: Sequence[ParameterGroupConfig]) -> None:
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
     """Run one step that changes nothing, then take it off the step counters again.
 
-    Gradients, rates and decay are zero meanwhile, so that moments begin at zero.
+    Gradients, rates and decay are zero meanwhile, so that AdamW's moments begin at zero. What other optimizers begin
+    with may be something else: theirs is only made to be overwritten.
     """
-    before: list[dict[str, Any]] = [
-        {name: group[name] for name in ("lr", "weight_decay") if name in group} for group in optimizer.param_groups
-    ]
-    for group, settings in zip(optimizer.param_groups, before, strict=True):
-        group |= dict.fromkeys(settings, 0.0)
+    before = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group |= {name: 0.0 for name in ("lr", "weight_decay") if name in group}
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     optimizer.step()

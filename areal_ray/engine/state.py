@@ -1,7 +1,8 @@
-"""An engine's state as one `Stateful`."""
+"""State of an engine as one `Stateful`."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,21 +12,26 @@ from torch.distributed.checkpoint.stateful import Stateful
 from areal_ray.checkpoint.tree import flatten, local
 from areal_ray.models.hf_weights import weights_of
 
+_OF_THE_CONFIG = ("params", "lr", "initial_lr", "weight_decay")  # entries of a parameter group that no step changes
+
 
 class DCPState(Stateful):
     """Model, optimizer and schedule as one `Stateful`, for DCP.
 
     The tensors in its state are the live ones (DTensors, each rank holding its part), keyed by parameter name:
     `model.<name>` and `optim.<name>.exp_avg` and so on. Loading fills them in place, without a second copy. Nothing
-    names a rank, and nothing is pickled: optimizer hyperparameters come from the config, not from the checkpoint.
+    names a rank, and nothing is pickled: optimizer hyperparameters come from the config, not from the checkpoint, but
+    for numbers that the optimizer itself keeps in its parameter groups and changes.
 
     After AReaL's DCPState (PR "Support PyTorch DCP for FSDP") and torch's Stateful protocol.
 
     Args:
         model: sharded or not; tied parameters are saved once.
-        optimizer: with its state already made; None leaves it out.
+        optimizer: with the state that it has by now; None leaves it out.
         schedule: anything with state_dict and load_state_dict of plain values; None leaves it out.
         weights: False leaves the model's weights out, for when they are saved in another format.
+        group_values: for an optimizer of the user's own, `plain_group_values` when it was made. None: it has all of its
+            state from the beginning, and changes nothing in its groups.
     """
 
     def __init__(
@@ -34,9 +40,11 @@ class DCPState(Stateful):
         optimizer: torch.optim.Optimizer | None = None,
         schedule: Stateful | None = None,
         weights: bool = True,
+        group_values: list[dict[str, Any]] | None = None,
     ) -> None:
         self.model = model
         self._optimizer, self._schedule, self._weights = optimizer, schedule, weights
+        self._group_values = group_values
 
     def weights(self) -> DCPState:
         """The model alone."""
@@ -44,7 +52,7 @@ class DCPState(Stateful):
 
     def without_weights(self) -> DCPState:
         """Everything but the model's weights."""
-        return DCPState(self.model, self._optimizer, self._schedule, weights=False)
+        return DCPState(self.model, self._optimizer, self._schedule, weights=False, group_values=self._group_values)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -52,9 +60,27 @@ class DCPState(Stateful):
             state["model"] = weights_of(self.model)
         if self._optimizer is not None:
             state["optim"] = {name: dict(values) for name, values in self._optimizer_state().items()}
+            if changed := dict(self._changed_group_values()):
+                state["optim_groups"] = changed
         if self._schedule is not None:
             state["schedule"] = self._schedule.state_dict()
         return state
+
+    def expect(self, names: Collection[str]) -> None:
+        """Drop optimizer state of parameters that a checkpoint has none of; called before it is loaded.
+
+        An optimizer makes its state with a parameter's first gradient, and some may never have had one.
+
+        Args:
+            names: of the tensors in the checkpoint that belong here, as in `state_dict`, by dotted path.
+        """
+        if self._optimizer is None or self._group_values is None or not any(n.startswith("optim.") for n in names):
+            return
+        for name, parameter in self.model.named_parameters():
+            own = self._optimizer.state.get(parameter, {})
+            tensors = [key for key, value in own.items() if isinstance(value, torch.Tensor)]
+            if tensors and not any(f"optim.{name}.{key}" in names for key in tensors):
+                del self._optimizer.state[parameter]
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -65,6 +91,9 @@ class DCPState(Stateful):
                 tensor.copy_(loaded[name])
         for name, own in self._optimizer_state().items():
             own.update({key: state["optim"][name][key] for key, v in own.items() if not isinstance(v, torch.Tensor)})
+        if self._optimizer is not None and self._group_values is not None:
+            for i, (group, first) in enumerate(zip(self._optimizer.param_groups, self._group_values, strict=True)):
+                group.update({**first, **state.get("optim_groups", {}).get(str(i), {})})
         if self._schedule is not None:
             self._schedule.load_state_dict(state["schedule"])
 
@@ -74,3 +103,20 @@ class DCPState(Stateful):
             return {}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return {names[parameter]: values for parameter, values in self._optimizer.state.items()}  # type: ignore[index]
+
+    def _changed_group_values(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._optimizer is None or self._group_values is None:
+            return
+        now = plain_group_values(self._optimizer)
+        for i, (values, first) in enumerate(zip(now, self._group_values, strict=True)):
+            if changed := {name: value for name, value in values.items() if value != first.get(name)}:
+                yield str(i), changed
+
+
+def plain_group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Numbers and words in each parameter group but those of the configuration: what a step may change."""
+
+    def plain(group: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in group.items() if k not in _OF_THE_CONFIG and type(v) in (int, float, bool, str)}
+
+    return [plain(group) for group in optimizer.param_groups]

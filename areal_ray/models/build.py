@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ def build_model(config: ModelConfig) -> nn.Module:
     Raises:
         ConfigError: if transformers knows no such architecture, or the factory cannot be found or fails.
     """
+    # Found before: a user's module that is imported now is no part of the model.
+    factory = plugin.factory(config.factory, "model.factory", {}) if config.factory else None
     with torch.device("meta"):
-        model = _from_factory(config) if config.factory else _from_transformers(config)
+        model = _from_factory(config, factory) if factory else _from_transformers(config)
     return model.train()
 
 
@@ -98,9 +101,8 @@ def _from_transformers(config: ModelConfig) -> nn.Module:
     return model
 
 
-def _from_factory(config: ModelConfig) -> nn.Module:
+def _from_factory(config: ModelConfig, factory: Callable[..., Any]) -> nn.Module:
     assert config.factory
-    factory = plugin.factory(config.factory, "model.factory", {})
     model = plugin.call(factory, config.factory, "model.factory", **config.args)
     if not isinstance(model, nn.Module):
         raise ConfigError("model.factory", f"{config.factory} returned {type(model).__name__}, not a torch.nn.Module")

@@ -57,11 +57,11 @@ class Faults:
 
 
 class _Spoiled(Objective):
-    """Another objective, whose loss is NaN while `spoil` says so."""
+    """Another objective, whose loss is NaN in training (not in evaluation) while `spoil` says so."""
 
     def __init__(self, objective: Objective, spoil: Callable[[], bool]) -> None:
         self._objective, self._spoil = objective, spoil
-        self.references = objective.references
+        self.references, self.metrics = objective.references, objective.metrics
 
     def prepare(self, batch: Batch, models: Mapping[str, FrozenModel]) -> Batch:
         return self._objective.prepare(batch, models)
@@ -74,7 +74,7 @@ class _Spoiled(Objective):
 
     def loss(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         loss, metrics = self._objective.loss(output, batch)
-        return loss * torch.nan if self._spoil() else loss, metrics
+        return loss * torch.nan if self._spoil() and torch.is_grad_enabled() else loss, metrics
 
 
 def _happen(fault: Fault) -> None:

@@ -30,21 +30,21 @@ class Journal:
     ) -> None:
         self._run, self._attempt, self._say, self._retention = run, attempt, say, retention
 
-    def saved(self, dump: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
+    def saved(self, save: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
         if self._run is None or self._retention is None:
             return
         times = {"blocked_s": round(blocked_s, 4), "waited_s": round(waited_s, 4), "total_s": round(total_s, 4)}
         if waited_s > _NOTABLE_WAIT_S:
-            self._say(f"the save at step {dump.step} waited {waited_s:.1f} s for the one before: storage is slow")
-        error = dump.manifest.exception()
+            self._say(f"the save at step {save.step} waited {waited_s:.1f} s for the one before: storage is slow")
+        error = save.manifest.exception()
         if error is None:
-            size = dump.manifest.result().total_bytes
-            self._event("saved", step=dump.step, checkpoint=dump.name, bytes=size, **times)
+            size = save.manifest.result().total_bytes
+            self._event("saved", step=save.step, checkpoint=save.name, bytes=size, **times)
             self._retention.apply()
         else:
-            self._say(f"saving {dump.name} failed: {error}")
-            self._retention.discard(dump.name)
-            self._event("save_failed", step=dump.step, checkpoint=dump.name, error=str(error)[:500], **times)
+            self._say(f"saving {save.name} failed: {error}")
+            self._retention.discard(save.name)
+            self._event("save_failed", step=save.step, checkpoint=save.name, error=str(error)[:500], **times)
 
     def skipped(self, step: int) -> None:
         self._say(f"the save at step {step} falls out: storage is still busy with the one before")

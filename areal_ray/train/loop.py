@@ -34,7 +34,7 @@ class RunContext(Protocol):
         """Called at the end; raises what went wrong in the background."""
         ...
 
-    def saving(self, dump: PendingSave, metrics: dict[str, float]) -> None:
+    def saving(self, save: PendingSave, metrics: dict[str, float]) -> None:
         """Called when a save has begun; it is a checkpoint when its manifest is there."""
         ...
 

@@ -44,7 +44,7 @@ class SavePolicy:
 class SaveListener(Protocol):
     """Listener to saves and loads. `saved` is called on every rank, from another thread; the others as they say."""
 
-    def saved(self, dump: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
+    def saved(self, save: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
         """Called when a save has ended, well or not: see its manifest."""
         ...
 
@@ -124,7 +124,7 @@ class RecoverHandler:
         self._last = PendingSave(name, step, manifest)
         blocked = time.perf_counter() - began
         manifest.add_done_callback(
-            lambda _, dump=self._last: self._journal.saved(dump, blocked, waited, time.perf_counter() - began)  # type: ignore[misc]
+            lambda _, save=self._last: self._journal.saved(save, blocked, waited, time.perf_counter() - began)  # type: ignore[misc]
         )
         return self._last
 

@@ -53,11 +53,12 @@ class Restore:
         self._progress, self._metrics, self._say = progress, metrics, say
         self._planned_restart = planned_restart
 
-    def at_start(self, workers: str) -> None:
+    def at_start(self, workers: str, loaded: Callable[[], None] = lambda: None) -> None:
         """Restore the newest copy in memory or checkpoint, or begin at the beginning. A collective.
 
         Args:
             workers: on what the run goes on, for the screen.
+            loaded: called when the state is there, before anything is told.
 
         Raises:
             RankError: if the receipt of the restore contradicts itself.
@@ -67,6 +68,7 @@ class Restore:
         name = self._recover.load() if copy is None else Catalog.name(copy.version[1], copy.version[0])
         source = None if name is None else _Source(name, copy)
         where = {"checkpoint": None, "memory": name} if copy else {"checkpoint": name}
+        loaded()
 
         def tell() -> None:
             reached = self._rewind(source)

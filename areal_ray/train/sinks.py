@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from areal_ray.config import TrackerConfig, plugin
 from areal_ray.run import RunDir
@@ -13,6 +14,9 @@ _KNOWN = ("loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "sk
 
 class MetricsSink(Protocol):
     """A place for metrics. Called on rank 0 only, from the training thread.
+
+    Values are to be durable when `log` returns, as far as they must not be lost: a step before a copy in memory or a
+    checkpoint is not computed again.
 
     A tracker of one's own (`trackers: [{name: package.module:Class, args: {}}]`) is one. It is made anew with every
     start of the workers.
@@ -91,13 +95,20 @@ class Tracker:
 
     Args:
         name: for that line.
-        sink: the user's.
+        make: makes the user's.
         say: prints a line for the user.
+        close_s: longest wait for its end, in seconds.
     """
 
-    def __init__(self, name: str, sink: MetricsSink, say: Callable[[str], None]) -> None:
-        self._name, self._say = name, say
-        self._sink: MetricsSink | None = sink
+    def __init__(
+        self, name: str, make: Callable[[], MetricsSink], say: Callable[[str], None], close_s: float = 10.0
+    ) -> None:
+        self._name, self._say, self._close_s = name, say, close_s
+        self._sink: MetricsSink | None = None
+        try:
+            self._sink = make()
+        except Exception as error:  # noqa: BLE001  (as below)
+            self._leave_out(error)
 
     def _try(self, call: Callable[[MetricsSink], None]) -> None:
         if self._sink is None:
@@ -105,9 +116,12 @@ class Tracker:
         try:
             call(self._sink)
         except Exception as error:  # noqa: BLE001  (the user's code; training is worth more than its curve)
-            self._sink = None
-            text = " ".join(str(error).split())[:300]
-            self._say(f"the tracker {self._name} failed, and is left out from now on: {type(error).__name__}: {text}")
+            self._leave_out(error)
+
+    def _leave_out(self, error: Exception) -> None:
+        self._sink = None
+        text = " ".join(str(error).split())[:300]
+        self._say(f"the tracker {self._name} failed, and is left out from now on: {type(error).__name__}: {text}")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._try(lambda sink: sink.log(step, values))
@@ -116,15 +130,19 @@ class Tracker:
         self._try(lambda sink: sink.rewind(step))
 
     def close(self) -> None:
-        self._try(lambda sink: sink.close())
+        """Close it, in a thread: one that waits for the network must not keep a failure from being noticed."""
+        thread = threading.Thread(target=self._try, args=(lambda sink: sink.close(),), daemon=True)
+        thread.start()
+        thread.join(self._close_s)
+        if thread.is_alive():
+            self._say(f"the tracker {self._name} has not closed in {self._close_s:.0f} s")
 
 
 def build_tracker(config: TrackerConfig, key: str, say: Callable[[str], None]) -> Tracker:
     """The tracker that one entry of `trackers` names.
 
     Raises:
-        ConfigError: if it cannot be found or made.
+        ConfigError: if there is no such thing.
     """
     make = plugin.factory(config.name, f"{key}.name", {})
-    sink: Any = plugin.call(make, config.name, f"{key}.args", **config.args)
-    return Tracker(config.name, sink, say)
+    return Tracker(config.name, lambda: make(**config.args), say)

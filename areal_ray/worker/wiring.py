@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,148 +13,92 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, MemoryCopies, SyncWriter
-from areal_ray.cluster.requests import PlannedRestart
+from areal_ray.checkpoint.retention import Retention
+from areal_ray.cluster.console import say
+from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
-from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer, load_splits
 from areal_ray.distributed import Ranks
-from areal_ray.engine import Objective, TrainEngine
-from areal_ray.run import JobContext, RunDir
+from areal_ray.engine.fsdp import FSDPEngine
+from areal_ray.engine.objectives import build_objective
+from areal_ray.run import JobContext
 from areal_ray.train import loop
-from areal_ray.train.bad_steps import BadStepPolicy
-from areal_ray.train.cadence import Cadence
-from areal_ray.train.evaluation import Evaluator
-from areal_ray.train.journal import Journal
+from areal_ray.train.faults import Faults
+from areal_ray.train.journal import Journal, retention
 from areal_ray.train.recovery import RecoverHandler, SavePolicy
 from areal_ray.train.restore import Restore
-from areal_ray.train.sinks import Console, MetricsFile, MetricsSink, build_tracker
-from areal_ray.train.tracking import StepMetrics
+from areal_ray.worker import sidecars
+from areal_ray.worker.job import build_job, load_data
 from areal_ray.worker.provenance import provenance
-
-MakeRecover = Callable[[Mapping[str, Stateful]], RecoverHandler]
+from areal_ray.worker.session import RaySession
+from areal_ray.worker.start import Start
+from areal_ray.worker.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of the workers, as seen by one rank.
+class Rank:
+    """The objects of one rank.
 
     Args:
-        attempt: its number.
-        run: the run directory.
-        ranks: all ranks.
-        say: prints a line for the user; silent on all ranks but the first.
-        catalog: the run's checkpoints.
+        start, engine, job: which start of the workers it is; what is trained; what `loop.train` takes.
+        restore, retention: bring the latest state; let checkpoints go.
+        session: the job around the loop.
     """
 
-    attempt: int
-    run: RunDir
-    ranks: Ranks
-    say: Callable[[str], None]
-    catalog: Catalog
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank is the one that writes to the run's files."""
-        return self.ranks.rank == 0
+    start: Start
+    engine: FSDPEngine
+    job: loop.Job
+    restore: Restore
+    retention: Retention
+    session: RaySession
 
 
-def build_job(
-    config: Config,
-    start: Start,
-    engine: TrainEngine,
-    data: tuple[TokenDataset, TokenDataset],
-    objective: Objective,
-    context: loop.RunContext,
-    make_recover: MakeRecover,
-    journal: Journal,
-) -> tuple[loop.Job, Restore]:
-    """Make the objects of one rank, each knowing only what it is given here; and what restores them.
+def wire(
+    config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None, clock: sidecars.Stopwatch
+) -> Rank:
+    """Make all objects of one rank under Ray Train. A collective.
 
     Args:
         config: checked.
-        start: of the workers.
-        engine: initialised.
-        data: to train on, and held out.
-        objective: what is minimised.
-        context: the job around the loop.
-        make_recover: of everything that makes the run resumable, by name.
-        journal: told of bad steps.
+        context: of the submission.
+        ranks: all ranks.
+        watchdog: that watches this rank already.
+        clock: laps build_s and data_s are taken on it.
     """
-    train, every, run = config.train, config.checkpoint, start.run
-
-    def batches(of: TokenDataset, record: Callable[[int, list[int]], None] | None = None) -> GlobalBatches:
-        sizes = train.global_batch_size, engine.dp_rank, engine.dp_size
-        return GlobalBatches(of, config.run.seed, *sizes, engine.device, config.run.allow_changes, record)
-
-    sequences, held_out = data
-    record = _recorder(run, start.say) if start.first and config.logging.sample_ids else None
-    cursor, progress = batches(sequences, record), loop.Progress()
-    evaluator = None
-    if config.eval.every_steps:
-        args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
-        evaluator = Evaluator(*args)
-    log = Cadence(config.logging.every_steps)
-    metrics = StepMetrics(log, _sinks(config, start), train.steps, train.global_batch_size * train.seq_len)
-    save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
-    copy = Cadence(every.memory_every_steps)
-    evaluate = Cadence(config.eval.every_steps)
-    bad_steps = BadStepPolicy(
-        train.bad_step,
-        start.ranks.on_rank_zero(lambda: _left_out(run)),
-        # The cursor is behind the step's batch, the progress before it.
-        lambda refusal: journal.refused(refusal, progress.samples, cursor.next_sample - progress.samples),
+    run, catalog, objective = context.run, Catalog(context.run.storage), build_objective(config.objective)
+    engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
+    # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
+    fresh = not ranks.on_rank_zero(lambda: catalog.last_committed() is not None)
+    engine.initialize(weights=fresh, references=objective.references)
+    attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
+    start = Start(attempt, run, ranks, say if ranks.rank == 0 else _silent, catalog)
+    places = ranks.gather((socket.gethostname(), os.getpid()))
+    nodes, pids = [node for node, _ in places], [pid for _, pid in places]
+    clock.lap("build_s")
+    if start.first:
+        run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
+    faults = Faults(config.faults, run, ranks)
+    standbys = sidecars.standbys(config, run, ranks, nodes)
+    requests = requests_to(context.submission, context.fast_restarts)
+    session = RaySession(faults, ranks, requests, standbys, watchdog, context.fast_restarts)
+    data = load_data(config, ranks)
+    kept = retention(run, attempt, start.say, catalog, config.checkpoint.keep)
+    journal = Journal(run if start.first else None, attempt, start.say, kept)
+    memory = memory_copies(config, ranks, context, say)
+    info = {**engine.describe(), "data": data[0].fingerprint}
+    job, restore = build_job(
+        config,
+        start,
+        engine,
+        data,
+        faults.spoiling(objective),
+        session,
+        lambda state: recover_handler(config, start, state, info, journal, memory),
+        journal,
+        PlannedRestart,
     )
-    state: dict[str, Stateful] = {
-        "engine": engine.state,
-        "data": cursor,
-        "progress": progress,
-        "tracker": metrics,
-        "evaluate": evaluate,
-        "save": save,
-        "guard": bad_steps,
-    }
-    recover = make_recover(state)
-    restore = Restore(run, start.attempt, recover, progress, metrics, start.ranks, start.say, PlannedRestart)
-
-    def roll_back() -> bool:
-        restored = restore.roll_back()
-        if restored:
-            copy.fired(progress.step, 0)  # no part of the state, as copies come and go with the attempt
-        return restored
-
-    job = loop.Job(
-        engine=engine,
-        batches=cursor,
-        objective=objective,
-        bad_steps=bad_steps,
-        roll_back=roll_back,
-        progress=progress,
-        metrics=metrics,
-        evaluator=evaluator,
-        evaluate=evaluate,
-        recover=recover,
-        save=save,
-        copy=copy,
-        run=context,
-        last_step=config.last_step,
-        total_steps=train.steps,
-    )
-    return job, restore
-
-
-def load_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:
-    """The data to train on and the held-out data, the same on all ranks. A collective.
-
-    Raises:
-        ValueError: if ranks read different files: they would train on something that no seed names, or wait for each
-            other for ever.
-    """
-    train = config.train
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    data = load_splits(config.data, tokenizer, train.seq_len, train.global_batch_size)
-    prints = ranks.gather([split.fingerprint for split in data])
-    if different := [rank for rank, mine in enumerate(prints) if mine != prints[0]]:
-        raise ValueError(f"ranks {different} read other data than rank 0: the files, or their Python, are not the same")
-    return data
+    session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
+    clock.lap("data_s")
+    return Rank(start, engine, job, restore, kept, session)
 
 
 def recover_handler(
@@ -178,30 +123,13 @@ def memory_copies(config: Config, ranks: Ranks, context: JobContext, say: Callab
         return None
     # Steps that are not computed again must have left their metrics.
     durable = context.run.flush if ranks.rank == 0 else lambda: None
-    return MemoryCopies(context.submission, ranks, int(os.environ["RAY_RAYLET_PID"]), say, durable)
+    return MemoryCopies(context.submission, ranks, _node_process(), say, durable)
 
 
-def _sinks(config: Config, start: Start) -> list[MetricsSink]:
-    if not start.first:
-        return []
-    own = [build_tracker(each, f"trackers[{i}]", start.say) for i, each in enumerate(config.trackers)]
-    return [Console(start.say, config.train.steps), MetricsFile(start.run, start.say), *own]
-
-
-def _recorder(run: RunDir, say: Callable[[str], None]) -> Callable[[int, list[int]], None]:
-    def record(first: int, ids: list[int]) -> None:
-        try:
-            run.log_samples(first, ids)
-        except OSError as error:  # it goes with the next one
-            say(f"could not write the sample ids from {first} on: {error}")
-
-    return record
-
-
-def _left_out(run: RunDir) -> list[int]:
-    """Steps that earlier attempts did not take: this one, which may begin before them, does not either."""
-    bad = [event["step"] for event in run.events("bad_step") if event["action"] != "stop"]
-    return bad + [event["step"] for event in run.events("poison_step")]
+def _node_process() -> int | None:
+    """Process id of this node's raylet, with which copies in memory end; None if this Ray does not say."""
+    pid = os.environ.get("RAY_RAYLET_PID")
+    return int(pid) if pid else None
 
 
 def _writer(config: Config, ranks: Ranks) -> CheckpointWriter:
@@ -210,3 +138,7 @@ def _writer(config: Config, ranks: Ranks) -> CheckpointWriter:
     # No time limit of its own: a slow disk is no failure, and a dead peer closes its connections.
     background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
     return AsyncWriter(ranks, background)
+
+
+def _silent(_: str) -> None:
+    """Says nothing, on all ranks but the first."""

@@ -128,7 +128,8 @@ class Run:
         from areal_ray.train.faults import Faults
         from areal_ray.train.journal import Journal, retention
         from areal_ray.train.recovery import RecoverHandler, SavePolicy
-        from areal_ray.worker.wiring import Start, build_job
+        from areal_ray.worker.job import build_job
+        from areal_ray.worker.start import Start
 
         config = small_config(
             f"train.steps={STEPS}",
@@ -162,6 +163,7 @@ class Run:
                 start.catalog, state, writer, journal, attempt, info, self.ranks, SavePolicy()
             ),
             journal,
+            RuntimeError,
         )
         self.restored: list[tuple[str | None, dict[str, torch.Tensor]]] = []
         self.weights: dict[int, list[dict[str, torch.Tensor]]] = {}  # before each step, each time

@@ -55,6 +55,16 @@ def use(rank: int, root: str) -> dict[str, Any]:
     return seen
 
 
+class Uneven(LanguageModeling):
+    """Its metrics are only those of some ranks' micro-batches."""
+
+    metrics = ("of all", "of rank 1")
+
+    def loss(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
+        own = {"of rank 1": 3.0} if dist.get_rank() == 1 else {}
+        return next_token_loss(output, batch), {"of all": 2.0, **own}
+
+
 def compose(rank: int) -> dict[str, Any]:
     """Steps put together from their parts, and with a weight that is a number, beside those of `train_batch`."""
     whole, parts, number = start_engine(), start_engine(), start_engine()
@@ -67,6 +77,11 @@ def compose(rank: int) -> dict[str, Any]:
         parts.optimizer_step()
         parts.lr_scheduler_step()
         number.train_batch(local_batch(seed), next_token_loss, lambda batch: float(predicted_tokens(batch)))
+    parts.forward_backward(local_batch(7), LanguageModeling())
+    seen["twice"] = attempt(lambda: parts.forward_backward(local_batch(8), LanguageModeling())).text
+    parts.skip_step()
+    seen["uneven"] = parts.forward_backward(local_batch(9), Uneven()).metrics
+    parts.skip_step()
     seen["parts"] = differing(snapshot(parts), snapshot(whole))
     seen["number"] = differing(snapshot(number), snapshot(whole))
     return seen
@@ -144,6 +159,8 @@ def test_a_step_is_the_sum_of_its_parts_and_a_weight_may_be_a_number() -> None:
     for seen in run_ranks(compose, 2):
         assert all(composed == whole for composed, whole in seen["numbers"] + seen["rates"])
         assert (seen["parts"], seen["number"]) == ([], [])
+        assert "optimizer_step or skip_step comes first" in seen["twice"]
+        assert seen["uneven"] == {"of all": 2.0, "of rank 1": 3.0}
 
 
 def test_a_frozen_reference_keeps_the_first_weights() -> None:

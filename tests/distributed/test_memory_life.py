@@ -78,6 +78,7 @@ def without_room(rank: int, name: str, parent: int, what: str) -> tuple[list[str
             memory_copies.free_memory, memory_copies.ShardImage = room, image  # type: ignore[misc]
         attempt.step()
         counts.append(len(attempt.copies._images))
+    attempt.copies._last.result()  # type: ignore[union-attr]
     return attempt.said, counts
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from areal_ray.distributed.mesh import init_distributed
+from areal_ray.distributed.mesh import ParallelDims, init_distributed
 from areal_ray.distributed.overlap import LateReduceScatter, overlap, reduce_scatter
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import VARIANTS, snapshot, start_engine, train
@@ -49,7 +49,7 @@ def train_in_three_ways(rank: int, names: list[str]) -> dict[str, Any]:
 def _train(overrides: list[str], late: LateReduceScatter | None) -> tuple[dict[str, torch.Tensor], list[float], int]:
     engine = start_engine(*overrides)
     if late:
-        engine._late = late
+        engine._sharded.late = late
         for module in engine.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(late)
@@ -78,7 +78,7 @@ def who_reduces(rank: int, overrides: list[list[str]]) -> list[bool]:
         units = [module for module in engine.model.modules() if isinstance(module, FSDPModule)]
         groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
         assert groups
-        mine = {group._reduce_scatter_comm is engine._late for group in groups}
+        mine = {group._reduce_scatter_comm is engine._sharded.late for group in groups}
         found.append(mine == {True})
         assert len(mine) == 1
     return found
@@ -92,7 +92,7 @@ def cast_gradients(rank: int, dtypes: list[torch.dtype]) -> list[bool]:
         layer = nn.Linear(4, 4, dtype=dtype)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
         fully_shard(layer, mesh=mesh)
-        late = overlap(layer, mesh)
+        late = overlap(layer, ParallelDims(mesh, fsdp=mesh, tensor=None, batch_group=None))
         (group,) = layer._get_fsdp_state()._fsdp_param_groups
         found.append(group._reduce_scatter_comm is late)
     return found

@@ -92,9 +92,9 @@ def test_a_rank_that_cannot_write_is_heard_by_all(failed: tuple[Path, list[dict[
 def test_nothing_is_saved_over_anything(failed: tuple[Path, list[dict[str, Any]]]) -> None:
     path, outcomes = failed
     for seen in outcomes:
-        for what, error in (("exists", "FileExistsError"), ("no parent", "FileNotFoundError")):
-            assert (seen[what].error, seen[what].ranks) == ("RankError", (0,))
-            assert error in seen[what].text
+        assert (seen["exists"].error, seen["exists"].ranks) == ("RankError", (0,))
+        assert "FileExistsError" in seen["exists"].text
+        assert seen["no parent"] == FINE  # it is made
     assert checkpoints.check(LocalStorage(path / "fine")) > 0
 
 
@@ -116,7 +116,6 @@ def test_the_rank_that_reads_the_damage_is_named(failed: tuple[Path, list[dict[s
 def test_a_checkpoint_that_does_not_fit_is_refused_by_all(failed: tuple[Path, list[dict[str, Any]]]) -> None:
     why = {
         "too little": "missing in it: engine.optim.",
-        "too much": "unknown here: engine.optim.",
         "other model": "engine.model.model.embed_tokens.weight is (264, 64) in it and (264, 32) here",
     }
     for seen in failed[1]:
@@ -124,6 +123,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_all(failed: tuple[Path, li
             assert seen[what].error == "ValueError"
             assert text in seen[what].text
         assert seen["changed by other model"] == []
+        assert seen["too much"] == FINE  # the weights of a full checkpoint
 
 
 def test_after_all_these_failures_the_next_save_and_load_work(failed: tuple[Path, list[dict[str, Any]]]) -> None:

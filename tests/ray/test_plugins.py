@@ -28,6 +28,7 @@ class StayNear(Objective):
     """Cross entropy, and not too far from what the first weights say."""
 
     references = ("first",)
+    metrics = ("distance",)
 
     def __init__(self, strength):
         self.strength = strength

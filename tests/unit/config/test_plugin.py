@@ -63,6 +63,30 @@ def test_what_cannot_be_called_or_fails_is_a_config_error(folder):
     assert plugin.factory("short", "key", {"short": len}) is len
 
 
+def test_arguments_are_checked_without_a_call():
+    plugin.check_args(print, "builtins:print", "key", 1, sep=" ")
+    with pytest.raises(ConfigError, match=r"extend_path: missing a required argument: .folders.") as caught:
+        plugin.check_args(plugin.extend_path, "extend_path", "key", folder=1)
+    assert caught.value.key == "key"
+
+
+def test_an_outage_passes_and_a_missing_file_is_a_mistake():
+    def away():
+        raise ConnectionError("no storage")
+
+    with pytest.raises(ConnectionError):
+        plugin.call(away, "away", "key")
+    with pytest.raises(ConfigError, match="open failed: FileNotFoundError"):
+        plugin.call(open, "open", "key", "/nothing/here")
+
+
+def test_another_name_of_a_key_may_refer_to_others_and_stands_alone(monkeypatch):
+    monkeypatch.setenv("MINE", "math:sqrt")
+    assert load(TINY, ["optim.factory=${oc.env:MINE}"]).optim.name == "math:sqrt"
+    with pytest.raises(ConfigError, match=r"optim\.factory: is another name of optim\.name, which is set beside it"):
+        load(TINY, ["optim={factory: 'a:b', name: 'c:d'}"])
+
+
 def test_another_name_of_a_key_is_that_key(tmp_path):
     assert load(TINY, ["optim.factory=math:sqrt"]).optim.name == "math:sqrt"
     with pytest.raises(ConfigError, match=r"command line: optim\.name: knows adamw, or package\.module:name"):

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from areal_ray.config import ConfigError, load
+from areal_ray.driver import preflight
 from areal_ray.driver.main import _record, prepare
 from areal_ray.storage import s3
+from areal_ray.storage.s3_client import S3Client
 from tests.unit.checkpoint.boxes import save_box
 
 pytestmark = pytest.mark.unit
@@ -49,12 +51,48 @@ def test_a_relative_storage_path_becomes_absolute(config, tmp_path, monkeypatch)
 
 
 def test_what_cannot_be_is_found_before_anything_starts(config, monkeypatch):
-    monkeypatch.setattr(s3, "_ATTEMPTS", 1)  # else it asks for a bucket that is not there for twenty seconds
+    # Else it asks for a bucket that is not there for twenty seconds.
+    monkeypatch.setattr(s3, "S3Client", lambda options, _: S3Client(options, attempts=1))
     assert key_of(config("run.storage_path=s3://bucket/runs")) == "run.storage_path"
     assert key_of(config("model.config.vocab_size=100")) == "model.config.vocab_size"
     assert key_of(config("train.seq_len=1024")) == "data.paths"
     assert key_of(config("data.tokenizer=/nothing")) == "data.tokenizer"
     assert key_of(config("engine.mesh.tensor=4", "cluster.num_workers=4")) == "engine.mesh.tensor"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "part"),
+    [
+        (["optim.name=torch.optim:SGD", "optim.args={momentm: 0.9}"], "optim.args", "unexpected keyword argument"),
+        (["trackers=[{name: 'json:JSONEncoder', args: {a: 1}}]"], "trackers[0].args", "unexpected keyword argument"),
+        (["objective.name=json:JSONEncoder"], "objective.name", "no areal_ray.engine.Objective"),
+        (["optim.groups=[{pattern: nowhere}]"], "optim.groups[0].pattern", "found in no parameter's name"),
+    ],
+)
+def test_parts_of_one_s_own_are_found_to_be_wrong_before_anything_starts(config, overrides, key, part):
+    with pytest.raises(ConfigError, match=part) as caught:
+        prepare(config(*overrides))
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("saved", "overrides", "key"),
+    [
+        ({}, [], None),
+        ({"name": "adamw", "groups": []}, [], None),
+        ({}, ["optim.name=torch.optim:SGD"], "optim.name"),
+        ({"groups": [{"pattern": "norm", "freeze": True}]}, [], "optim.groups"),
+        ({"groups": [{"pattern": "norm", "freeze": False}]}, [], None),
+        ({}, ["optim.groups=[{pattern: norm, freeze: true}]"], "optim.groups"),
+    ],
+)
+def test_a_run_goes_on_with_the_optimizer_that_it_began_with(config, saved, overrides, key):
+    if key is None:
+        preflight._check_optimizer_continues(saved, config(*overrides))
+        return
+    with pytest.raises(ConfigError, match="this run's checkpoints") as caught:
+        preflight._check_optimizer_continues(saved, config(*overrides))
+    assert caught.value.key == key
 
 
 def test_fresh_refuses_a_used_directory(config, tmp_path):

@@ -1,5 +1,6 @@
 """Building models, naming their shard units, and first values that follow from the seed alone."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -248,3 +249,13 @@ def test_a_model_that_cannot_be_is_a_config_error_before_anything_starts(change,
 def test_a_model_with_a_row_for_every_token_passes():
     check_model(TINY, 257)
     check_model(ModelConfig(config=SMALL), 300)
+
+
+def test_a_user_s_module_is_imported_outside_of_the_model_s_device(tmp_path, monkeypatch):
+    (tmp_path / "table_of_a_test.py").write_text(
+        "import torch\nfrom torch import nn\nTABLE = torch.arange(4.0)\ndef model():\n    return nn.Linear(2, 2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    built = build_model(ModelConfig(factory="table_of_a_test:model"))
+    assert built.weight.is_meta
+    assert sys.modules["table_of_a_test"].TABLE.device.type == "cpu"

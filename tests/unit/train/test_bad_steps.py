@@ -177,10 +177,12 @@ def test_a_nan_fault_spoils_loss_and_gradients_of_its_step_once(tmp_path):
         logits = torch.ones(2, requires_grad=True)
         loss, metrics = objective.loss(logits, {})
         assert metrics == {"half": 1.0}
+        with torch.no_grad():
+            assert not objective.loss(logits, {})[0].isnan()  # of an evaluation after that step
         loss.backward()
         seen.append(bool(logits.grad.isnan().all()))
     assert seen == [False, True, False, False]
     assert [event["step"] for event in run.events("fault")] == [2, 3]
     again = Faults([Fault("nan", 0, 2)], run, Ranks())
     again.before_step(2)
-    assert not again.spoiling(Sum()).loss(torch.ones(2), {})[0].isnan()
+    assert not again.spoiling(Sum()).loss(torch.ones(2), {})[0].isnan()  # it has happened

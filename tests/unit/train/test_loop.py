@@ -14,7 +14,8 @@ from areal_ray.storage import LocalStorage
 from areal_ray.train.bad_steps import BadStepError
 from areal_ray.train.evaluation import Evaluator
 from areal_ray.train.loop import train
-from areal_ray.worker.wiring import Start, build_job
+from areal_ray.worker.job import build_job
+from areal_ray.worker.start import Start
 from tests.unit.config.test_config import TINY
 
 from .loop_fakes import Crash, Engine, Journal, NoObjective, Recover, Run
@@ -76,6 +77,7 @@ def start(tmp_path):
             Run(dies_at),
             lambda state: Recover(state, run, states),
             Journal(),
+            RuntimeError,
         )
         NoReceipt(restore).at_start()
         if dies_at is None:

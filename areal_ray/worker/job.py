@@ -1,0 +1,133 @@
+"""The job of one rank: the objects of the training loop, and those that restore them. Without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch.distributed.checkpoint.stateful import Stateful
+
+from areal_ray.config import Config
+from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer, load_splits
+from areal_ray.distributed import Ranks
+from areal_ray.engine import Objective, TrainEngine
+from areal_ray.train import loop
+from areal_ray.train.bad_steps import BadStepPolicy
+from areal_ray.train.cadence import Cadence
+from areal_ray.train.evaluation import Evaluator
+from areal_ray.train.journal import Journal
+from areal_ray.train.recovery import RecoverHandler
+from areal_ray.train.restore import Restore
+from areal_ray.train.sinks import Console, MetricsFile, MetricsSink, build_tracker
+from areal_ray.train.tracking import StepMetrics
+from areal_ray.worker.start import Start
+
+_MakeRecover = Callable[[Mapping[str, Stateful]], RecoverHandler]
+
+
+def build_job(
+    config: Config,
+    start: Start,
+    engine: TrainEngine,
+    data: tuple[TokenDataset, TokenDataset],
+    objective: Objective,
+    context: loop.RunContext,
+    make_recover: _MakeRecover,
+    journal: Journal,
+    planned_restart: Callable[[str], Exception],
+) -> tuple[loop.Job, Restore]:
+    """Make the objects of one rank, each knowing only what it is given here; and what restores them.
+
+    Args:
+        config: checked.
+        start: of the workers.
+        engine: initialised.
+        data: to train on, and held out.
+        objective: what is minimised.
+        context: the job around the loop.
+        make_recover: of everything that makes the run resumable, by name.
+        journal: told of bad steps.
+        planned_restart: exception that has the workers started again, see `Restore`.
+    """
+    train, every, run = config.train, config.checkpoint, start.run
+
+    def batches(of: TokenDataset, record: Callable[[int, list[int]], None] | None = None) -> GlobalBatches:
+        sizes = train.global_batch_size, engine.dp_rank, engine.dp_size
+        return GlobalBatches(of, config.run.seed, *sizes, engine.device, config.run.allow_changes, record)
+
+    sequences, held_out = data
+    record = start.record_samples if start.first and config.logging.sample_ids else None
+    cursor, progress = batches(sequences, record), loop.Progress()
+    evaluator = None
+    if config.eval.every_steps:
+        args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
+        evaluator = Evaluator(*args)
+    log = Cadence(config.logging.every_steps)
+    metrics = StepMetrics(log, _sinks(config, start), train.steps, train.global_batch_size * train.seq_len)
+    save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
+    copy = Cadence(every.memory_every_steps)
+    evaluate = Cadence(config.eval.every_steps)
+    bad_steps = BadStepPolicy(
+        train.bad_step,
+        start.ranks.on_rank_zero(start.left_out_steps),
+        # The cursor is behind the step's batch, the progress before it.
+        lambda refusal: journal.refused(refusal, progress.samples, cursor.next_sample - progress.samples),
+    )
+    state: dict[str, Stateful] = {
+        "engine": engine.state,
+        "data": cursor,
+        "progress": progress,
+        "tracker": metrics,
+        "evaluate": evaluate,
+        "save": save,
+        "guard": bad_steps,
+    }
+    recover = make_recover(state)
+    restore = Restore(run, start.attempt, recover, progress, metrics, start.ranks, start.say, planned_restart)
+
+    def roll_back() -> bool:
+        restored = restore.roll_back()
+        if restored:
+            copy.fired(progress.step, 0)  # no part of the state, as copies come and go with the attempt
+        return restored
+
+    job = loop.Job(
+        engine=engine,
+        batches=cursor,
+        objective=objective,
+        bad_steps=bad_steps,
+        roll_back=roll_back,
+        progress=progress,
+        metrics=metrics,
+        evaluator=evaluator,
+        evaluate=evaluate,
+        recover=recover,
+        save=save,
+        copy=copy,
+        run=context,
+        last_step=config.last_step,
+        total_steps=train.steps,
+    )
+    return job, restore
+
+
+def load_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:
+    """The data to train on and the held-out data, the same on all ranks. A collective.
+
+    Raises:
+        ValueError: if ranks read different files: they would train on something that no seed names, or wait for each
+            other for ever.
+    """
+    train = config.train
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    data = load_splits(config.data, tokenizer, train.seq_len, train.global_batch_size)
+    prints = ranks.gather([split.fingerprint for split in data])
+    if different := [rank for rank, mine in enumerate(prints) if mine != prints[0]]:
+        raise ValueError(f"ranks {different} read other data than rank 0: the files, or their Python, are not the same")
+    return data
+
+
+def _sinks(config: Config, start: Start) -> list[MetricsSink]:
+    if not start.first:
+        return []
+    own = [build_tracker(each, f"trackers[{i}]", start.say) for i, each in enumerate(config.trackers)]
+    return [Console(start.say, config.train.steps), MetricsFile(start.run, start.say), *own]
