@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from areal_ray.checkpoint import AsyncWriter, Catalog
 from areal_ray.cluster.console import Console
-from areal_ray.cluster.requests import Control
+from areal_ray.cluster.requests import requests_to
 from areal_ray.config import Config, KeepConfig, load
 from areal_ray.distributed import Ranks
 from areal_ray.driver.connect import cluster
@@ -109,7 +109,10 @@ class Ours:
     def __init__(self, engine: FSDPEngine, ranks: Ranks, config: Config) -> None:
         run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
         self._path = Path(config.run.storage_path, config.run.name)
-        self._run, self._session = run, RaySession(Faults([], run, ranks), ranks, Control("bench"), None)
+        self._run, self._session = (
+            run,
+            RaySession(Faults([], run, ranks), ranks, requests_to("bench", fast_restarts=True), None),
+        )
         background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
         writer = AsyncWriter(ranks, background)
         self.fence = writer.fence
