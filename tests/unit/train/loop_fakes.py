@@ -3,10 +3,15 @@
 import json
 from concurrent.futures import Future
 
+import numpy as np
 import torch
 
+from areal_ray.data import PackedTokens
 from areal_ray.engine import EvalResult, Objective, StepResult
 from areal_ray.train.recovery import PendingSave
+
+TOTAL = 22  # steps
+SEQUENCES = PackedTokens(np.repeat(np.arange(300, dtype=np.uint16), 2), 2)
 
 
 class Crash(Exception):

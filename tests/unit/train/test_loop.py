@@ -1,94 +1,16 @@
 """The loop: what is due when, and that a run which stopped or died goes on as if it had not."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 
-from areal_ray.checkpoint import Catalog
-from areal_ray.config import load
-from areal_ray.data import GlobalBatches, PackedTokens
-from areal_ray.distributed import Ranks
-from areal_ray.run import RunDir
-from areal_ray.storage import LocalStorage
+from areal_ray.data import GlobalBatches
 from areal_ray.train.bad_steps import BadStepError
 from areal_ray.train.evaluation import Evaluator
-from areal_ray.train.loop import train
-from areal_ray.worker.job import build_job
-from areal_ray.worker.start import Start
-from tests.unit.config.test_config import TINY
 
-from .loop_fakes import Crash, Engine, Journal, NoObjective, Recover, Run
+from .loop_fakes import SEQUENCES, TOTAL, Engine
 
 pytestmark = pytest.mark.unit
 
-TOTAL = 22
-SEQUENCES = PackedTokens(np.repeat(np.arange(300, dtype=np.uint16), 2), 2)
 TIMES = {"step_time_s", "tokens_per_s"}
-CONFIG = load(
-    TINY,
-    [
-        f"train.steps={TOTAL}",
-        "train.global_batch_size=4",
-        "train.seq_len=2",
-        "optim.warmup_steps=0",
-        "checkpoint.every_steps=7",
-        "eval.batches=2",
-        "logging.every_steps=4",
-    ],
-)
-
-
-class NoReceipt:
-    """Restores as worker/wiring.py has it, but for the receipt: the state here is not that of a real engine."""
-
-    def __init__(self, restore):
-        restore._receipt = lambda *_, **__: None
-        self._restore = restore
-
-    def at_start(self):
-        self._restore.at_start("1 worker")
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start (or go on with) a run as the worker does; its Job, after training."""
-    kept = {}
-
-    def start(last_step=TOTAL, dies_at=None, evaluate=5, name="run", spoiled=(), on_bad="skip", known=(), copy=None):
-        config = replace(
-            CONFIG,
-            train=replace(CONFIG.train, stop_at=last_step, bad_step=replace(CONFIG.train.bad_step, on_bad=on_bad)),
-            checkpoint=replace(CONFIG.checkpoint, memory_every_steps=copy),
-            eval=replace(CONFIG.eval, every_steps=evaluate),
-        )
-        storage = LocalStorage(tmp_path / name)
-        storage.ensure()
-        run, states = RunDir(storage), kept.setdefault(name, {})
-        for step in known:
-            run.event("bad_step", step=step, action=on_bad)
-        here = Start(1, run, Ranks(), lambda text: None, Catalog(storage))
-        job, restore = build_job(
-            config,
-            here,
-            Engine(spoiled),
-            (SEQUENCES, SEQUENCES),
-            NoObjective(),
-            Run(dies_at),
-            lambda state: Recover(state, run, states),
-            Journal(),
-            RuntimeError,
-        )
-        NoReceipt(restore).at_start()
-        if dies_at is None:
-            train(job)
-        else:
-            with pytest.raises(Crash):
-                train(job)
-        return job
-
-    start.kept = kept
-    return start
 
 
 def lines(job):
