@@ -54,6 +54,18 @@ def test_a_module_a_class_a_field_or_an_attribute_of_instances_that_is_not_there
     assert missing({group: "_worker_group_state _nothing"}) == [f"{group.replace(':', '.')}._nothing is missing"]
 
 
+def test_a_module_that_raises_and_a_callable_without_a_signature_are_said(tmp_path, monkeypatch):
+    (tmp_path / "ray_moved.py").write_text("raise RuntimeError('ask for another module')\n")
+    (tmp_path / "ray_changed.py").write_text("flag, compiled = True, type\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert missing({"ray_moved": "name", "ray_changed": "flag(a) compiled(b) later"}) == [
+        "ray_moved cannot be imported (ask for another module)",
+        "ray_changed.flag has no signature",
+        "ray_changed.compiled has no signature",
+        "ray_changed.later is missing",
+    ]
+
+
 @pytest.mark.parametrize(
     ("names", "where"),
     [
