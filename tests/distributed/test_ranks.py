@@ -83,3 +83,13 @@ def test_a_death_is_told_with_its_exit_code() -> None:
 def test_the_time_limit_names_who_is_late() -> None:
     with pytest.raises(RankFailed, match=r"ranks \[0\] were not done"):
         run_ranks(wait_for_ever, 1, time_limit_s=0.2)
+
+
+def server_dies(rank: int) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)  # and this rank ends, as its outcome cannot be sent
+
+
+def test_after_the_death_of_a_server_the_next_ranks_have_another() -> None:
+    with pytest.raises(RankFailed, match="a server of the ranks has ended"):
+        run_ranks(server_dies, 2, gpu=True)
+    assert len(set(run_ranks(hash_of_a_name, 2, gpu=True))) == 2
