@@ -79,7 +79,7 @@ def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: 
     faults = Faults(config.faults, run, ranks)
     standbys = sidecars.standbys(config, run, ranks, nodes)
     requests = requests_to(context.submission, context.fast_restarts)
-    session = RaySession(faults, ranks, requests, standbys, watchdog, context.fast_restarts)
+    session = RaySession(faults, ranks, requests, run.storage, standbys, watchdog, context.fast_restarts)
     data = load_data(config, ranks)
     kept = retention(run, attempt, start.say, catalog, config.checkpoint.keep)
     journal = Journal(run if start.first else None, attempt, start.say, kept)

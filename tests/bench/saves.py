@@ -109,7 +109,7 @@ class Ours:
     def __init__(self, engine: FSDPEngine, ranks: Ranks, config: Config) -> None:
         run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
         self._path = Path(config.run.storage_path, config.run.name)
-        self._run, self._session = run, RaySession(Faults([], run, ranks), ranks, Control("bench"), None)
+        self._run, self._session = run, RaySession(Faults([], run, ranks), ranks, Control("bench"), run.storage)
         background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
         writer = AsyncWriter(ranks, background)
         self.fence = writer.fence
