@@ -21,9 +21,9 @@ from areal_ray.controller.failure_report import Reporter
 from areal_ray.controller.restart_policy import RestartPolicy
 from areal_ray.controller.worker_count import WorkerCount, room_for
 from areal_ray.driver.connect import resources
+from areal_ray.run.directory import SNAPSHOT
 from areal_ray.run.job_context import JobContext
 
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in the run directory
 _HEAD_S = 5.0  # between two tries while the head node is away
 
 
@@ -103,7 +103,7 @@ class StockTrainer:
     def _remove_snapshot(self) -> None:
         """A torn list, or one that names a checkpoint that is gone, would end the run; the manifests say it all."""
         with suppress(FileNotFoundError):
-            self._context.run.storage.remove(_SNAPSHOT)
+            self._context.run.storage.remove(SNAPSHOT)
 
     def _attempt(self, size: int) -> dict[str, Any]:
         """Fit once, in a thread: in the main thread Ray would take Ctrl-C for itself."""
