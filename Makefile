@@ -50,7 +50,7 @@ test-distributed: install
 test-ray: install
 	@$(BIN)/pytest tests/ray
 
-# Floors 0 to 3 on one GPU, with whatever Python has torch 2.11 or newer: no Ray, no installation. What must be there
+# engine/, models/, checkpoint/ and what is below them on one GPU, with whatever Python has torch 2.11 or newer: no Ray, no installation. What must be there
 # besides torch: pytest, numpy, omegaconf, transformers, xxhash, safetensors.
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu needs a CUDA device, and torch finds none here.")'

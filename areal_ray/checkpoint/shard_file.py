@@ -72,7 +72,7 @@ class ShardImage:
             self.where[index] = _StorageInfo(file_name, self.size, length)
             self.chunks.append((self.size, length))
             self.size += length
-        self.fd = os.memfd_create("areal_ray staging") if filled is None else filled
+        self.fd = os.memfd_create("areal_ray shard image") if filled is None else filled
         if filled is None:
             os.ftruncate(self.fd, self.size)
         self._memory = mmap.mmap(self.fd, self.size)

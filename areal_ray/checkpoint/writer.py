@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from areal_ray.checkpoint.capture import Capture
 from areal_ray.checkpoint.manifest import Manifest
 from areal_ray.checkpoint.shard_file import ShardImage
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import RankError, Ranks
 from areal_ray.processes.file_writer import FileWriter, write_summed
 from areal_ray.storage import Storage
 
@@ -36,6 +36,10 @@ class CheckpointWriter(Protocol):
 
         Returns:
             The manifest, on every rank, when everything is durable and committed; or RankError, on every rank.
+
+        Raises:
+            Exception: at once, whatever is no outcome that all ranks agreed on, such as a copy that fails on one rank
+                (the others wait for it, and it must not train on) or state that is no JSON.
         """
         ...
 
@@ -124,10 +128,10 @@ def save(directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, A
 
 
 def _outcome(work: Callable[[], Any]) -> Future[Any]:
-    """The outcome of work done now, as a future."""
+    """The outcome of work done now, as a future: a result or RankError, the same on every rank."""
     future: Future[Any] = Future()
     try:
         future.set_result(work())
-    except Exception as error:  # noqa: BLE001  (raised again by whoever asks for the result)
+    except RankError as error:
         future.set_exception(error)
     return future

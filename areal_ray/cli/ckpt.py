@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -159,9 +160,18 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    from areal_ray.controller.snapshot import rebuild
+    from areal_ray.run.directory import SNAPSHOT
 
-    names = rebuild(_at(arguments.run_dir))
+    run = _at(arguments.run_dir)
+    try:
+        from areal_ray.controller.snapshot import rebuild
+    except ImportError as error:  # there is no Ray here, or one with another list; it starts without a list as well
+        with suppress(FileNotFoundError):
+            run.remove(SNAPSHOT)
+        text = f"removed {SNAPSHOT}, as it cannot be made anew with this Ray ({error}); a run starts without it"
+        print(json.dumps({"removed": SNAPSHOT}) if arguments.json else text)
+        return 0
+    names = rebuild(run)
     print(json.dumps({"checkpoints": names}) if arguments.json else f"{len(names)} checkpoints: {', '.join(names)}")
     return 0
 

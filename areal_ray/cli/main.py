@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,17 +141,21 @@ def _driver_train(config: Any, arguments: argparse.Namespace) -> int:
     fork_server = fork_server_for(config, PREPARATION) if "ray" not in sys.modules and not is_off(config) else None
     try:
         # A cluster that runs is asked for the first processes before this one imports what it needs itself.
-        with cluster(config, fork_server) if answering() else nullcontext():
-            return _drive(config, arguments.overrides, fork_server, plugin.search_path(arguments.config))
+        with ExitStack() as early:
+            if answering() and not is_off(config):
+                early.enter_context(cluster(config, fork_server))
+            return _drive(config, arguments.overrides, fork_server, plugin.search_path(arguments.config), early)
     finally:
         if fork_server:
             fork_server.close()
 
 
-def _drive(config: Any, overrides: Sequence[str], fork_server: Any, search_path: tuple[str, ...]) -> int:
+def _drive(
+    config: Any, overrides: Sequence[str], fork_server: Any, search_path: tuple[str, ...], early: ExitStack
+) -> int:
     from areal_ray.driver.main import train  # imports Ray and torch: seconds that a typing error need not wait for
 
-    return train(config, overrides, fork_server, search_path)
+    return train(config, overrides, fork_server, search_path, early)
 
 
 def _with_config(arguments: argparse.Namespace, run: Callable[[Any], int]) -> int:

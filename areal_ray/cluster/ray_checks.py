@@ -24,7 +24,7 @@ def missing(reliances: Mapping[str, str]) -> list[str]:
         module, _, path = place.partition(":")
         try:
             imported = import_module(module)
-        except ImportError as error:
+        except Exception as error:  # noqa: BLE001  (a module may raise anything; what is asked is whether it is there)
             found.append(f"{module} cannot be imported ({error})")
             continue
         for text in names.split():
@@ -50,7 +50,11 @@ def _compare(module: Any, path: str, parameters: list[str]) -> Iterator[str]:
             yield f"{at} is missing"
         return
     if parameters:
-        known = inspect.signature(getattr(value, last)).parameters
+        try:
+            known = inspect.signature(getattr(value, last)).parameters
+        except (TypeError, ValueError):  # no callable any more, or one that is compiled
+            yield f"{at} has no signature"
+            return
         yield from (f"{at} takes no `{name}`" for name in parameters if name not in known)
 
 

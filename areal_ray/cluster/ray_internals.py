@@ -17,7 +17,6 @@ from areal_ray.cluster.ray_checks import missing
 
 KNOWN = ("2.60",)  # as pyproject says
 SYNC_ACTOR = "ray.train.v2._internal.execution.checkpoint.sync_actor"  # module of the actor beside every worker group
-SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # names a function that a new process runs before all else
 _KV_NAMESPACE = b"areal_ray"
 _EXECUTION = "ray.train.v2._internal.execution"
 
@@ -44,8 +43,9 @@ _CORE = {
 }
 _TRAIN = {
     "ray.train._internal.utils": "get_address_and_port",
-    "ray.train.torch:TorchTrainer": "_get_train_func train_run_context _create_default_callbacks "
-    "_register_sigint_handler(controller)",
+    "ray.train.torch": "TorchConfig.backend_cls TorchTrainer._get_train_func TorchTrainer.train_run_context "
+    "TorchTrainer._create_default_callbacks TorchTrainer._register_sigint_handler(controller)",
+    "ray.train:ScalingConfig": "_resources_per_worker_not_none",
     "ray.train.torch.config:_TorchBackend": "on_start(worker_group,backend_config) "
     "on_shutdown(worker_group,backend_config)",
     "ray.train.v2._internal.callbacks.datasets": "DatasetsCallback",
@@ -54,7 +54,7 @@ _TRAIN = {
     "_stop_watcher after_worker_group_start(worker_group)",
     "ray.train.v2._internal.constants": "get_env_vars_to_propagate CHECKPOINT_MANAGER_SNAPSHOT_FILENAME",
     "ray.train.v2._internal.exceptions": "WorkerGroupStartupTimeoutError WorkerGroupStartupFailedError "
-    "WorkerHealthCheckTimeoutError",
+    "WorkerHealthCheckTimeoutError WorkerHealthCheckFailedError.health_check_failure",
     "ray.train.v2._internal.util": "ObjectRefWrapper",
     SYNC_ACTOR: "SynchronizationActor",
     f"{_EXECUTION}.callback": "ControllerCallback.after_controller_start(train_run_context)",
@@ -84,11 +84,14 @@ _TRAIN = {
     "make_decision_for_running_worker_group(worker_group_state,worker_group_status)",
     f"{_EXECUTION}.worker_group": "WorkerGroup(train_run_context,worker_group_context,callbacks)",
     f"{_EXECUTION}.worker_group:WorkerGroup": "_start _create_placement_group(scaling_config,worker_group_context) "
-    "shutdown abort has_started get_workers _clear_state _worker_group_state _worker_group_context _train_run_context",
+    "shutdown abort has_started get_workers _clear_state _worker_group_state _worker_group_context _train_run_context "
+    "get_resources_per_worker execute(fn) execute_single(rank,fn)",
+    f"{_EXECUTION}.worker_group.worker:Worker": "actor metadata distributed_context",
     f"{_EXECUTION}.worker_group.placement_group_handle:DefaultPlacementGroupHandle": "wait(timeout_seconds) "
     "placement_group",
     f"{_EXECUTION}.worker_group.state": "WorkerGroupContext(run_attempt_id,train_fn_ref,num_workers,"
-    "resources_per_worker,placement_strategy,label_selector) WorkerGroupState.placement_group_handle",
+    "resources_per_worker,placement_strategy,label_selector)",
+    f"{_EXECUTION}.worker_group.state:WorkerGroupState": "placement_group_handle shutdown num_workers start_time",
 }
 
 
@@ -108,10 +111,9 @@ def train_problems() -> list[str]:
 
 @contextmanager
 def unseeded_actor_classes() -> Iterator[None]:
-    """Let classes become actors', while the block lasts, without Ray's random generator being started for it.
+    """Let classes become actors', while the block lasts, without starting Ray's random generator for their ids.
 
-    Every such class is given a random number. Forks of a process whose generator has started all go on with the same
-    numbers: two workers that call one actor are taken for one.
+    Forks of a process that has started it all draw the same numbers: two workers that call one actor pass for one.
     """
     import ray.actor
 
@@ -171,11 +173,7 @@ def free_resources() -> dict[str, dict[str, float]]:
 
 @contextmanager
 def node_service(node: Mapping[str, Any]) -> Iterator[Any]:
-    """The service of a node's raylet (node_manager.proto) while the block lasts.
-
-    Args:
-        node: as in `ray.nodes()`.
-    """
+    """The service (node_manager.proto) of the raylet of a node, one of `ray.nodes()`, while the block lasts."""
     from ray._common.network_utils import build_address
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
@@ -200,11 +198,9 @@ def prestart_workers(service: Any, job_id: str, runtime_env: str, count: int, ke
     from ray.core.generated import common_pb2, node_manager_pb2
 
     request = node_manager_pb2.PrestartWorkersRequest(
-        language=common_pb2.Language.PYTHON,
-        job_id=bytes.fromhex(job_id),
-        keep_alive_duration_secs=keep_s,
-        num_workers=count,
+        language=common_pb2.Language.PYTHON, job_id=bytes.fromhex(job_id), keep_alive_duration_secs=keep_s
     )
+    request.num_workers = count
     request.runtime_env_info.serialized_runtime_env = runtime_env
     service.PrestartWorkers(request, timeout=timeout_s)
 
@@ -220,6 +216,11 @@ def on_this_node() -> dict[str, str]:
     return {import_module("ray._raylet").RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
 
 
+def setup_hook_variable() -> str:
+    """Environment variable that names a function that a new process runs before all else."""
+    return str(import_module("ray._private.ray_constants").WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+
+
 def blocking_get_variable() -> str:
     """Environment variable that keeps Ray from warning of `ray.get` in asynchronous actors."""
     return str(import_module("ray._common.constants").RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR)
@@ -231,8 +232,8 @@ def put(key: str) -> None:
 
 
 def is_set(key: str) -> bool:
-    kv = import_module("ray.experimental.internal_kv")
-    return kv._internal_kv_get(key.encode(), namespace=_KV_NAMESPACE) is not None
+    get = import_module("ray.experimental.internal_kv")._internal_kv_get
+    return get(key.encode(), namespace=_KV_NAMESPACE) is not None
 
 
 def delete(key: str) -> None:
@@ -246,5 +247,4 @@ def find_address_function() -> Any:
 
 def is_preempted() -> bool:
     """Whether the controller has told this worker that a node is being taken away."""
-    train = import_module(f"{_EXECUTION}.context").get_train_context()
-    return train.preemption_context.preemption_info is not None
+    return import_module(f"{_EXECUTION}.context").get_train_context().preemption_context.preemption_info is not None

@@ -108,31 +108,49 @@ class _Mailbox:
 
 
 class ActorRequests:
-    """Requests held by a named actor, for Ray's public API alone. It lives on the node of the driver that opens it.
+    """Requests held by a named actor, for Ray's public API alone. It lives on the node of the process that opens it.
+
+    When the actor dies, the first process that calls it opens another one; each puts its own requests back at its next
+    call.
 
     Args:
         job: unique to this submission.
     """
 
     def __init__(self, job: str) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = ray.remote(num_cpus=0)(_Mailbox)
-        options = {"name": f"requests-{job}", "namespace": _NAMESPACE, "get_if_exists": True}
-        self._mailbox: Any = actor.options(scheduling_strategy=here, **options).remote()
+        self._job, self._mine = job, set[Request]()
+        self._mailbox = self._open()
 
     def ask(self, request: Request) -> None:
-        ray.get(self._mailbox.add.remote(request))
+        self._mine.add(request)
+        self._call("add", request)
 
     def asked(self) -> Request | None:
-        request: Request | None = ray.get(self._mailbox.first.remote())
+        request: Request | None = self._call("first")
         return request
 
     def clear_resize(self) -> None:
-        ray.get(self._mailbox.discard.remote("resize"))
+        self._mine.discard("resize")
+        self._call("discard", "resize")
 
     def close(self) -> None:
         with suppress(*AWAY):
             ray.kill(self._mailbox)
+
+    def _open(self) -> Any:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = ray.remote(num_cpus=0)(_Mailbox)
+        options = {"name": f"requests-{self._job}", "namespace": _NAMESPACE, "get_if_exists": True}
+        return actor.options(scheduling_strategy=here, **options).remote()
+
+    def _call(self, method: str, *arguments: Request) -> Any:
+        try:
+            return ray.get(getattr(self._mailbox, method).remote(*arguments))
+        except ray.exceptions.ActorDiedError:  # a RayError that no waiting mends: the handle is that of a dead one
+            self._mailbox = self._open()
+            for request in list(self._mine):
+                ray.get(self._mailbox.add.remote(request))
+            return ray.get(getattr(self._mailbox, method).remote(*arguments))
 
 
 def stop_on_signal(

@@ -96,7 +96,7 @@ class RestartPolicy:
         elif error is not None and not self._retry_controller_error(error):
             return False
         self._wait_if_rapid()
-        if not workers or any(getattr(each, "preempted", False) for each in workers.values()):
+        if not workers or any(map(_is_preempted, workers.values())):
             return True
         self._worker_failures += 1
         return self._max_failures == -1 or self._worker_failures <= self._max_failures
@@ -162,6 +162,11 @@ class RestartPolicy:
             self._at += wait
             self._say(f"{self._rapid_failures + 1} failures without a new checkpoint: starting again in {wait:.0f} s")
             self._count.hold_back(wait)
+
+
+def _is_preempted(error: Exception) -> bool:
+    """Whether a worker died because its node was taken away. Ray Train wraps the error that knows it in another."""
+    return bool(getattr(getattr(error, "health_check_failure", error), "preempted", False))
 
 
 def _is_not_started(error: Exception) -> bool:

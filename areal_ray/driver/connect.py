@@ -62,13 +62,13 @@ def slow_because(config: Config, train: bool) -> str | None:
     return f"{problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}"
 
 
-def without_internals(config: Config) -> Config:
-    """The configuration without fast restarts, and without the standbys and the fork server that belong to them."""
-    return replace(config, cluster=replace(config.cluster, fast_restarts="off", standbys="off", template=False))
+def _without_internals(config: Config) -> Config:
+    """The configuration to connect with: without the standbys and the fork server that take Ray's internals."""
+    return replace(config, cluster=replace(config.cluster, standbys="off", template=False))
 
 
 @contextmanager
-def cluster(config: Config, fork_server: ForkServer | None = None) -> Iterator[None]:
+def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | None = None) -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (a submitted job has it), else one on this machine while the block lasts.
 
     The first processes of the job begin to start at once. A connection that the caller has already is used and left
@@ -77,6 +77,7 @@ def cluster(config: Config, fork_server: ForkServer | None = None) -> Iterator[N
     Args:
         config: of the run.
         fork_server: fork server that is there already, closed by its maker.
+        fast: use Ray's internals; None: unless they are switched off or those of `import ray` are not as expected.
     """
     import ray
 
@@ -84,23 +85,25 @@ def cluster(config: Config, fork_server: ForkServer | None = None) -> Iterator[N
         yield
         return
     quiet: AbstractContextManager[None]
-    fast = slow_because(config, train=False) is None
+    if fast is None:
+        fast = slow_because(config, train=False) is None
     if fast:
         quiet = ray_internals.worker_logs_printed(False)  # the Console, which comes and goes, prints them
     else:
         if not sys.stdout.isatty():
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray itself prints then
-        config, fork_server, quiet = without_internals(config), None, nullcontext()
+        config, fork_server, quiet = _without_internals(config), None, nullcontext()
     made = None if fork_server else fork_server_for(config, PREPARATION)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": _runtime_env(config, fork_server or made)}
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         options |= _local_options(config)
-    if not fast:
-        if not address:
-            port = os.environ.setdefault(_PORT, _free_port())
-            address = f"{ray.util.get_node_ip_address()}:{port}"
-            options["include_dashboard"] = True
+    port = os.environ.get(_PORT)
+    if not fast and not address:
+        os.environ[_PORT] = port or _free_port()
+        address = f"{ray.util.get_node_ip_address()}:{os.environ[_PORT]}"
+        options["include_dashboard"] = True
+    if address:
         # Ray Train's own actors ask the dashboard's server for the controller: on a machine with several clusters that
         # of the newest, and take the controller, which that one does not know, for dead.
         options["runtime_env"]["env_vars"].setdefault("RAY_ADDRESS", address)
@@ -108,9 +111,12 @@ def cluster(config: Config, fork_server: ForkServer | None = None) -> Iterator[N
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     with quiet:
         try:
-            ray.init(**options)
-            if not fast:
+            try:
+                ray.init(**options)
+            finally:  # as the user has it: it is for this cluster only
                 os.environ.pop(_PORT, None)
+                if port is not None:
+                    os.environ[_PORT] = port
             _start_ahead(config)
             yield
         finally:

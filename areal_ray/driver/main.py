@@ -19,7 +19,7 @@ from areal_ray.cluster import failures, ray_internals
 from areal_ray.cluster.console import Display, display
 from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to
 from areal_ray.config import Config, ConfigError, dump, redact_override
-from areal_ray.driver.connect import cluster, slow_because, without_internals
+from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.head_watch import watching
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
@@ -35,6 +35,7 @@ def train(
     overrides: Sequence[str] = (),
     fork_server: ForkServer | None = None,
     search_path: Sequence[str] = (),
+    early: ExitStack | None = None,
 ) -> int:
     """Run an experiment to its end.
 
@@ -43,6 +44,8 @@ def train(
         overrides: typed beside the file, for the record.
         fork_server: fork server for the job's processes, if one has been started.
         search_path: folders with the user's own code, for the workers.
+        early: holds a connection that was opened before Ray Train could be looked at; closed here if it is not to be
+            used as it was opened.
 
     Returns:
         The exit status: 0 when the run reached its last step, 1 when training failed.
@@ -66,9 +69,10 @@ def train(
     slow = slow_because(config, train=True)
     if slow:
         print(f"restarts take longer, with Ray's public API alone: {slow}", flush=True)
-    job = without_internals(config) if slow else config
+        if early is not None:
+            early.close()
     context = JobContext(run, secrets.token_hex(8), fast_restarts=slow is None, search_path=tuple(search_path))
-    with display(context.fast_restarts) as shown, cluster(job, fork_server), ExitStack() as stack:
+    with display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None), ExitStack() as stack:
         requests = requests_to(context.submission, context.fast_restarts)
         try:
             # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
@@ -78,7 +82,7 @@ def train(
             raise ConfigError("run.name", str(error)) from None
         except OSError as error:
             raise ConfigError("run.storage_path", str(error)) from None
-        return _drive(job, context, shown, requests)
+        return _drive(config, context, shown, requests)
 
 
 def _drive(config: Config, context: JobContext, shown: Display, requests: Requests) -> int:

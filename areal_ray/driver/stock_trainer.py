@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -20,9 +21,9 @@ from areal_ray.controller.failure_report import Reporter
 from areal_ray.controller.restart_policy import RestartPolicy
 from areal_ray.controller.worker_count import WorkerCount, room_for
 from areal_ray.driver.connect import resources
+from areal_ray.run.directory import SNAPSHOT
 from areal_ray.run.job_context import JobContext
 
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in the run directory
 _HEAD_S = 5.0  # between two tries while the head node is away
 
 
@@ -77,23 +78,32 @@ class StockTrainer:
                         raise
 
     def _wait_for_room(self) -> int:
-        while True:
-            try:
-                self._count.check_stop()
-                nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            except AWAY as error:
-                print(f"the head node does not answer: {error}", flush=True)
-                time.sleep(_HEAD_S)
-                continue
-            size = self._count.choose(room_for(nodes, self._worker, self._count.sizes[-1]))
-            if size is not None:
-                return size
-            time.sleep(self._pause_s)
+        """Wait until there is room, having the cluster's autoscaler, if it has one, make it."""
+        bundles = [{name: amount for name, amount in self._worker.items() if amount > 0}] * self._count.sizes[-1]
+        asked = False
+        try:
+            while True:
+                try:
+                    self._count.check_stop()
+                    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+                    size = self._count.choose(room_for(nodes, self._worker, self._count.sizes[-1]))
+                    if size is not None:
+                        return size
+                    asked = True
+                    request_resources(bundles=bundles)  # each time: a head node that was away may have forgotten it
+                except AWAY as error:
+                    print(f"the head node does not answer: {error}", flush=True)
+                    time.sleep(_HEAD_S)
+                time.sleep(self._pause_s)
+        finally:
+            if asked:
+                with suppress(*AWAY):  # with a head node that is gone the request is, too
+                    request_resources(bundles=[])
 
     def _remove_snapshot(self) -> None:
         """A torn list, or one that names a checkpoint that is gone, would end the run; the manifests say it all."""
         with suppress(FileNotFoundError):
-            self._context.run.storage.remove(_SNAPSHOT)
+            self._context.run.storage.remove(SNAPSHOT)
 
     def _attempt(self, size: int) -> dict[str, Any]:
         """Fit once, in a thread: in the main thread Ray would take Ctrl-C for itself."""

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-from areal_ray.cluster.ray_internals import SETUP_HOOK, SYNC_ACTOR
+from areal_ray.cluster.ray_internals import SYNC_ACTOR, setup_hook_variable
 from areal_ray.cluster.standbys import WARM_UP_S, ready_folder
 from areal_ray.config import Config, ConfigError, ModelConfig, redact
 from areal_ray.processes.launch import MODEL
@@ -27,7 +27,7 @@ def job_environment(config: Config) -> dict[str, str]:
     """Environment variables for all processes of the job, among them those that Ray Train starts beside the workers."""
     if not config.standbys(1):
         return {}
-    return {SETUP_HOOK: f"{__name__}.warm_plain", "PYTHONPATH": _import_path()}
+    return {setup_hook_variable(): f"{__name__}.warm_plain", "PYTHONPATH": _import_path()}
 
 
 def worker_environment(config: Config) -> dict[str, str]:
@@ -40,7 +40,7 @@ def worker_environment(config: Config) -> dict[str, str]:
         return {}
     # The check for GPUs goes without a CUDA context: which GPU is its own, a standby does not know yet.
     return {
-        SETUP_HOOK: f"{__name__}.warm",
+        setup_hook_variable(): f"{__name__}.warm",
         MODEL: json.dumps(redact(asdict(config.model))),
         "PYTHONPATH": _import_path(),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",

@@ -112,7 +112,7 @@ class FileWriter:
 
 
 class _Memory:
-    """The parent's staging memory, mapped once: mapping 100 MB anew takes as long as writing them."""
+    """The parent's shard image, mapped once: mapping 100 MB anew takes as long as writing them."""
 
     def __init__(self) -> None:
         self._key: tuple[int, int, int] | None = None

@@ -1,8 +1,9 @@
 """The launcher: Ray runs it in the place of the interpreter for every process of a job; the fork server makes the fork.
 
-Ray calls it as `python -I -S launch.py NAME script argument ...`. The process that the fork server (fork_server.py)
-forks takes over the script, the environment, the working directory and the standard streams; the launcher stands for it
-until it ends. Where there is no fork server it starts one; where there can be none it becomes an ordinary interpreter.
+Ray calls it as `python -I -S launch.py NAME PREPARATION script argument ...`. The process that the fork server
+(fork_server.py) forks takes over the script, the environment, the working directory and the standard streams; the
+launcher stands for it until it ends. Where there is no fork server it starts one; where there can be none it becomes an
+ordinary interpreter.
 
 Nothing but the standard library, and little of that: it runs once for every process.
 """

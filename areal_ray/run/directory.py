@@ -11,6 +11,7 @@ from areal_ray.run.event_log import open_log
 from areal_ray.storage import Storage
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
 
 
 class RunDir:

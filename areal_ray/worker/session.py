@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import ray
-from ray.train import Checkpoint, get_context, report
+from ray.train import Checkpoint, report
 from ray.train import CheckpointUploadMode as Upload
 
 from areal_ray.checkpoint import Manifest
@@ -18,6 +18,7 @@ from areal_ray.cluster.ray_internals import is_preempted
 from areal_ray.cluster.requests import AWAY, Reason, Requests
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.distributed import Ranks
+from areal_ray.storage import Storage
 from areal_ray.train.faults import Faults
 from areal_ray.train.recovery import PendingSave
 from areal_ray.worker.stragglers import StragglerDetector
@@ -35,6 +36,7 @@ class RaySession:
         faults: injected on purpose.
         ranks: all ranks.
         requests: polled by rank 0.
+        storage: the run directory, which is Ray Train's as well.
         standbys: of this node, to be replenished when training is under way; None in all but one of its workers.
         watchdog: told of progress; None if there is none.
         fast_restarts: as in JobContext. If not, Ray Train is asked for preemption by its public function, which is a
@@ -46,6 +48,7 @@ class RaySession:
         faults: Faults,
         ranks: Ranks,
         requests: Requests,
+        storage: Storage,
         standbys: Standbys | None = None,
         watchdog: Watchdog | None = None,
         fast_restarts: bool = True,
@@ -59,7 +62,7 @@ class RaySession:
         self.stragglers: StragglerDetector | None = None
         self.first_step: Callable[[int], None] | None = None
         self.computing: int | None = None  # the step that is being computed
-        self._storage = get_context().get_storage()
+        self._storage = storage
         self._error: Exception | None = None
         self._asked: Reason | None = None
         self.reason: Reason | None = None  # why the workers leave, the same on all ranks
@@ -118,14 +121,14 @@ class RaySession:
         The report, a barrier of all ranks on an actor, is made by the thread that learns of the commit, and for a save
         that failed there is none: Ray's own asynchronous report would take a failed upload for the end of training.
         """
-        path = self._storage.build_checkpoint_path_from_name(dump.name)
+        path = f"{self._storage.location.removeprefix('s3://')}/{dump.name}"  # without a scheme, as pyarrow has it
         values = {"step": dump.step, **metrics}
 
         def register(manifest: Future[Manifest]) -> None:
             if manifest.exception() is not None or self._error is not None:
                 return
             try:
-                checkpoint = Checkpoint(path, self._storage.storage_filesystem)
+                checkpoint = Checkpoint(path, self._storage.filesystem)
                 report(values, checkpoint=checkpoint, checkpoint_upload_mode=Upload.NO_UPLOAD)
                 if not self._fast_restarts:
                     # Here, as Ray's barriers know no names: one rank's question would meet another one's report.

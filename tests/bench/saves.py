@@ -109,10 +109,8 @@ class Ours:
     def __init__(self, engine: FSDPEngine, ranks: Ranks, config: Config) -> None:
         run = RunDir(storage_at(config.run.storage_path).sub(config.run.name))
         self._path = Path(config.run.storage_path, config.run.name)
-        self._run, self._session = (
-            run,
-            RaySession(Faults([], run, ranks), ranks, requests_to("bench", fast_restarts=True), None),
-        )
+        requests = requests_to("bench", fast_restarts=True)
+        self._run, self._session = run, RaySession(Faults([], run, ranks), ranks, requests, run.storage)
         background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
         writer = AsyncWriter(ranks, background)
         self.fence = writer.fence

@@ -86,6 +86,7 @@ class _Rank:
         self._pid = os.fork()
         if self._pid == 0:
             server.close()
+            self.pipe.close()  # so that the end of the server is the end of the pipe
             _train(theirs, environment, folder, job)
         theirs.close()  # so that the end of the rank is the end of the pipe
         self.ended = os.pidfd_open(self._pid)

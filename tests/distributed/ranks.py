@@ -8,6 +8,7 @@ import pickle
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import wait
 from typing import Any
@@ -50,11 +51,11 @@ def run_ranks(
     job = pickle.dumps((function, args))
     servers = [_server(gpu, parity) for parity in range(min(world_size, 2))]
     deadline = time.monotonic() + time_limit_s
-    for parity, server in enumerate(servers):
-        ranks = [str(rank) for rank in range(parity, world_size, 2)]
-        server.fork({int(rank): {**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks}, job)
     busy, results = {server.connection: server for server in servers}, {}
     try:
+        for parity, server in enumerate(servers):
+            ranks = [str(rank) for rank in range(parity, world_size, 2)]
+            server.fork({int(rank): {**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks}, job)
         while busy:
             ready = wait(list(busy), max(0.0, deadline - time.monotonic()))
             if not ready and len(results) == world_size:  # they have said all, and do not end
@@ -72,9 +73,13 @@ def run_ranks(
                     for server in servers:
                         server.leave()
         return [results[rank] for rank in range(world_size)]
+    except (EOFError, ConnectionError) as error:
+        _server.cache_clear()  # the next ranks get new ones
+        raise RankFailed(f"a server of the ranks has ended ({error!r})") from error
     finally:
         for server in busy.values():
-            server.end()
+            with suppress(EOFError, ConnectionError):  # it has ended, and its ranks with it
+                server.end()
 
 
 @cache

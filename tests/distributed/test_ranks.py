@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -83,3 +84,19 @@ def test_a_death_is_told_with_its_exit_code() -> None:
 def test_the_time_limit_names_who_is_late() -> None:
     with pytest.raises(RankFailed, match=r"ranks \[0\] were not done"):
         run_ranks(wait_for_ever, 1, time_limit_s=0.2)
+
+
+def server_dies(rank: int, folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def test_after_the_death_of_a_server_its_rank_ends_and_the_next_ones_have_another(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="a server of the ranks has ended"):
+        run_ranks(server_dies, 1, str(tmp_path), gpu=True)
+    (rank,) = map(int, os.listdir(tmp_path))
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(rank):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(set(run_ranks(hash_of_a_name, 2, gpu=True))) == 2

@@ -12,7 +12,7 @@ from .models import train
 
 pytestmark = pytest.mark.ray
 
-WAIT_S = 120  # for spares on a busy machine; the run goes on then, and the test fails
+WAIT_S = 120  # for standbys on a busy machine; the run goes on then, and the test fails
 
 
 def computing(folder: Path) -> set[int]:
@@ -25,7 +25,7 @@ def test_killed_workers_come_back_in_processes_that_were_warm(undisturbed, run, 
     first, warm = set(), set()
 
     def watch() -> None:
-        """Let the run go on to the fault when there are spares."""
+        """Let the run go on to the fault when there are standbys."""
         give_up = time.monotonic() + WAIT_S
         while time.monotonic() < give_up and not (run.path / "events.jsonl").exists():
             time.sleep(0.1)

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
+import yaml
 
 from .conftest import EXPERIMENT, ROOT, Run
 from .models import train
@@ -93,6 +94,8 @@ def test_where_ray_s_internals_cannot_be_imported_a_kill_changes_nothing(undistu
     assert re.search(r"attempt 2: .* restored step-00000004.a1, going on with step 5", out)
     assert "[areal_ray]" not in out
     assert "finished: step 12" in out
+    recorded = yaml.safe_load((alone.path / "config.yaml").read_text())["cluster"]
+    assert [recorded[key] for key in ("fast_restarts", "standbys", "template")] == ["auto", "auto", True]
     assert "is hidden from" not in out.replace("is hidden from", "", 1) + done.stderr
 
 

@@ -1,6 +1,7 @@
 """The wall around Ray: names of its internals stand in one file, and all of them are there in this Ray."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,26 @@ def test_a_method_of_ray_train_that_is_renamed_is_said(monkeypatch):
     assert ray_internals.train_problems() == [f"{place}._create_placement_group is missing"]
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("ray.train:ScalingConfig", "_resources_per_worker_not_none"),
+        ("ray.train.torch:TorchConfig", "backend_cls"),
+        ("ray.train.v2._internal.execution.worker_group:WorkerGroup", "execute_single"),
+        ("ray.train.v2._internal.execution.worker_group:WorkerGroup", "get_resources_per_worker"),
+        ("ray.train.v2._internal.execution.worker_group.state:WorkerGroupState", "num_workers"),
+        ("ray.train.v2._internal.execution.worker_group.state:WorkerGroupState", "shutdown"),
+    ],
+)
+def test_what_controller_uses_of_classes_that_it_extends_is_looked_at_too(monkeypatch, place, name):
+    module, _, kind = place.partition(":")
+    for each in getattr(import_module(module), kind).__mro__:
+        if name in vars(each):
+            monkeypatch.delattr(each, name)
+    (problem,) = ray_internals.train_problems()
+    assert problem.endswith(f"{name} is missing")
+
+
 def test_a_module_a_class_a_field_or_an_attribute_of_instances_that_is_not_there_is_said():
     messages = "ray.core.generated.node_manager_pb2"
     assert missing({f"{messages}:PrestartWorkersRequest": "job_id nothing", "ray._nothing": "name"}) == [
@@ -52,6 +73,18 @@ def test_a_module_a_class_a_field_or_an_attribute_of_instances_that_is_not_there
     assert missing({"ray.actor": "Nothing.method"}) == ["ray.actor.Nothing is missing"]
     group = "ray.train.v2._internal.execution.worker_group:WorkerGroup"
     assert missing({group: "_worker_group_state _nothing"}) == [f"{group.replace(':', '.')}._nothing is missing"]
+
+
+def test_a_module_that_raises_and_a_callable_without_a_signature_are_said(tmp_path, monkeypatch):
+    (tmp_path / "ray_moved.py").write_text("raise RuntimeError('ask for another module')\n")
+    (tmp_path / "ray_changed.py").write_text("flag, compiled = True, type\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert missing({"ray_moved": "name", "ray_changed": "flag(a) compiled(b) later"}) == [
+        "ray_moved cannot be imported (ask for another module)",
+        "ray_changed.flag has no signature",
+        "ray_changed.compiled has no signature",
+        "ray_changed.later is missing",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from areal_ray.cluster import standbys
-from areal_ray.cluster.ray_internals import SETUP_HOOK
+from areal_ray.cluster.ray_internals import setup_hook_variable
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.config import ClusterConfig, Config
 from areal_ray.driver.warm_start import job_environment, worker_environment
@@ -107,7 +107,8 @@ def test_as_many_as_are_wanted(wanted, count):
 
 def test_the_environments_differ_or_ray_s_own_actors_would_take_the_workers_standbys():
     config = Config()
-    assert job_environment(config)[SETUP_HOOK] != worker_environment(config)[SETUP_HOOK]
+    hook = setup_hook_variable()
+    assert job_environment(config)[hook] != worker_environment(config)[hook]
 
 
 WARM_UP = """

@@ -6,7 +6,7 @@ from copy import copy
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, PreemptionError, PreemptionInfo, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from areal_ray.checkpoint import Catalog
@@ -88,8 +88,10 @@ def test_failures_are_counted_up_to_their_limit(make):
 
 def test_nodes_that_are_taken_away_are_not_counted(make):
     announced = PreemptionError(PreemptionInfo(None, {"node": [1]}))
+    died = ActorDiedError()
+    died._preempted = True
     taken = failed(ActorDiedError(), RESET)
-    taken.worker_failures[0]._preempted = True
+    taken.worker_failures[0] = WorkerHealthCheckFailedError("A worker health check failed.", died)  # as Ray Train does
     assert decide(make(max_failures=0), announced, taken, failed(ActorDiedError(), RESET)) == [RETRY, RETRY, RAISE]
 
 

@@ -1,12 +1,14 @@
 """The driver's checks before anything is started, and what it writes down."""
 
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from areal_ray.config import ConfigError, load
+from areal_ray.driver import main as driver_main
 from areal_ray.driver import preflight
 from areal_ray.driver.main import _record, prepare
 from areal_ray.storage import s3
@@ -138,3 +140,20 @@ def test_the_record_does_not_tell_a_secret_that_was_typed(config, override):
     text = _record(config(), [override])
     assert "hunter2" not in text
     assert "# override: model.args" in text
+
+
+@pytest.mark.parametrize("slow", ["a name of Ray Train is missing", None])
+def test_a_connection_that_was_opened_early_is_opened_anew_for_slow_restarts(config, monkeypatch, slow):
+    class Connecting(Exception):
+        pass
+
+    def cluster(config, fork_server, fast):
+        raise Connecting(fast, list(closed))
+
+    closed, early = [], ExitStack()
+    early.callback(closed.append, "closed")
+    monkeypatch.setattr(driver_main, "slow_because", lambda *_, **__: slow)
+    monkeypatch.setattr(driver_main, "cluster", cluster)
+    with pytest.raises(Connecting) as caught:
+        driver_main.train(config(), early=early)
+    assert caught.value.args == ((False, ["closed"]) if slow else (True, []))

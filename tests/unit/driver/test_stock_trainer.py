@@ -52,16 +52,19 @@ class Job:
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """Makes a job on two nodes with one core each; overrides as arguments."""
-    requests = MemoryRequests()
+    requests, asked = MemoryRequests(), []
     nodes = [{"Alive": alive, "Resources": {"CPU": 1.0}} for alive in (True, True, False)]
     monkeypatch.setattr(stock_trainer, "requests_to", lambda *_, **__: requests)
     monkeypatch.setattr(stock_trainer.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(stock_trainer, "request_resources", lambda bundles: asked.append(bundles))
 
     def make(*overrides):
         config = load(EXPERIMENT, [f"run.storage_path={tmp_path}", *overrides])
         run = RunDir(LocalStorage(tmp_path))
         trainer = StockTrainer(config, JobContext(run, "it", False), lambda: {}, {}, {}, pause_s=0.0)
-        return Job(trainer, run, requests)
+        made = Job(trainer, run, requests)
+        made.nodes, made.asked = nodes, asked
+        return made
 
     return make
 
@@ -98,3 +101,31 @@ def test_to_stop_is_heard_between_attempts(job):
     with pytest.raises(StoppedWhileWaiting):
         made.fit({"step": 3})
     assert made.sizes == []
+
+
+def test_machines_are_asked_for_while_there_is_no_room_and_no_longer(job, monkeypatch):
+    made = job("cluster.num_workers=[4,8]", "cluster.resources_per_worker={GPU: 0, big: 1}")
+    present = iter([made.nodes, made.nodes, [{"Alive": True, "Resources": {"CPU": 8.0, "big": 5.0}}]])
+    monkeypatch.setattr(stock_trainer.ray, "nodes", lambda: next(present))
+    assert made.fit({"step": 3}) == {"step": 3}
+    assert made.sizes == [4]
+    assert made.asked == [[{"CPU": 1, "big": 1}] * 8] * 2 + [[]]
+
+
+def test_where_there_is_room_no_machines_are_asked_for(job):
+    made = job()
+    made.fit(DIED, {"step": 3})
+    assert made.asked == []
+
+
+def test_who_is_stopped_while_waiting_takes_the_request_for_machines_back(job, monkeypatch):
+    made = job("cluster.num_workers=4")
+    asked = made.asked.append
+    monkeypatch.setattr(stock_trainer, "request_resources", lambda bundles: (asked(bundles), stop()))
+
+    def stop():
+        made.requests.reason = "stop"
+
+    with pytest.raises(StoppedWhileWaiting):
+        made.fit({"step": 3})
+    assert made.asked == [[{"CPU": 1}] * 4, []]

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -198,3 +199,17 @@ def test_wrong_arguments_exit_with_2(ckpt, arguments):
     with pytest.raises(SystemExit) as caught:
         ckpt(*arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_repair_on_an_unknown_ray_or_without_one_removes_the_list(ckpt, tmp_path, monkeypatch, there):
+    save_box(tmp_path)
+    snapshot = tmp_path / "checkpoint_manager_snapshot.json"
+    if there:
+        snapshot.write_text("{to")  # torn
+    monkeypatch.delitem(sys.modules, "areal_ray.controller.snapshot", raising=False)
+    monkeypatch.setitem(sys.modules, "ray.train.v2._internal.constants", None)  # its import is an ImportError
+    status, out, err = ckpt("repair", tmp_path)
+    assert (status, err) == (0, "")
+    assert out.startswith("removed checkpoint_manager_snapshot.json, as it cannot be made anew with this Ray")
+    assert not snapshot.exists()

@@ -1,4 +1,4 @@
-"""Processes of a Ray job that are copies of a template: still two different ones, and Ray notices their ends."""
+"""Processes of a Ray job that are forks of a fork server: still two different ones, and Ray notices their ends."""
 
 import os
 import signal
@@ -33,14 +33,14 @@ class Process:
             "pid": os.getpid(),
             "parent": parent.cmdline() if parent else [],
             "imported": self.imported,
-            "rehearsed": sys.modules["areal_ray.engine.warmup"].warm_up.cache_info().currsize,
+            "warmed_up": sys.modules["areal_ray.engine.warmup"].warm_up.cache_info().currsize,
             "malloc": {name: os.environ.get(name) for name in fork_server.MALLOC},
             "id": ray.get_runtime_context().get_worker_id(),
             "next": WorkerID.from_random().hex(),  # Ray's C++ part draws random numbers of its own
         }
 
 
-def test_the_processes_of_a_job_are_copies_that_know_who_they_are(ray_cluster):
+def test_the_processes_of_a_job_are_forks_that_know_who_they_are(ray_cluster):
     # As trainer.py starts the controller, with variables of its own.
     variables = {"env_vars": {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", "RAY_TRAIN_X": "1"}}
     processes = Process.remote(), Process.options(runtime_env=variables).remote()
@@ -48,7 +48,7 @@ def test_the_processes_of_a_job_are_copies_that_know_who_they_are(ray_cluster):
     for process in (one, other):
         assert fork_server_main.__file__ in process["parent"]
         assert process["imported"]
-        assert process["rehearsed"] == 1
+        assert process["warmed_up"] == 1
         assert process["malloc"] == fork_server.MALLOC
     for what in ("pid", "id", "next"):
         assert one[what] != other[what]
@@ -64,14 +64,14 @@ def test_the_end_of_one_is_noticed(ray_cluster):
 
 def test_one_that_ray_ends_is_gone(ray_cluster):
     process = Process.remote()
-    copy = psutil.Process(ray.get(process.say.remote())["pid"])
+    fork = psutil.Process(ray.get(process.say.remote())["pid"])
     ray.kill(process)
-    _, alive = psutil.wait_procs([copy], timeout=LIMIT_S)
+    _, alive = psutil.wait_procs([fork], timeout=LIMIT_S)
     assert alive == []
 
 
-def copies():
-    """Process ids of the copies of templates that Ray knows."""
+def forks():
+    """Process ids of the forks of fork servers that Ray knows."""
     found = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -82,10 +82,10 @@ def copies():
 
 
 def test_the_controller_takes_a_process_that_was_started_ahead(ray_cluster, run):
-    before = copies()
+    before = forks()
     standbys.prestart(1)
     give_up = time.monotonic() + LIMIT_S
-    while not (ahead := copies() - before) and time.monotonic() < give_up:
+    while not (ahead := forks() - before) and time.monotonic() < give_up:
         time.sleep(0.1)
     (process,) = (psutil.Process(pid) for pid in ahead)
     titles, over = set(), threading.Event()

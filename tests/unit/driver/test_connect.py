@@ -1,0 +1,73 @@
+"""Options and environment with which a connection to a cluster is opened."""
+
+import os
+from pathlib import Path
+
+import pytest
+import ray
+
+from areal_ray.config import load
+from areal_ray.driver import connect
+
+pytestmark = pytest.mark.unit
+
+TINY = str(Path(__file__).parents[3] / "conf" / "experiments" / "tiny.yaml")
+PORT = "RAY_GCS_SERVER_PORT"
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What `ray.init` was called with, and the port in the environment then; no cluster is started."""
+    calls = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append((options, os.environ.get(PORT))))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for name in ("RAY_ADDRESS", PORT):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("RAY_COLOR_PREFIX", "0"), ("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")):  # set, and left so
+        monkeypatch.setenv(name, value)
+    return calls
+
+
+@pytest.fixture
+def config():
+    return load(TINY, ["cluster.template=false", "cluster.standbys=off"])
+
+
+@pytest.mark.parametrize("own", [None, "6123"])
+def test_the_port_of_a_cluster_of_one_s_own_is_set_while_it_starts_only(opened, config, monkeypatch, own):
+    if own:
+        monkeypatch.setenv(PORT, own)
+    with connect.cluster(config, fast=False):
+        assert os.environ.get(PORT) == own
+    ((options, port),) = opened
+    assert port == (own or port) is not None
+    assert options["runtime_env"]["env_vars"]["RAY_ADDRESS"].endswith(f":{port}")
+
+
+def test_a_start_that_fails_leaves_no_port_behind(opened, config, monkeypatch):
+    def init(**options):
+        raise ConnectionError("no cluster")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConnectionError), connect.cluster(config, fast=False):
+        pass
+    assert PORT not in os.environ
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_processes_of_the_job_know_the_cluster_that_ray_address_names(opened, config, monkeypatch, fast):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    with connect.cluster(config, fast=fast):
+        pass
+    assert opened[0][0]["runtime_env"]["env_vars"]["RAY_ADDRESS"] == "10.0.0.7:6379"
+
+
+def test_the_decision_of_the_caller_counts(opened, monkeypatch):
+    config = load(TINY, ["cluster.template=false"])
+    ahead = []
+    monkeypatch.setattr(connect, "_start_ahead", lambda config: ahead.append(config.standbys(1)))
+    for fast in (True, False):
+        with connect.cluster(config, fast=fast):
+            pass
+    assert ahead == [1, 0]
