@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -41,9 +42,13 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
 def _ckpt(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     from areal_ray.checkpoint import CheckpointDamaged
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `areal-ray ckpt diff A B | head` ends quietly
     try:
-        return run(arguments)
+        status = run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has seen enough, as in `areal-ray ckpt diff A B | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
     except (CheckpointDamaged, ValueError, OSError) as error:
         print(f"areal-ray ckpt: {error}", file=sys.stderr)
         return 1
