@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -14,13 +15,6 @@ from areal_ray.storage import LocalStorage
 from tests.unit.checkpoint.boxes import DAMAGE, Box, do_damage, save_box, weights
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def _sigpipe():
-    before = signal.getsignal(signal.SIGPIPE)
-    yield
-    signal.signal(signal.SIGPIPE, before)
 
 
 @pytest.fixture
@@ -213,3 +207,15 @@ def test_repair_on_an_unknown_ray_or_without_one_removes_the_list(ckpt, tmp_path
     assert (status, err) == (0, "")
     assert out.startswith("removed checkpoint_manager_snapshot.json, as it cannot be made anew with this Ray")
     assert not snapshot.exists()
+
+
+def test_a_reader_that_goes_ends_it_quietly_and_the_process_keeps_its_signals(ckpt, tmp_path):
+    checkpoint = save_box(tmp_path / "a", 100, 1)
+    before = signal.getsignal(signal.SIGPIPE)
+    assert ckpt("inspect", checkpoint)[0] == 0
+    assert signal.getsignal(signal.SIGPIPE) is before
+    command = [sys.executable, "-m", "areal_ray.cli.main", "ckpt", "inspect", checkpoint.location]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 128 + signal.SIGPIPE
