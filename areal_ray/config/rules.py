@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What a run cannot go on with if it is not what the checkpoint says, unless the user says so.
 ALLOWABLE = ("data", "run.seed", "model.config", "model.path", "model.factory")
+# Variables that Ray, torch or the driver set, for each process or for all.
+_OWNED = re.compile(
+    r"RAY_.*|AREAL_RAY_.*|(CUDA|HIP|ROCR)_VISIBLE_DEVICES|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
+    r"|PYTHONPATH|PYTHONHOME|PYTORCH_NVML_BASED_CUDA_CHECK"
+)
 _POSITIVE = (
     "train.steps",
     "train.global_batch_size",
@@ -51,6 +56,7 @@ def check(config: Config) -> None:
         if value is not None and not value > 0:
             raise ConfigError(key, f"must be greater than 0, not {value}")
     _check_run(config)
+    _check_env(config)
     _check_plugins(config)
     _check_train(config)
     _check_sizes(config)
@@ -89,6 +95,16 @@ def _check_run(config: Config) -> None:
         raise ConfigError("data.paths", f"are for source `text`; the source is {config.data.source!r}")
     if not 0 < config.data.held_out < 1:
         raise ConfigError("data.held_out", f"must be between 0 and 1, not {config.data.held_out}")
+
+
+def _check_env(config: Config) -> None:
+    for name, value in config.cluster.env.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ConfigError("cluster.env", f"{name!r} is no name of a variable")
+        if _OWNED.fullmatch(name):
+            raise ConfigError(f"cluster.env.{name}", "is set by the job itself, for each of its processes")
+        if value in ("True", "False"):  # what YAML makes of true, yes or off
+            raise ConfigError(f"cluster.env.{name}", f"must be text; is {value} meant as '1', '0' or in quotes?")
 
 
 def _check_plugins(config: Config) -> None:

@@ -49,6 +49,7 @@ class ClusterConfig:
     fast_restarts: Any = "auto"  # auto: by Ray's internals, if they are the known ones · off: by its public API
     standbys: Any = "auto"  # processes per node that wait for a restart: auto (one a worker), off, or a number
     template: bool = True  # one process per node imports everything, the others are forked from it: quick starts
+    env: dict[str, str] = field(default_factory=dict)  # variables of all processes of the job, set before they import
     collective_timeout_s: float = 600.0  # longest wait of a rank for the others before it counts as failed
 
 

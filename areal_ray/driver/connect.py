@@ -18,7 +18,7 @@ from typing import Any
 from areal_ray.cluster import ray_internals
 from areal_ray.cluster.nodes import is_reachable
 from areal_ray.config import Config
-from areal_ray.processes.fork_server import MALLOC, ForkServer, fork_server_for
+from areal_ray.processes.fork_server import ForkServer, fork_server_for, process_environment
 
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
 _PORT = "RAY_GCS_SERVER_PORT"  # of a cluster that `ray.init` starts
@@ -177,9 +177,9 @@ def _runtime_env(config: Config, fork_server: ForkServer | None) -> dict[str, An
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60" if len(config.usable_sizes) == 1 else "10",
         "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as the controller of Ray Train wants it
         "TOKENIZERS_PARALLELISM": "false",
-        **MALLOC,
     }
     chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
     chosen |= {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
     executable = {"py_executable": fork_server.executable} if fork_server else {}
-    return {"env_vars": {**chosen, **warm_start.job_environment(config)}, **executable}
+    own = {**process_environment(config), **warm_start.job_environment(config)}
+    return {"env_vars": {**chosen, **own}, **executable}

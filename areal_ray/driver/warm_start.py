@@ -15,6 +15,7 @@ from pathlib import Path
 from areal_ray.cluster.ray_internals import SYNC_ACTOR, setup_hook_variable
 from areal_ray.cluster.standbys import WARM_UP_S, ready_folder
 from areal_ray.config import Config, ConfigError, ModelConfig, redact
+from areal_ray.processes.hidden_devices import hidden_devices
 from areal_ray.processes.launch import MODEL
 
 
@@ -38,12 +39,10 @@ def worker_environment(config: Config) -> dict[str, str]:
     """
     if not config.standbys(1):
         return {}
-    # The check for GPUs goes without a CUDA context: which GPU is its own, a standby does not know yet.
     return {
         setup_hook_variable(): f"{__name__}.warm",
         MODEL: json.dumps(redact(asdict(config.model))),
         "PYTHONPATH": _import_path(),
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }
 
 
@@ -76,7 +75,8 @@ def _get_ready(kind: str, work: Callable[[threading.Event], None]) -> None:
 
     def get_ready() -> None:
         try:
-            work(late)
+            with hidden_devices():  # which GPU is its own, Ray says with its work
+                work(late)
             folder = ready_folder(kind)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / str(os.getpid())).touch()

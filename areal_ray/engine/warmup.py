@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from areal_ray.config import Config, ModelConfig
 from areal_ray.engine import FSDPEngine, SaveLoadMeta
 from areal_ray.engine.objectives import next_token_loss, predicted_tokens
+from areal_ray.processes.hidden_devices import hidden_devices
 
 _TINY = {
     "model_type": "qwen3",
@@ -30,8 +31,14 @@ _TINY = {
 def warm_up() -> None:
     """Train, save and load a tiny model. The second call does nothing, in the same process or in a fork of it.
 
-    It leaves no process group and no thread, and PyTorch with one thread for its operations.
+    It leaves no process group and no thread, and PyTorch with one thread for its operations. It sees no GPU: an
+    optimizer's step, among others, would start CUDA.
     """
+    with hidden_devices():
+        _warm_up()
+
+
+def _warm_up() -> None:
     torch.set_num_threads(1)
     config = Config(model=ModelConfig(config=_TINY))
     ids = torch.ones(2, 4, dtype=torch.long)

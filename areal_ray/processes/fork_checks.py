@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # Names of variables that are read when a library is loaded or imported.
-_AT_IMPORT = re.compile(r"(LD|GLIBC|MALLOC|OMP|MKL|OPENBLAS|KMP|GOMP|HF|TRANSFORMERS|TORCH|PYTORCH|CUDA)_")
+_AT_IMPORT = re.compile(r"(LD|GLIBC|MALLOC|OMP|MKL|OPENBLAS|KMP|GOMP|HF|TRANSFORMERS|TORCH|PYTORCH|CUDA|TRITON)_")
 _MAY_DIFFER = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"}  # set again in each process
 _OF_ACTORS = ("RAY_TRAIN_", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")  # read when they run
 
@@ -25,6 +25,11 @@ def of_ray(environment: dict[str, str]) -> dict[str, str]:
 def at_import(environment: dict[str, str]) -> dict[str, str]:
     """Variables that a library reads when it is loaded or imported."""
     return {k: v for k, v in environment.items() if _AT_IMPORT.match(k) and k not in _MAY_DIFFER}
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> str:
+    """Names of the variables that are not the same in both, for the screen: values may be secret."""
+    return ", ".join(sorted(name for name in {*one, *other} if one.get(name) != other.get(name)))
 
 
 def within(limits: dict[str, Any], own: dict[str, Any]) -> bool:

@@ -19,17 +19,29 @@ import secrets
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from areal_ray.config import Config, ModelConfig, redact
 from areal_ray.processes import launch
 
-# How glibc's malloc is to behave in all processes of a job. Training runs in a thread of Ray's, and a thread's own heap
-# gives its memory back to the system and faults it in again, thousands of pages in every step; the first heap does not.
-# In huge pages it costs the processor fewer look-ups. See the GNU C library's manual, "Memory Allocation Tunables".
-MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"}
 # Keys of a job's runtime environment that bring an interpreter of their own.
 _EXECUTABLE = ("py_executable", "pip", "uv", "conda", "container", "image_uri", "nsight", "rocprof_sys")
+
+
+def process_environment(config: Config) -> dict[str, str]:
+    """Environment variables of all processes of a job that are read when libraries are loaded, or soon after.
+
+    How glibc's malloc is to behave, and `cluster.env`. Training runs in a thread of Ray's, and a thread's own heap
+    gives its memory back to the system and faults it in again, thousands of pages in every step; the first heap does
+    not. With GPUs many threads allocate at once (pinned memory, NCCL, copies), and one heap would make them wait for
+    each other. In huge pages it costs the processor fewer look-ups. See the GNU C library's manual, "Memory Allocation
+    Tunables".
+    """
+    tunables = (
+        ["glibc.malloc.hugetlb=1"] if config.cluster.use_gpu else ["glibc.malloc.arena_max=1", "glibc.malloc.hugetlb=1"]
+    )
+    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ":".join(tunables)), **config.cluster.env}
 
 
 class ForkServer:
@@ -38,15 +50,16 @@ class ForkServer:
     Args:
         model: whose classes are imported, too.
         preparation: module whose `prepare` and `import_ray` it calls before it forks.
+        environment: variables beside this process's own, those of `process_environment`.
     """
 
-    def __init__(self, model: ModelConfig, preparation: str) -> None:
+    def __init__(self, model: ModelConfig, preparation: str, environment: Mapping[str, str]) -> None:
         self._name, self._preparation = secrets.token_hex(16), preparation
         self._process = subprocess.Popen(
             launch.fork_server_command(self._name, os.getpid(), preparation),
             stdin=subprocess.DEVNULL,
             stdout=2,
-            env={**MALLOC, **launch.fork_server_environment(json.dumps(redact(asdict(model))))},
+            env={**launch.fork_server_environment(json.dumps(redact(asdict(model)))), **environment},
             start_new_session=True,
         )
 
@@ -78,4 +91,4 @@ def fork_server_for(config: Config, preparation: str) -> ForkServer | None:
         os.close(os.pidfd_open(os.getpid()))
     except (OSError, AttributeError):  # an old kernel, or another one than Linux
         return None
-    return ForkServer(config.model, preparation)
+    return ForkServer(config.model, preparation, process_environment(config))

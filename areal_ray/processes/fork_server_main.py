@@ -23,6 +23,7 @@ if __name__ == "__main__":  # of whatever Python path
 
 from areal_ray.config import ModelConfig
 from areal_ray.processes import fork_checks, launch
+from areal_ray.processes.hidden_devices import hidden_devices, touched
 
 IDLE_S = 60.0  # without a process of the job on this node the server is not needed
 _ANSWER_S = 5.0  # for a request that has begun
@@ -58,6 +59,7 @@ class Server:
         self._children: dict[int, _Child] = {}  # by process id
         self._adopted: dict[str, str] | None = None  # what Ray has read of the environment
         self._broken = False
+        self._said: set[str] = set()  # reasons for refusals
 
     def serve(self) -> Callable[[], None] | None:
         """Serve until no process is left to serve, then None; in each fork, its work."""
@@ -82,7 +84,8 @@ class Server:
 
     def _try(self, work: Callable[[], None]) -> None:
         try:
-            work()
+            with hidden_devices():
+                work()
         except Exception:  # noqa: BLE001  (whatever a model's code raises; the others will say so again, at its place)
             traceback.print_exc()
             self._broken = True
@@ -99,7 +102,11 @@ class Server:
             print(f"fork server: {type(error).__name__}: {error}", file=sys.stderr)
             connection.close()
             return None
-        pid = self._fork() if self._fits(request) else launch.REFUSED
+        reason = self._misfit(request)
+        if reason and reason not in self._said:
+            self._said.add(reason)
+            print(f"fork server: processes are started anew, not forked: {reason}", file=sys.stderr)
+        pid = launch.REFUSED if reason else self._fork()
         if pid is None:
             return lambda: self._become(request, descriptors, connection)
         for descriptor in descriptors:
@@ -113,15 +120,22 @@ class Server:
             self._watch(_Child(pid, os.pidfd_open(pid), connection))
         return None
 
-    def _fits(self, request: dict[str, Any]) -> bool:
-        """Whether a fork of this process can be the process that the request asks for."""
+    def _misfit(self, request: dict[str, Any]) -> str:
+        """Why no fork of this process can be the process that the request asks for; "" if one can."""
         environment, own = request["environment"], self._surroundings
-        same = request["groups"] == own["groups"] and fork_checks.at_import(environment) == self._read
-        if not same or not fork_checks.within(request["limits"], own["limits"]):
-            return False
+        if request["groups"] != own["groups"]:
+            return "they are of another control group"
+        if differing := fork_checks.differing(fork_checks.at_import(environment), self._read):
+            return f"libraries read {differing} when they are loaded, and it is another one there"
+        if not fork_checks.within(request["limits"], own["limits"]):
+            return "they may have more resources (ulimit)"
         if self._adopted is None:
             self._adopt(environment)
-        return not self._broken and fork_checks.of_ray(environment) == self._adopted
+        if self._broken:
+            return "the preparation failed, see above"
+        if differing := fork_checks.differing(fork_checks.of_ray(environment), self._adopted or {}):
+            return f"Ray reads {differing} when it is imported, and it is another one there"
+        return ""
 
     def _adopt(self, environment: dict[str, str]) -> None:
         """Import Ray as a process of this job does."""
@@ -191,7 +205,9 @@ class Server:
         os.environ.clear()
         os.environ.update(environment)
         fits = fork_checks.inherit(request)
-        if not fits or sys.modules["torch"].cuda._is_in_bad_fork():
+        if not fits or touched():
+            if fits:
+                print("fork server: this process is started anew, a fork could not use CUDA", file=sys.stderr)
             os.execv(sys.executable, [sys.executable, *command])
         sys.argv = command
         sys.path[:] = [*self._added, os.path.dirname(command[0]), *fork_checks.python_path(environment), *self._base]

@@ -33,7 +33,7 @@ SMALL = [
 @pytest.fixture(scope="session")
 def ray_cluster():
     """A local cluster as the driver starts one, shared by the runs of the tier."""
-    with cluster(load(EXPERIMENT, SMALL)):
+    with cluster(load(EXPERIMENT, [*SMALL, "cluster.env={OF_THE_CONFIG: seen}"])):
         yield
 
 

@@ -13,7 +13,7 @@ import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 
 from areal_ray.cluster import standbys
-from areal_ray.processes import fork_server, fork_server_main
+from areal_ray.processes import fork_server_main
 
 pytestmark = pytest.mark.ray
 
@@ -34,7 +34,8 @@ class Process:
             "parent": parent.cmdline() if parent else [],
             "imported": self.imported,
             "warmed_up": sys.modules["areal_ray.engine.warmup"].warm_up.cache_info().currsize,
-            "malloc": {name: os.environ.get(name) for name in fork_server.MALLOC},
+            "of the config": [os.environ.get("OF_THE_CONFIG"), parent and parent.environ().get("OF_THE_CONFIG")],
+            "malloc": os.environ.get("GLIBC_TUNABLES"),
             "id": ray.get_runtime_context().get_worker_id(),
             "next": WorkerID.from_random().hex(),  # Ray's C++ part draws random numbers of its own
         }
@@ -49,7 +50,8 @@ def test_the_processes_of_a_job_are_forks_that_know_who_they_are(ray_cluster):
         assert fork_server_main.__file__ in process["parent"]
         assert process["imported"]
         assert process["warmed_up"] == 1
-        assert process["malloc"] == fork_server.MALLOC
+        assert process["of the config"] == ["seen", "seen"]  # the fork server, too: before the first import
+        assert process["malloc"] == "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
     for what in ("pid", "id", "next"):
         assert one[what] != other[what]
 

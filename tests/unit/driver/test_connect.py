@@ -71,3 +71,21 @@ def test_the_decision_of_the_caller_counts(opened, monkeypatch):
         with connect.cluster(config, fast=fast):
             pass
     assert ahead == [1, 0]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("gpus", [True, False])
+def test_variables_of_the_configuration_are_those_of_all_processes(opened, monkeypatch, fast, gpus):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    chosen = "cluster.env={NCCL_IB_TIMEOUT: 22, CUBLAS_WORKSPACE_CONFIG: ':4096:8', TOKENIZERS_PARALLELISM: 'yes!'}"
+    config = load(TINY, ["cluster.template=false", "cluster.standbys=off", f"cluster.use_gpu={gpus}", chosen])
+    with connect.cluster(config, fast=fast):
+        pass
+    variables = opened[0][0]["runtime_env"]["env_vars"]
+    assert {name: variables[name] for name in config.cluster.env} == {
+        "NCCL_IB_TIMEOUT": "22",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TOKENIZERS_PARALLELISM": "yes!",
+    }
+    one_heap = "glibc.malloc.arena_max=1"  # with GPUs many threads allocate at once
+    assert (one_heap in variables["GLIBC_TUNABLES"]) is not gpus

@@ -62,7 +62,7 @@ def test_forks_draw_different_random_numbers(serve, run):
 
 
 def test_one_for_which_something_was_read_otherwise_is_no_fork(serve, run):
-    name, _ = serve()
+    name, server = serve()
     environment = {**os.environ, "RAY_JOB_ID": "01000000"}
     assert said(run(name, SAY, "0", env=environment))["fork"]
     for change, fork in (
@@ -71,10 +71,17 @@ def test_one_for_which_something_was_read_otherwise_is_no_fork(serve, run):
         ({"RAY_JOB_ID": "02000000"}, False),
         ({"OMP_NUM_THREADS": "7"}, True),
         ({"LD_PRELOAD": ""}, False),
+        ({"LD_PRELOAD": "", "OTHER": "2"}, False),
     ):
         process = run(name, SAY, "3", env={**environment, **change})
         assert said(process)["fork"] is fork
         assert process.returncode == 3
+    server.kill()
+    reasons = [line for line in server.stderr.read().decode().splitlines() if "started anew" in line]
+    assert [reason.partition("forked: ")[2] for reason in reasons] == [  # each once
+        "Ray reads RAY_JOB_ID when it is imported, and it is another one there",
+        "libraries read LD_PRELOAD when they are loaded, and it is another one there",
+    ]
 
 
 def test_where_the_fork_server_is_of_no_use_the_process_is_an_ordinary_one(serve, run):

@@ -11,7 +11,7 @@ import pytest
 
 from areal_ray.config import ClusterConfig, Config, ModelConfig
 from areal_ray.processes import fork_server, launch
-from areal_ray.processes.fork_server import ForkServer, fork_server_for
+from areal_ray.processes.fork_server import ForkServer, fork_server_for, process_environment
 
 from .forks import LIMIT_S, PREPARATION, until_there
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def own():
-    made = ForkServer(ModelConfig(config={"model_type": "llama"}), PREPARATION)
+    made = ForkServer(ModelConfig(config={"model_type": "llama"}), PREPARATION, process_environment(Config()))
     until_there(made._name, made._process)
     yield made
     made.close()
@@ -35,7 +35,7 @@ def test_the_driver_s_ends_when_it_is_closed(own):
 def through_ray(executable, script, *arguments):
     """As Ray's agent on a node starts a process."""
     command = ["bash", "-c", f"exec {executable} {shlex.quote(str(script))} {shlex.join(arguments)}"]
-    environment = {**fork_server.MALLOC, **os.environ}  # as driver/connect.py has Ray set it
+    environment = {**os.environ, **process_environment(Config())}  # as driver/connect.py has Ray set it
     return subprocess.run(command, input="", capture_output=True, text=True, timeout=LIMIT_S, env=environment)
 
 
