@@ -50,20 +50,21 @@ test-distributed: install
 test-ray: install
 	@$(BIN)/pytest tests/ray
 
-# engine/, models/, checkpoint/ and what is below them on one GPU, with whatever Python has torch 2.11 or newer: no Ray, no installation. What must be there
-# besides torch: pytest, numpy, omegaconf, transformers, xxhash, safetensors.
+# On one GPU, with whatever Python has torch 2.11 or newer and tests/gpu-requirements.txt: no Ray, no installation. First
+# the probe, then engine/, models/, checkpoint/ and what is below them; only the files that need no more than that.
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu needs a CUDA device, and torch finds none here.")'
-	@# Only the files that need no more than that; strict-config would stumble over the options of absent plugins.
-	@$(PYTHON) -m pytest $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py') -m gpu -o addopts="-q --strict-markers"
+	@$(PYTHON) -m tests.gpu_probe
+	@# strict-config would stumble over the options of absent plugins
+	@$(PYTHON) -m pytest $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py') -m gpu -o addopts="-q --strict-markers" -W ignore::pytest.PytestConfigWarning
 
 # make bench ARMS="saves restart" ROUNDS=5 ONLY="tutorial areal_ray"
 bench: install
 	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5) $(if $(ONLY),--only $(ONLY))
 
-# On one GPU, with whatever Python has torch 2.11 or newer, omegaconf, transformers, xxhash, safetensors: no Ray.
+# As test-gpu.
 bench-gpu:
-	@$(PYTHON) -m tests.bench.gpu $(SET) --rounds $(or $(ROUNDS),5)
+	@$(PYTHON) -m tests.bench.gpu $(SET) --rounds $(or $(ROUNDS),2)
 
 # make chaos MINUTES=15 SEED=1 SET="key=value"
 chaos: install

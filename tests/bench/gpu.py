@@ -150,7 +150,7 @@ def free() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the model and sizes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peak-tflops", type=float, help="of the device in bfloat16, if it is not in the list")
     parser.add_argument("--json", default="/tmp/areal_ray_bench_gpu.json", metavar="FILE")
     arguments = parser.parse_args()

@@ -24,11 +24,11 @@ from .steps import step_of
 
 ROOT = Path(__file__).parents[2]
 DEVICE = os.environ.get("AREAL_RAY_BENCH_DEVICE", "cuda")
-MODEL = [  # 0.3B parameters
+MODEL = [  # 0.13B parameters
     "model.config.vocab_size=32768",
     "model.config.hidden_size=1024",
     "model.config.intermediate_size=2816",
-    "model.config.num_hidden_layers=24",
+    "model.config.num_hidden_layers=8",
     "model.config.num_attention_heads=16",
     "model.config.num_key_value_heads=8",
     "train.seq_len=2048",

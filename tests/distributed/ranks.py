@@ -86,15 +86,16 @@ def run_ranks(
 def _server(gpu: bool, parity: int) -> RankServer:
     """The server of the ranks with even or with odd numbers: two, as the hashes of strings differ between them.
 
-    An order of names in a set that ranks rely on to be the same would show. A GPU's ranks import torch themselves.
+    An order of names in a set that ranks rely on to be the same would show.
     """
-    server = RankServer({**_environment(gpu), "PYTHONHASHSEED": "random"}, () if gpu else _MODULES)
+    server = RankServer({**_environment(gpu), "PYTHONHASHSEED": "random"}, _MODULES)
     atexit.register(server.close)
     return server
 
 
 def _environment(gpu: bool) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    # With a GPU: what is imported asks NVML for devices, since after a CUDA call no fork of a server could make one.
+    return {"OMP_NUM_THREADS": "1"} | ({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def _result(rank: int, outcome: bytes | None, exit_code: int | None) -> Any:

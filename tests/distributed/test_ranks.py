@@ -57,9 +57,8 @@ def test_results_come_by_rank_from_the_environment_of_a_launcher() -> None:
         assert result == (rank, "hello", [str(rank), str(rank), "2", "1", "127.0.0.1", ""])
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_no_order_of_names_in_a_set_is_the_same_by_chance(gpu: bool) -> None:
-    first, second = run_ranks(hash_of_a_name, 2, gpu=gpu)
+def test_no_order_of_names_in_a_set_is_the_same_by_chance() -> None:
+    first, second = run_ranks(hash_of_a_name, 2)
     assert first != second
 
 
@@ -93,10 +92,10 @@ def server_dies(rank: int, folder: str) -> None:
 
 def test_after_the_death_of_a_server_its_rank_ends_and_the_next_ones_have_another(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="a server of the ranks has ended"):
-        run_ranks(server_dies, 1, str(tmp_path), gpu=True)
+        run_ranks(server_dies, 1, str(tmp_path))
     (rank,) = map(int, os.listdir(tmp_path))
     deadline = time.monotonic() + 10
     while psutil.pid_exists(rank):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert len(set(run_ranks(hash_of_a_name, 2, gpu=True))) == 2
+    assert len(set(run_ranks(hash_of_a_name, 2))) == 2

@@ -13,19 +13,10 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
 from areal_ray.cluster.failures import Cause, cause_of, root_cause
 from areal_ray.distributed import RankError
-from areal_ray.run import RunDir
-from areal_ray.storage import LocalStorage
 
 pytestmark = pytest.mark.unit
 
 RESET = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4411"
-
-
-@pytest.fixture
-def run(tmp_path):
-    storage = LocalStorage(tmp_path / "mine")
-    storage.make()
-    return RunDir(storage)
 
 
 def raising(error):

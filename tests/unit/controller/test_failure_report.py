@@ -8,18 +8,9 @@ from ray.train import WorkerGroupError
 
 from areal_ray.cluster.failures import annotate, cause_of
 from areal_ray.controller.failure_report import Reporter
-from areal_ray.run import RunDir
-from areal_ray.storage import LocalStorage
 from tests.unit.cluster.test_failures import RESET, from_worker
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def run(tmp_path):
-    storage = LocalStorage(tmp_path / "mine")
-    storage.make()
-    return RunDir(storage)
 
 
 def test_a_failure_is_written_down_when_it_is_noticed(run, tmp_path):

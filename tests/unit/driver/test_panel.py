@@ -4,17 +4,8 @@ import pytest
 
 from areal_ray.cluster.failures import Cause
 from areal_ray.driver.panel import show
-from areal_ray.run import RunDir
-from areal_ray.storage import LocalStorage
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def run(tmp_path):
-    storage = LocalStorage(tmp_path / "mine")
-    storage.make()
-    return RunDir(storage)
 
 
 def test_the_panel_tells_cause_place_node_and_ledger_on_lines_to_copy(run, capsys):

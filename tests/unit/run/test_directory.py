@@ -8,13 +8,6 @@ from areal_ray.storage import LocalStorage
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture
-def run(tmp_path):
-    storage = LocalStorage(tmp_path / "run")
-    storage.make()
-    return RunDir(storage)
-
-
 def test_a_run_exists_once_something_is_in_its_directory(tmp_path):
     run = RunDir(LocalStorage(tmp_path / "run"))
     assert not run.exists()
