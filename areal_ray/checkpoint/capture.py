@@ -24,15 +24,25 @@ _Written = tuple[dict[Any, Any], FileRecord] | None
 
 
 class _Plan:
-    """DCP's plan of a save: DTensors are written where they lie, replicated tensors once. A collective to make."""
+    """DCP's plan of a save: DTensors are written where they lie, replicated tensors once. A collective to make.
+
+    Attributes:
+        indices: of this rank's parts.
+        metadata: DCP's, of all parts, on rank 0; None elsewhere.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor], ranks: Ranks) -> None:
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._planner.set_up_planner(tensors, is_coordinator=ranks.rank == 0)
         self._local = self._planner.create_local_plan()
-        plans, self.metadata = self._planner.create_global_plan(ranks.gather(self._local))
-        self._mine: SavePlan = self._planner.finish_plan(plans[ranks.rank])
+        gathered = ranks.gather_to_rank_zero(self._local)
+        plans, self.metadata = ranks.all_or_raise(lambda: self._plan_all(gathered))
+        self._mine: SavePlan = self._planner.finish_plan(ranks.scatter(plans))
         self.indices = [item.index for item in self._mine.items]
+
+    def _plan_all(self, gathered: list[SavePlan] | None) -> tuple[list[SavePlan] | None, Metadata | None]:
+        """On rank 0 only: with N ranks and T tensors there are N x T parts, and each rank needs to know its own."""
+        return (None, None) if gathered is None else self._planner.create_global_plan(gathered)
 
     def fits(self, tensors: dict[str, torch.Tensor]) -> bool:
         """Whether the plan is that of these tensors too; the same names and shapes, the same parts here."""
@@ -75,9 +85,9 @@ class Capture:
         def prepare() -> bool:
             if self._ranks.rank == 0:
                 directory.make()
-            return self._plan is None or not self._plan.fits(tensors)
+            return self._plan is not None and self._plan.fits(tensors)
 
-        if any(self._ranks.all_or_raise(prepare)):
+        if not self._ranks.all_reduce_min(self._ranks.all_or_raise(prepare)):
             self._lay_out(tensors)
         plan, image = self._plan, self._image
         assert plan is not None
@@ -109,7 +119,7 @@ class Captured:
 
     Args:
         directory: of the checkpoint.
-        metadata: DCP's, but for where the tensors lie.
+        metadata: DCP's, but for where the tensors lie, on rank 0.
         image: of this rank's shard file; None if it writes none.
         copied: after this event the image is complete; None: it is.
         text: state.json.
@@ -117,7 +127,7 @@ class Captured:
     """
 
     directory: Storage
-    metadata: Metadata
+    metadata: Metadata | None
     image: ShardImage | None
     copied: torch.cuda.Event | None
     text: bytes
@@ -141,8 +151,8 @@ class Captured:
                 self.copied.synchronize()
             return self.image.where, FileRecord(**write(self.image))
 
-        written = ranks.all_or_raise(write_mine)
-        return ranks.on_rank_zero(lambda: self._commit(written))
+        written = ranks.gather_to_rank_zero(ranks.all_or_raise(write_mine))
+        return ranks.on_rank_zero(lambda: self._commit(written or []))
 
     def _commit(self, written: list[_Written]) -> Manifest:
         files: dict[str, FileRecord] = {}
@@ -151,6 +161,7 @@ class Captured:
             where, record = shard
             storage_data.update(where)
             files[next(iter(where.values())).relative_path] = record
+        assert self.metadata is not None
         metadata = replace(self.metadata, storage_data=storage_data, planner_data=None, storage_meta=StorageMeta())
         files[STATE] = _write_small(self.directory, STATE, self.text)
         files[METADATA] = _write_small(self.directory, METADATA, pickle.dumps(metadata))

@@ -222,7 +222,7 @@ class MemoryCopies:
             return values
 
         try:
-            values = self._ranks.all_or_raise(check)[0]
+            values = self._ranks.broadcast(self._ranks.all_or_raise(check))
         except RankError as error:
             if self._ranks.rank == 0:
                 self._complain(f"passing over a copy in memory: {error}")

@@ -52,7 +52,7 @@ def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part:
         metadata = decode_metadata(read_checked(directory, METADATA, manifest))
         return manifest, metadata, json.loads(read_checked(directory, STATE, manifest))
 
-    manifest, metadata, values = ranks.all_or_raise(read_small_files)[ranks.rank]
+    manifest, metadata, values = ranks.all_or_raise(read_small_files)
     for name, each in state.items():
         if expect := getattr(each, "expect", None):
             expect({key.removeprefix(f"{name}.") for key in metadata.state_dict_metadata if key.startswith(f"{name}.")})

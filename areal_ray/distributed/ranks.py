@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+_Failure = tuple[str, list[str]]  # text, names of the exception's class and its bases
 
 
 class RankError(RuntimeError):
@@ -31,7 +32,11 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """A process group for objects. All methods are collectives; in a single process they are trivial.
+    """A process group for small objects. All methods are collectives; in a single process they are trivial.
+
+    What they cost with N ranks: outcomes and numbers are one word each; an object that one rank knows is sent to the
+    others once (`broadcast`, `on_rank_zero`), or collected by one of them (`gather_to_rank_zero`). Only `gather` grows
+    with N on every rank.
 
     Args:
         group: a group with a CPU backend; None means the default group, or a single process if there is none.
@@ -44,12 +49,29 @@ class Ranks:
         self.size = 1 if self._alone else dist.get_world_size(group)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of the ranks, on every rank."""
+        """Every rank's value, in the order of the ranks, on every rank: N objects there, each padded to the largest."""
         if self._alone:
             return [value]
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values  # type: ignore[return-value]
+
+    def gather_to_rank_zero(self, value: T) -> list[T] | None:
+        """Every rank's value, in the order of the ranks, on rank 0; None elsewhere."""
+        if self._alone:
+            return [value]
+        values: list[T | None] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self._group, group_dst=0)
+        return values  # type: ignore[return-value]
+
+    def scatter(self, values: Sequence[T] | None) -> T:
+        """This rank's value of those that rank 0 has for all, in the order of the ranks; None elsewhere."""
+        if self._alone:
+            assert values is not None
+            return values[0]
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, None if values is None else list(values), group=self._group, group_src=0)
+        return box[0]
 
     def broadcast(self, value: T) -> T:
         """The value of rank 0, on every rank."""
@@ -77,28 +99,35 @@ class Ranks:
 
     def agree(self, opinion: bool) -> bool:
         """The opinion of rank 0, on every rank."""
-        return self.broadcast(opinion)
+        return bool(self.broadcast_int(opinion))
 
-    def all_or_raise(self, work: Callable[[], T]) -> list[T]:
-        """Do `work` on every rank; every rank's result on every rank, or RankError on all of them.
+    def all_or_raise(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank; this rank's result, or RankError on all of them.
 
-        A rank that raised alone would leave the others in their next collective until it times out.
+        A rank that raised alone would leave the others in their next collective until it times out. What went wrong is
+        sent only if something did.
         """
-        result: T | None = None
-        error: Exception | None = None
-        try:
-            result = work()
-        except Exception as caught:  # noqa: BLE001  (raised again below, on every rank)
-            error = caught
-        failure = (
-            None if error is None else (f"{type(error).__name__}: {error}", [c.__name__ for c in type(error).__mro__])
-        )
-        outcomes = self.gather((result, failure))
-        failures = [(rank, *failure) for rank, (_, failure) in enumerate(outcomes) if failure is not None]
-        if failures:
-            raise RankError(failures) from error
-        return [result for result, _ in outcomes]  # type: ignore[misc]
+        result, error, failure = _attempt(work)
+        if not self.all_reduce_min(failure is None):
+            told = self.gather(failure)
+            raise RankError([(rank, *each) for rank, each in enumerate(told) if each is not None]) from error
+        return result  # type: ignore[return-value]
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 only; its result, or its failure as RankError, on every rank."""
-        return self.all_or_raise(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        """Do `work` on rank 0 only; its result, or its failure as RankError, on every rank.
+
+        Rank 0 does not wait for the others.
+        """
+        result, error, failure = _attempt(work) if self.rank == 0 else (None, None, None)
+        result, failure = self.broadcast((result, failure))
+        if failure is not None:
+            raise RankError([(0, *failure)]) from error
+        return result  # type: ignore[return-value]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None, _Failure | None]:
+    """Result of `work`, or its exception and what to tell of it."""
+    try:
+        return work(), None, None
+    except Exception as error:  # noqa: BLE001  (raised again, on every rank)
+        return None, error, (f"{type(error).__name__}: {error}", [each.__name__ for each in type(error).__mro__])

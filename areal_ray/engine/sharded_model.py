@@ -83,5 +83,5 @@ class ShardedModel:
         others = int(os.environ.get("LOCAL_RANK", "0")) > 0
         # One download per machine; the others then find it.
         self._ranks.all_or_raise(lambda: others or hf_weights.resolve(path))
-        here = self._ranks.all_or_raise(lambda: hf_weights.resolve(path))[self._ranks.rank]
+        here = self._ranks.all_or_raise(lambda: hf_weights.resolve(path))
         hf_weights.load_weights(here, self.module, self._ranks)

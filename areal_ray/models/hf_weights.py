@@ -149,7 +149,7 @@ def load_weights(path: str, model: nn.Module, ranks: Ranks) -> None:
         RankError: on every rank, if one of them could not read.
         ValueError: on every rank, if the weights are those of another model.
     """
-    names = stored_names(path, model, ranks.all_or_raise(lambda: shapes(path))[0])
+    names = stored_names(path, model, ranks.on_rank_zero(lambda: shapes(path)))
 
     def read() -> None:
         weights = {names[name]: tensor for name, tensor in weights_of(model).items()}

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint import Catalog, CheckpointDamaged, CheckpointWriter, Copy, Entry, Manifest, MemoryCopies, load
+from areal_ray.checkpoint import Catalog, CheckpointDamaged, CheckpointWriter, Copy, Manifest, MemoryCopies, load
 from areal_ray.checkpoint.tree import flatten
 from areal_ray.distributed import RankError, Ranks
 
@@ -209,23 +209,27 @@ class RecoverHandler:
             ValueError: if the newest good one is of another model or other data.
         """
         self.wait()
-        entries: list[Entry] = self._ranks.on_rank_zero(lambda: list(self._catalog.entries()))
-        committed = 0
-        for entry in entries:
-            problem = entry.problem
-            committed += entry.committed
+        walk, committed = self._catalog.entries(), 0  # rank 0 goes along it, as far as need be
+
+        def step() -> tuple[str, str | None, bool] | None:
+            entry = next(walk, None)
+            return (entry.name, entry.problem, entry.committed) if entry is not None else None
+
+        while (found := self._ranks.on_rank_zero(step)) is not None:
+            name, problem, was_committed = found
+            committed += was_committed
             if problem is None:
                 if self._memory is not None:
                     self._memory.forget()
                 try:
-                    load(self._catalog.directory(entry.name), self._state, self._ranks)
-                    return entry.name
+                    load(self._catalog.directory(name), self._state, self._ranks)
+                    return name
                 except RankError as error:
                     if not error.only(CheckpointDamaged):
                         raise
                     problem = str(error)
             if self._ranks.rank == 0:
-                self._journal.passed_over(entry.name, problem)
+                self._journal.passed_over(name, problem)
         if committed:
             raise RuntimeError(f"none of the {committed} checkpoints of this run can be read; not starting over")
         return None

@@ -120,8 +120,10 @@ def load_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]
     train = config.train
     tokenizer = build_tokenizer(config.data.tokenizer)
     data = load_splits(config.data, tokenizer, train.seq_len, train.global_batch_size)
-    prints = ranks.gather([split.fingerprint for split in data])
-    if different := [rank for rank, mine in enumerate(prints) if mine != prints[0]]:
+    mine = [split.fingerprint for split in data]
+    same = mine == ranks.broadcast(mine)
+    if not ranks.all_reduce_min(same):
+        different = [rank for rank, as_rank_0 in enumerate(ranks.gather(same)) if not as_rank_0]
         raise ValueError(f"ranks {different} read other data than rank 0: the files, or their Python, are not the same")
     return data
 

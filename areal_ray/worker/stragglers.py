@@ -83,8 +83,8 @@ class StragglerDetector:
         own = (self._seconds + made - self._made) / self._steps
         wall = (now - self._began) / self._steps
         self._seconds, self._made, self._steps, self._began = 0.0, made, 0, now
-        everybody = self._ranks.gather(own)
-        if self._ranks.rank == 0 and len(everybody) > 1:
+        everybody = self._ranks.gather_to_rank_zero(own)
+        if everybody is not None and len(everybody) > 1:
             self._compare(everybody, wall)
 
     def _compare(self, own: list[float], wall: float) -> None:

@@ -20,7 +20,9 @@ def test_a_single_process_is_rank_0_of_1_and_agrees_with_itself():
     assert ranks.all_reduce_min(3) == 3
     assert ranks.agree(True) is True
     assert ranks.agree(False) is False
-    assert ranks.all_or_raise(lambda: 7) == [7]
+    assert ranks.gather_to_rank_zero("a") == ["a"]
+    assert ranks.scatter(["a"]) == "a"
+    assert ranks.all_or_raise(lambda: 7) == 7
     assert ranks.on_rank_zero(lambda: 7) == 7
 
 

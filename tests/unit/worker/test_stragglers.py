@@ -29,7 +29,7 @@ class Others:
     def __init__(self, others):
         self.others, self.asked = others, 0
 
-    def gather(self, own):
+    def gather_to_rank_zero(self, own):
         self.asked += 1
         self.own = own
         return [own, *self.others]
