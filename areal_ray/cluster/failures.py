@@ -17,6 +17,7 @@ from ray import cloudpickle
 from ray.exceptions import RayActorError
 
 from areal_ray.distributed import RankError
+from areal_ray.distributed.flight_recorder import late_rank
 from areal_ray.run import RunDir
 from areal_ray.run.stack_frames import innermost
 
@@ -181,6 +182,8 @@ def hung_cause(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
         if not event["waiting"]:
             text = f"no progress for {event['seconds']:.0f} s in phase {event['phase']}"
             return Cause(rank, _STUCK, text, event["where"], infrastructure=True)
+    if late := late_rank({rank: event.get("collectives") or {} for rank, event in latest.items()}):
+        return Cause(late[0], _STUCK, late[1], latest[late[0]]["where"], infrastructure=True)
     alive = set(latest) | {rank for rank, error in errors.items() if hasattr(error, "areal_ray")}
     silent = sorted(set(range(run.events("attempt")[-1]["world_size"])) - alive)
     if len(silent) == 1:

@@ -30,6 +30,7 @@ _POSITIVE = (
     "cluster.collective_timeout_s",
     "cluster.watchdog.factor",
     "cluster.watchdog.floor_s",
+    "cluster.watchdog.connect_s",
     "cluster.watchdog.patience_s",
     "optim.lr",
     "optim.eps",
@@ -198,6 +199,12 @@ def _check_sizes(config: Config) -> None:
 def _check_resources(config: Config) -> None:
     if unknown := [name for name, amount in config.cluster.resources_per_worker.items() if amount < 0]:
         raise ConfigError("cluster.resources_per_worker", f"{unknown[0]} must not be negative")
+    gpus = config.cluster.resources_per_worker.get("GPU")
+    if config.cluster.use_gpu and gpus is not None and (gpus < 1 or gpus % 1):
+        text = f"a worker trains on one GPU of its own (NCCL knows no shares of one), so GPU must be 1, not {gpus:g}"
+        raise ConfigError("cluster.resources_per_worker", text)
+    if gpus and not config.cluster.use_gpu:
+        raise ConfigError("cluster.resources_per_worker", "reserves a GPU, which cluster.use_gpu=false does not use")
 
 
 def _check_keep(config: Config) -> None:

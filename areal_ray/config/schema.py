@@ -36,6 +36,7 @@ class WatchdogConfig:
 
     factor: float = 10.0  # so many times the usual time of a step, or of an evaluation's batch, without progress
     floor_s: float = 10.0  # but at least so long
+    connect_s: float = 120.0  # for the ranks to reach each other, before the model is built
     patience_s: float = 1800.0  # for all else: start, restore, the first step, saves (storage may be slow)
 
 

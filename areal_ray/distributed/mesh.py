@@ -18,6 +18,8 @@ from areal_ray.config import MeshConfig
 def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     """Join the process group that the launcher (torchrun, Ray Train) describes; alone, make a group of one.
 
+    A launcher that has made the group has chosen the device, too (Ray Train: `torch.cuda.set_device`), and it is kept.
+
     Args:
         timeout_s: longest wait for the other ranks.
         kind: "cpu" or "cuda"; None takes the GPU where there is one.
@@ -27,23 +29,69 @@ def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
 
     Raises:
         ValueError: if there is no such device.
+        RuntimeError: if the ranks do not reach each other.
     """
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("a GPU is wanted, but torch finds none: is this a CPU build, or a node without one?")
     device = torch.device("cpu")
     if kind != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        device = torch.device("cuda", _local_gpu())
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        # Object collectives and checkpoint traffic go over gloo, so a CPU backend is needed beside nccl.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_s)
-        if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            method = f"tcp://127.0.0.1:{_free_port()}"
-            dist.init_process_group(backend, init_method=method, rank=0, world_size=1, timeout=timeout)
+    gpu = device if device.type == "cuda" else None
+    if dist.is_initialized():
+        world = dist.group.WORLD
+        assert world is not None
+        connect("all ranks", world, device)
+        if gpu is not None and world.bound_device_id is None:
+            # Now that it is connected: groups of some ranks are split off its communicator, where they would otherwise
+            # each find their members by themselves.
+            world.bound_device_id = gpu
+        return device
+    # Object collectives and checkpoint traffic go over gloo, so a CPU backend is needed beside nccl.
+    backend = "cpu:gloo,cuda:nccl" if gpu is not None else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=gpu)
+    else:
+        method = f"tcp://127.0.0.1:{_free_port()}"
+        dist.init_process_group(backend, init_method=method, rank=0, world_size=1, timeout=timeout, device_id=gpu)
+    connect("all ranks", dist.group.WORLD, device)
     return device
+
+
+def _local_gpu() -> int:
+    """Index of this rank's GPU among those that the process sees."""
+    if dist.is_initialized():
+        return torch.cuda.current_device()
+    count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if count == 1:  # each process is shown its own, or it is the only one
+        return 0
+    if local >= count:
+        raise ValueError(f"rank {local} of this node (LOCAL_RANK) has no GPU of its own: it sees {count}")
+    return local
+
+
+def connect(name: str, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Sum a number over a group's ranks, so that its connections are made here and not in the first step.
+
+    NCCL makes a communicator with the group's first collective, and that is where a network that is set up wrongly
+    hangs. Waits for the device.
+
+    Args:
+        name: of the group, for the message.
+        group: the group.
+        device: of this rank.
+
+    Raises:
+        RuntimeError: if it fails, or takes longer than the group's time limit.
+    """
+    try:
+        total = torch.ones(1, device=device)
+        dist.all_reduce(total, group=group)
+        there = int(total)
+    except RuntimeError as error:
+        raise RuntimeError(f"{name} of the mesh cannot reach each other: {error}") from error
+    assert there == dist.get_world_size(group), (name, there)
 
 
 @dataclass(frozen=True)
@@ -87,7 +135,12 @@ class ParallelDims:
             groups += [mesh["shard", "tensor"]._flatten().get_group(), batch_group]
         for group in groups:  # made with the backend's own limit, half an hour for gloo
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
-        return ParallelDims(mesh, fsdp, tensor, batch_group)
+        dims = ParallelDims(mesh, fsdp, tensor, batch_group)
+        for name, size in dims.sizes().items():
+            connect(f"the {size} ranks of dimension {name}", mesh.get_group(name), device)
+        if batch_group is not None:
+            connect("the ranks that share a batch", batch_group, device)
+        return dims
 
     @property
     def batch_rank(self) -> int:

@@ -66,6 +66,8 @@ def train(
     except OSError as error:
         raise ConfigError("run.storage_path", str(error)) from None
     print(f"run directory: {run.storage.location}", flush=True)
+    if config.cluster.use_gpu and (gpus := config.cluster.resources_per_worker.get("GPU", 1)) > 1:
+        print(f"each worker reserves {gpus:g} GPUs and trains on one of them: the others stay unused", flush=True)
     slow = slow_because(config, train=True)
     if slow:
         print(f"restarts take longer, with Ray's public API alone: {slow}", flush=True)

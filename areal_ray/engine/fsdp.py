@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,22 +39,28 @@ class FSDPEngine:
         self._in_step = False  # whether there are gradients that no step has used yet
         self._grad_norm: torch.Tensor | None = None  # their norm
 
-    def initialize(self, weights: bool = True, references: Sequence[str] = ()) -> None:
+    def initialize(
+        self, weights: bool = True, references: Sequence[str] = (), entering: Callable[[str], None] = lambda _: None
+    ) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
 
         Args:
             weights: False leaves parameters undefined, for when a checkpoint is loaded next.
             references: names of frozen models beside it, each with the first weights; see `Objective.references`.
+            entering: told of the phase that begins: connect (all ranks and the groups of the mesh), then build.
 
         Raises:
+            RuntimeError: if ranks do not reach each other; says in which dimension of the mesh.
             RankError: on every rank, if weights cannot be read from model.path.
             ValueError: on every rank, if they are those of another model.
         """
         config = self._config
         self._owns_group = not dist.is_initialized()
+        entering("connect")
         self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
         self.dims = ParallelDims.build(config.engine.mesh, self.device, config.cluster.collective_timeout_s)
         self._ranks = Ranks()
+        entering("build")
         self._sharded = self._build()
         if weights:
             self._sharded.init_weights()

@@ -41,7 +41,12 @@ def process_environment(config: Config) -> dict[str, str]:
     tunables = (
         ["glibc.malloc.hugetlb=1"] if config.cluster.use_gpu else ["glibc.malloc.arena_max=1", "glibc.malloc.hugetlb=1"]
     )
-    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ":".join(tunables)), **config.cluster.env}
+    own = {"GLIBC_TUNABLES": ":".join(tunables)}
+    if (
+        config.cluster.use_gpu
+    ):  # NCCL's flight recorder, see distributed/flight_recorder.py: the older and the newer name
+        own |= {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_FR_BUFFER_SIZE": "2000"}
+    return {**{name: os.environ.get(name, value) for name, value in own.items()}, **config.cluster.env}
 
 
 class ForkServer:

@@ -14,6 +14,7 @@ _PHASES = {
     "start_s": "group",  # until the nodes have room
     "imports_s": "group",  # of new processes, with their start; of standbys next to nothing
     "process_group_s": "group",
+    "connect_s": "training",  # first collectives of all groups of the mesh
     "build_s": "training",  # model, optimizer
     "data_s": "training",  # text, and the other objects of a rank
     "load_s": "training",  # checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import ray.train
 
@@ -12,7 +13,7 @@ from areal_ray.cluster.console import log, say
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.config import Config
 from areal_ray.data import GlobalBatches
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import Ranks, flight_recorder
 from areal_ray.engine import FSDPEngine
 from areal_ray.run import RunDir
 from areal_ray.worker.stragglers import StragglerDetector
@@ -52,10 +53,20 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
         with suppress(OSError):
             attempt = max((event["attempt"] for event in run.events("attempt")), default=0)
         name = f"stacks.a{attempt}.rank{ranks.rank}.txt"
-        fields = {"phase": what.phase, "step": what.step, "seconds": round(what.seconds, 2), "where": what.where}
+        fields: dict[str, Any] = {
+            "phase": what.phase,
+            "step": what.step,
+            "seconds": round(what.seconds, 2),
+            "where": what.where,
+        }
+        trace = flight_recorder.dump() if config.cluster.use_gpu else None
+        if trace is not None:
+            fields["collectives"] = flight_recorder.entered(trace)
         run.note("stuck", say, attempt=attempt, rank=ranks.rank, **fields, waiting=what.waiting, stacks=name)
         with suppress(OSError):  # it is in the log, too
             run.storage.replace(name, what.stacks.encode())
+            if trace is not None:
+                run.storage.replace(f"collectives.a{attempt}.rank{ranks.rank}.pickle", trace)
 
     return Watchdog(config.cluster.watchdog, stuck)
 

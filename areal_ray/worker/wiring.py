@@ -62,13 +62,20 @@ def wire(
         context: of the submission.
         ranks: all ranks.
         watchdog: that watches this rank already.
-        clock: laps build_s and data_s are taken on it.
+        clock: laps connect_s, build_s and data_s are taken on it.
     """
     run, catalog, objective = context.run, Catalog(context.run.storage), build_objective(config.objective)
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
     fresh = not ranks.on_rank_zero(lambda: catalog.last_committed() is not None)
-    engine.initialize(weights=fresh, references=objective.references)
+
+    def entering(phase: str) -> None:
+        if phase == "build":
+            clock.lap("connect_s")
+        if watchdog is not None:
+            watchdog.beat(phase)
+
+    engine.initialize(weights=fresh, references=objective.references, entering=entering)
     attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
     start = Start(attempt, run, ranks, say if ranks.rank == 0 else _silent, catalog)
     places = ranks.gather((socket.gethostname(), os.getpid()))

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
-from areal_ray.cluster.failures import Cause, cause_of, root_cause
+from areal_ray.cluster.failures import Cause, cause_of, hung_cause, root_cause
 from areal_ray.distributed import RankError
 
 pytestmark = pytest.mark.unit
@@ -180,3 +180,14 @@ def test_it_is_known_whether_a_machine_is_to_blame_or_the_code(error):
 )
 def test_of_work_that_failed_together_it_is_known_too(names, infrastructure):
     assert root_cause({0: from_worker(RankError([(1, "a text", names)]))}).infrastructure is infrastructure
+
+
+def test_of_ranks_that_all_wait_the_one_that_has_entered_fewer_collectives_is_the_cause(run):
+    run.event("attempt", attempt=1, world_size=3)
+    for rank, number in ((0, 12), (1, 9), (2, 12)):
+        collectives = {"0:default_pg": [40, "all_reduce"], "1:mesh_shard": [number, "all_gather"]}
+        where = {"phase": "step", "step": 7, "seconds": 60.0, "where": "model.py:1 in forward", "waiting": True}
+        run.event("stuck", attempt=1, rank=rank, **where, collectives=collectives)
+    cause = hung_cause(run, {})
+    assert (cause.rank, cause.kind, cause.infrastructure) == (1, "stuck", True)
+    assert cause.message == "has entered 9 collectives, and the others wait in all_gather 12 of group mesh_shard"

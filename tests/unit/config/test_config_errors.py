@@ -51,6 +51,7 @@ WRONG_OVERRIDES = [
     ("cluster.env={RAY_ADDRESS: x}", "cluster.env.RAY_ADDRESS", "is set by the job itself"),
     ("cluster.env={NCCL_IB_DISABLE: true}", "cluster.env.NCCL_IB_DISABLE", "is True meant as '1', '0' or in quotes?"),
     ("cluster.env={'a b': x}", "cluster.env", "'a b' is no name of a variable"),
+    ("cluster.resources_per_worker={GPU: 1}", "cluster.resources_per_worker", "cluster.use_gpu=false does not use"),
     ("data.held_out=1", "data.held_out", "between 0 and 1"),
     ("data.paths=[a]", "data.paths", "the source is 'stdlib'"),
     ("data.paths[0]=a", "data.paths", ""),
@@ -75,6 +76,12 @@ WRONG_OVERRIDES = [
 ]
 
 WRONG_FILES = [
+    (
+        f"{MODEL}cluster: {{use_gpu: true, resources_per_worker: {{GPU: 0.5}}}}",
+        "cluster.resources_per_worker",
+        "GPU must be 1, not 0.5",
+    ),
+    (f"{MODEL}cluster: {{use_gpu: true, resources_per_worker: {{GPU: 0}}}}", "cluster.resources_per_worker", "not 0"),
     ("train: {step: 3}", "train.step", "did you mean 'steps'?"),
     ("train: {steps: abc}", "train.steps", "could not be converted to Integer"),
     ("train: 5", "train", "section of several keys"),

@@ -50,7 +50,7 @@ def test_a_run_that_never_was(run):
 
 
 START = {"start_s": 0.5, "imports_s": 4.5, "process_group_s": 1.0}
-WORK = {"build_s": 0.5, "data_s": 0.25, "load_s": 0.75, "first_step_s": 2.0}
+WORK = {"connect_s": 0.125, "build_s": 0.5, "data_s": 0.25, "load_s": 0.75, "first_step_s": 2.0}
 FIRST = [
     (1, "submitted"),
     (2, "group", START),
@@ -97,5 +97,5 @@ def test_leaving_on_request_is_a_reason(run):
 def test_the_table_has_a_line_for_every_start(run):
     ledger(run, *FIRST)
     header, line = table(goodput(run)).splitlines()
-    assert header.startswith("attempt  after      detection  teardown  start  imports  process group  build")
-    assert line.split() == ["1", "submitted", "-", "-", "0.5", "4.5", "1.0", "0.5", "0.2", "0.8", "2.0", "-"]
+    assert header.startswith("attempt  after      detection  teardown  start  imports  process group  connect  build")
+    assert line.split() == ["1", "submitted", "-", "-", "0.5", "4.5", "1.0", "0.1", "0.5", "0.2", "0.8", "2.0", "-"]

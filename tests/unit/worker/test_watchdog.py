@@ -49,7 +49,9 @@ def test_the_limit_follows_from_what_steps_have_taken(make, clock, durations, li
     assert dog.limit() == pytest.approx(limit)
 
 
-@pytest.mark.parametrize(("phase", "limit"), [("start", 100.0), ("save", 400.0), ("finish", 400.0)])
+@pytest.mark.parametrize(
+    ("phase", "limit"), [("start", 100.0), ("connect", 30.0), ("build", 100.0), ("save", 400.0), ("finish", 400.0)]
+)
 def test_of_what_waits_for_storage_nothing_is_learned(make, clock, phase, limit):
     dog = make(LIMITS, clock=clock)
     go_through(dog, clock, *[(phase, 0.1)] * 10)

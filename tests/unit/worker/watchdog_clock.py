@@ -2,7 +2,7 @@
 
 from areal_ray.config import WatchdogConfig
 
-LIMITS = WatchdogConfig(factor=10.0, floor_s=8.0, patience_s=100.0)
+LIMITS = WatchdogConfig(factor=10.0, floor_s=8.0, connect_s=30.0, patience_s=100.0)
 SOON = WatchdogConfig(factor=1.0, floor_s=0.1, patience_s=0.1)
 LONG = 60  # seconds after which a test has failed
 TICK_S = 0.25
