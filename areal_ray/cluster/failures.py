@@ -92,6 +92,8 @@ def _describe(rank: int | None, error: BaseException) -> Cause:
         return Cause(rank, _STOPPED, "the process does not answer", infrastructure=True)
     bases = {each.__name__ for each in type(error).__mro__}
     message = " ".join(str(error).split())
+    if "use_deterministic_algorithms" in message:  # which the user has not called
+        message = f"engine.deterministic=true: {message}"
     machine = _is_infrastructure(bases) and not _ASSERTS.search(message)
     return Cause(rank, kind, message, _where(error), machine or _is_collateral(error))
 

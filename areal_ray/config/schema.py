@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ class WatchdogConfig:
     """Limits after which a worker counts as stuck and is ended, so that the run goes on from its last checkpoint."""
 
     factor: float = 10.0  # so many times the usual time of a step, or of an evaluation's batch, without progress
-    floor_s: float = 10.0  # but at least so long
+    floor_s: float | None = None  # but at least so long; null: 60 with GPUs (a network's retries, a compiler), else 10
     connect_s: float = 120.0  # for the ranks to reach each other, before the model is built
     patience_s: float = 1800.0  # for all else: start, restore, the first step, saves (storage may be slow)
 
@@ -107,7 +107,9 @@ class MeshConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
+    precision: Literal["float32", "bfloat16"] | None = None  # of the computation; null: bfloat16 on GPUs, else float32
+    tf32: bool = False  # float32 matrix products with fewer bits of mantissa, on GPUs that can
+    deterministic: bool = False  # the same bits each time on a GPU, too, for some speed
     reshard_after_forward: bool = True  # but for the last unit and the rest, with which the backward pass begins
     activation_checkpointing: bool = False
     compile: bool = False
@@ -207,6 +209,16 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trackers: list[TrackerConfig] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Fill in what is null because it depends on another key, so that everybody sees it."""
+        gpu, watchdog = self.cluster.use_gpu, self.cluster.watchdog
+        if self.engine.precision is None:
+            engine = replace(self.engine, precision="bfloat16" if gpu else "float32")
+            object.__setattr__(self, "engine", engine)
+        if watchdog is not None and watchdog.floor_s is None:
+            limits = replace(watchdog, floor_s=60.0 if gpu else 10.0)
+            object.__setattr__(self, "cluster", replace(self.cluster, watchdog=limits))
 
     @cached_property
     def worker_range(self) -> WorkerRange:

@@ -29,10 +29,7 @@ def parallelize(model: nn.Module, units: Sequence[nn.Module], dims: ParallelDims
     if dims.tensor is not None:
         split_tensors(model, tensor_plan(model, dims.tensor.size()), dims.tensor)
     if config.activation_checkpointing:
-        if not hasattr(model, "gradient_checkpointing_enable"):
-            raise ConfigError("engine.activation_checkpointing", "this model has no gradient_checkpointing_enable()")
-        # The model's own way: a wrapper module would change the names of the parameters, and with them the state.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        _checkpoint_activations(model)
     if config.compile:
         for unit in units:
             unit.compile()
@@ -44,3 +41,14 @@ def parallelize(model: nn.Module, units: Sequence[nn.Module], dims: ParallelDims
         reshard = config.reshard_after_forward and unit is not units[-1]
         fully_shard(unit, mesh=dims.fsdp, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=dims.fsdp, mp_policy=policy, reshard_after_forward=False)
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Have the model do it its own way: a wrapper module would change the names of the parameters, and so the state."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers' name since 5.20, which warns of the other
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)  # type: ignore[operator]
+    elif hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
+    else:
+        raise ConfigError("engine.activation_checkpointing", "this model has no gradient_checkpointing_enable()")

@@ -14,6 +14,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
 from areal_ray.engine import save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
+from areal_ray.engine.determinism import set_process_switches
 from areal_ray.engine.metric_sums import MetricSums
 from areal_ray.engine.objectives import Batch, FunctionObjective, LossFn, LossWeightFn, Objective, text_inputs
 from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm
@@ -56,6 +57,7 @@ class FSDPEngine:
         """
         config = self._config
         self._owns_group = not dist.is_initialized()
+        set_process_switches(config.engine)
         entering("connect")
         self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
         self.dims = ParallelDims.build(config.engine.mesh, self.device, config.cluster.collective_timeout_s)

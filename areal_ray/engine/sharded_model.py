@@ -55,6 +55,8 @@ class ShardedModel:
             self._load_pretrained(path)
         else:
             models.init_weights(self.module, self._config.run.seed)
+        if self._device.type == "cuda":  # what was needed on the way, from the allocator back to the GPU
+            torch.cuda.empty_cache()
 
     def init_buffers(self) -> None:
         """Set what is in no checkpoint, for when weights are loaded next; parameters stay undefined."""

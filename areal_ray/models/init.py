@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
@@ -101,9 +101,23 @@ def _apply_rule(model: nn.Module, module: nn.Module, name: str) -> None:
 
 
 def _keep_part(parameter: torch.Tensor, full: torch.Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        # src_data_rank=None: every rank has the same full tensor, so nothing is sent.
-        full = full.to(parameter.device)
-        parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
-    else:
+    """Copy this rank's part of a tensor that every rank has; only the part goes to the device."""
+    if not isinstance(parameter, DTensor):
         parameter.copy_(full)
+        return
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if all(type(placement) in (Shard, Replicate) for placement in placements):
+        part = full
+        for dim, placement in enumerate(placements):
+            if isinstance(placement, Shard):
+                part = _chunk(part, placement.dim, mesh.size(dim), mesh.get_local_rank(dim))
+        parameter.to_local().copy_(part)
+        return
+    # Tensor parallelism and FSDP over one dimension: parts that are no slices. src_data_rank=None: nothing is sent.
+    parameter.copy_(distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None))
+
+
+def _chunk(tensor: torch.Tensor, dim: int, count: int, index: int) -> torch.Tensor:
+    """One of `count` chunks as DTensor makes them: the last ones may be smaller, or empty."""
+    chunks = torch.chunk(tensor, count, dim)
+    return chunks[index] if index < len(chunks) else tensor.narrow(dim, 0, 0)

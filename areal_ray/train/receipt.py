@@ -8,6 +8,9 @@ from typing import Any
 
 from areal_ray.config import Config
 
+# What a run that goes on from a checkpoint promises to have in common with one that was not disturbed.
+SAME_BITS = "the same bits"
+SAME_STEPS = "the same samples, learning rates and steps; weights to rounding"
 # Where a run lives, how it ends and what goes wrong on purpose do not make it another one.
 _PASSING = ("run.name", "run.storage_path", "run.s3", "run.recover", "run.allow_changes", "train.stop_at", "faults")
 
@@ -19,21 +22,25 @@ class Receipt:
     Args:
         before, now: step, samples, epoch, lr, optimizer_step, global_batch, world_size, mesh.
         changed: [before, now] by key of the config, for the keys that differ.
+        promise: SAME_BITS, or SAME_STEPS where sums are taken in another order: after a change of the mesh, and on GPUs
+            without engine.deterministic.
     """
 
     before: dict[str, Any]
     now: dict[str, Any]
     changed: dict[str, list[Any]]
+    promise: str
 
     def event(self) -> dict[str, Any]:
         """Fields for the event log."""
-        return {"before": self.before, "now": self.now, "changed": self.changed}
+        return {"before": self.before, "now": self.now, "changed": self.changed, "promise": self.promise}
 
     def text(self) -> str:
         """Lines for the console: every value once, both where they differ."""
         shown = [f"{name.replace('_', ' ')} {self._both(name)}" for name in self.now]
         lines = ["  " + ", ".join(shown)]
         lines += [f"  changed: {key} {before} -> {now}" for key, (before, now) in self.changed.items()]
+        lines += [f"  from here on: {self.promise}"] if self.promise != SAME_BITS else []
         return "\n".join(lines)
 
     def _both(self, name: str) -> str:
@@ -71,7 +78,13 @@ def receipt(
     # A key that the version which saved did not know had its default.
     was = {key: old.get(key, _DEFAULTS.get(key)) for key in keys}
     changed = {key: [was[key], new.get(key)] for key in keys if old and was[key] != new.get(key)}
-    return Receipt(before, now, changed)
+    return Receipt(before, now, changed, _promise(before, now, new))
+
+
+def _promise(before: Mapping[str, Any], now: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    same_order = all(before[name] == now[name] for name in ("world_size", "mesh"))
+    fixed_order = not config.get("cluster.use_gpu") or config.get("engine.deterministic")
+    return SAME_BITS if same_order and fixed_order else SAME_STEPS
 
 
 def _position(values: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:

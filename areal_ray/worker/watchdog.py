@@ -76,7 +76,8 @@ class Watchdog:
         last_resort_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits, self._stuck, self._end = limits, stuck, end
+        assert limits.floor_s is not None  # Config fills it in
+        self._limits, self._floor_s, self._stuck, self._end = limits, limits.floor_s, stuck, end
         self._tick_s, self._grace_s, self._last_resort_s, self._clock = tick_s, grace_s, last_resort_s, clock
         self._watched = threading.get_ident()
         self._usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
@@ -124,8 +125,8 @@ class Watchdog:
             # A save that was cut off would begin again, and never be finished.
             return limits.patience_s * (_STORAGE_FACTOR if self._phase in _STORAGE else 1)
         if len(usual) < _ENOUGH:
-            return min(limits.patience_s, max(_EARLY * limits.floor_s, limits.factor * max(usual)))
-        return max(limits.floor_s, limits.factor * statistics.median(usual), 2 * max(usual))
+            return min(limits.patience_s, max(_EARLY * self._floor_s, limits.factor * max(usual)))
+        return max(self._floor_s, limits.factor * statistics.median(usual), 2 * max(usual))
 
     def _arm(self) -> None:
         # A thread in C: it ends the process even if no Python thread runs any more, with the stacks in its log.

@@ -121,6 +121,11 @@ def test_where_is_the_user_s_line_also_if_a_library_raised():
     assert cause.where == f"{__file__}:{line} in test_where_is_the_user_s_line_also_if_a_library_raised"
 
 
+def test_an_operation_that_is_not_deterministic_leads_to_the_key_of_the_config():
+    text = "x does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms(True)'."
+    assert root_cause({0: from_worker(RuntimeError(text))}).message == f"engine.deterministic=true: {text}"
+
+
 def test_a_message_of_many_lines_is_told_in_one():
     assert root_cause({0: from_worker(ValueError("one\n  two\n\nthree"))}).message == "one two three"
 

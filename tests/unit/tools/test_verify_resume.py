@@ -10,6 +10,7 @@ from areal_ray.config import ConfigError, load
 from areal_ray.distributed import Ranks
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
+from areal_ray.tools import verify_resume as module
 from areal_ray.tools.verify_resume import Segment, _close, _exact, _kills, _resized, verify_resume
 from tests.unit.checkpoint.boxes import Box
 from tests.unit.config.test_config import TINY
@@ -104,3 +105,20 @@ def test_the_number_of_workers_goes_there_and_back():
 def test_too_few_steps_for_the_kills_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="too few"):
         verify_resume(TINY, ["train.steps=4", "optim.warmup_steps=1"], tmp_path, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "promised"),
+    [
+        ([], ["_exact killed", "_close resized"]),
+        (["cluster.use_gpu=true", "engine.deterministic=true"], ["_exact killed", "_close resized"]),
+        (["cluster.use_gpu=true"], ["_close killed", "_close resized"]),
+    ],
+)
+def test_on_gpus_a_kill_keeps_the_bits_only_where_that_is_promised(tmp_path, monkeypatch, overrides, promised):
+    asked = []
+    monkeypatch.setattr(module, "_run", lambda *_: None)
+    for name in ("_exact", "_close"):
+        monkeypatch.setattr(module, name, lambda run, *_, name=name: asked.append(f"{name} {run}") or [])
+    assert verify_resume(TINY, overrides, tmp_path / "runs", seed=0, kills=2) == []
+    assert asked == promised

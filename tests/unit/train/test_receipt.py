@@ -42,7 +42,7 @@ def test_a_restore_as_it_was_shows_every_value_once_and_no_change():
     assert same.text() == (
         "  step 40, samples 320, epoch 1, lr 0.001, optimizer step 40, global batch 8, world size 2, mesh shard 2"
     )
-    assert same.event() == {"before": same.now, "now": same.before, "changed": {}}
+    assert same.event() == {"before": same.now, "now": same.before, "changed": {}, "promise": "the same bits"}
 
 
 def test_what_differs_is_shown_before_and_now():
@@ -52,6 +52,23 @@ def test_what_differs_is_shown_before_and_now():
     assert "world size 2 -> 4, mesh shard 2 -> replicate 2 x shard 2" in other.text()
     assert other.changed == {"optim.lr": [0.001, 0.01]}
     assert "  changed: optim.lr 0.001 -> 0.01" in other.text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "promise"),
+    [
+        ({}, {}, "the same bits"),
+        ({"cluster": {"use_gpu": True}, "engine": {"deterministic": True}}, {}, "the same bits"),
+        ({"cluster": {"use_gpu": True}, "engine": {"deterministic": False}}, {}, "weights to rounding"),
+        ({}, {"world_size": 4}, "weights to rounding"),
+        ({}, {"mesh": {"replicate": 2}}, "weights to rounding"),
+    ],
+)
+def test_it_says_what_is_promised_from_here_on(config, layout, promise):
+    saved = {**INFO, "config": {**INFO["config"], **config}}
+    given = receipt(VALUES, saved, VALUES, {**saved, **layout})
+    assert promise in given.event()["promise"]
+    assert ("  from here on: " in given.text()) is (promise != "the same bits")
 
 
 def test_name_place_end_and_faults_are_no_changes():

@@ -87,7 +87,7 @@ def test_while_there_are_beats_nothing_happens(make, clock):
 
 
 def test_a_beat_in_the_last_moment_counts(make, clock, monkeypatch):
-    dog = make(WatchdogConfig(patience_s=5.0), clock=clock)
+    dog = make(WatchdogConfig(floor_s=10.0, patience_s=5.0), clock=clock)
     stacks = module._place
 
     def place(frame):

@@ -46,7 +46,7 @@ def test_it_is_told_before_the_process_ends(make):
 
 
 def test_once_stopped_it_ends_nothing(make):
-    dog = make(WatchdogConfig(patience_s=3600.0), tick_s=0.01)
+    dog = make(WatchdogConfig(floor_s=10.0, patience_s=3600.0), tick_s=0.01)
     dog.start()
     assert dog._thread.is_alive()
     dog.stop()
@@ -67,7 +67,7 @@ def python(*lines, **options):
 
 def test_once_stopped_the_last_resort_is_called_off():
     lines = [
-        "dog = watchdog.Watchdog(WatchdogConfig(patience_s=1.0), print, last_resort_s=0.1)",
+        "dog = watchdog.Watchdog(WatchdogConfig(floor_s=10.0, patience_s=1.0), print, last_resort_s=0.1)",
         "dog.start()",
         "dog.stop()",
         "ctypes.PyDLL(None).usleep(2_000_000)",  # twice as long as the last resort would have taken
@@ -80,7 +80,8 @@ def test_once_stopped_the_last_resort_is_called_off():
 
 def test_a_hang_ends_the_process_with_the_status_that_says_so():
     lines = [
-        "dog = watchdog.Watchdog(WatchdogConfig(patience_s=0.1), lambda what: print(what.where, flush=True))",
+        "limits = WatchdogConfig(floor_s=10.0, patience_s=0.1)",
+        "dog = watchdog.Watchdog(limits, lambda what: print(what.where, flush=True))",
         "dog.start()",
         "threading.Event().wait()",
     ]
@@ -91,7 +92,7 @@ def test_a_hang_ends_the_process_with_the_status_that_says_so():
 
 def test_a_hang_of_the_interpreter_itself_ends_by_the_last_resort():
     lines = [
-        "watchdog.Watchdog(WatchdogConfig(patience_s=0.1), print, last_resort_s=0.2).start()",
+        "watchdog.Watchdog(WatchdogConfig(floor_s=10.0, patience_s=0.1), print, last_resort_s=0.2).start()",
         "print('hanging', flush=True)",
         "ctypes.PyDLL(None).sleep(1_000_000)",  # unlike CDLL it keeps the interpreter to itself
     ]
@@ -105,7 +106,7 @@ def test_a_hang_of_the_interpreter_itself_ends_by_the_last_resort():
 
 def test_a_process_that_was_stopped_and_goes_on_is_not_ended():
     lines = [
-        "dog = watchdog.Watchdog(WatchdogConfig(patience_s=2.0), print)",
+        "dog = watchdog.Watchdog(WatchdogConfig(floor_s=10.0, patience_s=2.0), print)",
         "dog.start()",
         "os.kill(os.getpid(), signal.SIGSTOP)",
         "for _ in range(3):",
