@@ -143,8 +143,9 @@ def go_through(rank: int, parent: str) -> dict[str, Any]:
     seen["restored"] = [name for name, _ in back.restored]
     seen["restored differs"] = differing(back.restored[0][1], whole.weights[EVERY + 1][0])
     late = Run(f"{parent}/late", LATE, "train.bad_step.on_bad=skip", fault=NAN_ON_RANK_1).train()
-    # No line is due after the bad step, or its verdict would be asked for at once.
-    back_late = ["train.bad_step.on_bad=rollback", "logging.every_steps=3"]
+    # No line and no copy is due after the bad step, or its verdict would be asked for at once.
+    nothing_due = ["logging.every_steps=3", "checkpoint.memory_every_steps=null"]
+    back_late = ["train.bad_step.on_bad=rollback", *nothing_due]
     late_back = Run(f"{parent}/late_back", LATE, *back_late, fault=NAN_ON_RANK_1).train()
     seen["late"] = [run.standing()[1:] for run in (late, late_back, skipped)]
     seen["late differs"] = [differing(run.standing()[0], skipped.standing()[0]) for run in (late, late_back)]
