@@ -79,12 +79,12 @@ def refuse(rank: int, overrides: list[str]) -> dict[str, Any]:
     train_masked(engine, 4, loss=torch.nan)
     seen["changed by a masked step"] = differing(snapshot(engine), before)
     seen["gradients"] += [name for name, p in engine.model.named_parameters() if p.grad is not None]
-    masked = train_masked(engine, 5), train_masked(engine, 6)
     other.lr_scheduler_step()
-    train(other, seed=5)
-    plain = train(other, seed=6)
+    for each in (engine, other):  # the device's word was about that step alone
+        train(each, seed=5)
+    masked, plain = train_masked(engine, 6), train(other, seed=6)
     seen["masked differs"] = differing(snapshot(engine), snapshot(other))
-    seen["numbers of the last"] = masked[1].numbers(), (plain["loss"], plain["grad_norm"])
+    seen["numbers of the last"] = masked.numbers(), (plain["loss"], plain["grad_norm"])
     seen["gradients"] += [name for name, p in engine.model.named_parameters() if p.grad is not None]
     return seen
 
