@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from areal_ray.config import BadStepConfig, ConfigError
@@ -44,19 +44,21 @@ def outcome(lag, config, values, windows, settles):
     return repr(run.heard), repr(known), run.guard.state_dict()
 
 
-numbers = st.floats(width=32) | st.floats(0.125, 10, width=32)
+# Mostly those that lie at each other's limits, to the last bit: the float32 that is nearest to 1.1 is a little more.
+numbers = st.sampled_from([1.0, 1.0, 1.100000023841858, 1.5, 2.0, 3.0, -1.0, NAN]) | st.floats(width=32)
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(
-    st.lists(st.tuples(numbers, st.sampled_from([1.0, 1.0, 1.0, NAN, INF])), max_size=25),
+    st.lists(st.tuples(numbers, st.sampled_from([1.0] * 9 + [NAN, INF])), max_size=25),
     st.integers(1, 6),
-    st.sampled_from([1.0000001, 1.5, 2.0, 1e300]),
+    st.sampled_from([1.0000001, 1.1, 1.5, 2.0, 1e300]),
     st.sampled_from(["skip", "stop", "rollback"]),
     st.integers(1, 6),
 )
+@example([(1.0, 1.0), (1.100000023841858, 1.0)], 1, 1.1, "skip", 3)
 def test_the_device_decides_as_the_host_does_and_the_same_follows(values, window, factor, action, settles):
-    config = BadStepConfig(on_bad=action, spike_factor=factor, max_bad_steps=5)
+    config = BadStepConfig(on_bad=action, spike_factor=factor, max_bad_steps=12)
     assert outcome(1, config, values, window, settles) == outcome(0, config, values, window, 1)
 
 
