@@ -123,6 +123,7 @@ class BadStepConfig:
     spike_factor: float | None = None  # a loss above so many times the median of the last good ones; null: no spikes
     spike_window: int = 20  # how many of the last good losses; before there are so many nothing is a spike
     max_bad_steps: int = 10  # left out in the life of the run; with the next one it stops
+    lag: Literal[0, 1] = 0  # 1: decided on the device and recorded a step later, so that the host never waits for it
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 
 from areal_ray.data.dataset import TokenDataset
+from areal_ray.data.prefetch import Batch, Rows, batch_maker
 
 absl.logging.set_verbosity(absl.logging.ERROR)  # grain warns at import that JAX is not there
 import grain.python as grain  # noqa: E402
-
-Batch = dict[str, torch.Tensor]
 
 
 class GlobalBatches:
@@ -30,7 +29,7 @@ class GlobalBatches:
         seed: of the shuffle, which differs from epoch to epoch.
         global_batch_size: sequences per batch over all ranks.
         rank, world_size: which part is this rank's: rows rank, rank + world_size, ... of the global batch.
-        device: where batches are put.
+        device: where batches are put. To a GPU they are brought one ahead of need; the cursor knows nothing of that.
         may_differ: "data" or "run.seed", if a checkpoint's cursor may be taken over into other data or another order.
         record: told of every global batch: the cursor at which it begins and the numbers of its sequences.
     """
@@ -48,14 +47,15 @@ class GlobalBatches:
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(f"a global batch of {global_batch_size} cannot be shared evenly by {world_size} ranks")
-        self._sequences, self._device = sequences, torch.device(device)
+        self._sequences = sequences
         # Random access, O(1) memory: grain's shuffle is a permutation computed per index.
         self._order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
         self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
         self._fingerprint, self._seed, self._may_differ = sequences.fingerprint, seed, may_differ
         self._record = record
+        self._maker = batch_maker(self._rows, global_batch_size, torch.device(device))
         self.next_sample = 0
-        self.seconds = 0.0  # spent on making batches
+        self.seconds = 0.0  # that training has waited for batches
 
     @property
     def epoch(self) -> int:
@@ -67,26 +67,37 @@ class GlobalBatches:
         return [int(self._order[n]) for n in range(first, first + self._batch_size)]
 
     def __next__(self) -> Batch:
-        """This rank's rows as tensors: what the data set gives, each (global_batch_size / world_size, seq_len)."""
+        """This rank's rows as tensors: what the data set gives, each (global_batch_size / world_size, seq_len).
+
+        An attention mask of nothing but ones is left out.
+        """
         began = time.perf_counter()
+        first = self.next_sample
         if self._record is not None:
-            self._record(self.next_sample, self.ids(self.next_sample))
-        after = self.next_sample + self._batch_size
-        mine = [int(self._order[n]) for n in range(self.next_sample + self._rank, after, self._world_size)]
-        self.next_sample = after
-        batch = {name: self._on_device(rows) for name, rows in self._sequences[np.asarray(mine)].items()}
+            self._record(first, self.ids(first))
+        self.next_sample = first + self._batch_size
+        batch = self._maker.take(first)
         self.seconds += time.perf_counter() - began
         return batch
 
-    def _on_device(self, rows: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(rows)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+    def _rows(self, first: int) -> Rows:
+        """This rank's rows of the global batch that begins at cursor `first`. On a GPU called ahead, in a thread."""
+        mine = range(first + self._rank, first + self._batch_size, self._world_size)
+        rows = dict(self._sequences[np.asarray([int(self._order[n]) for n in mine])])
+        # Here, where it costs nothing. Of a mask the model asks on the device whether it masks anything, and waits.
+        if "attention_mask" in rows and rows["attention_mask"].all():
+            del rows["attention_mask"]
+        return rows
 
     def skip(self) -> None:
         """Go past the next batch without making it."""
         if self._record is not None:
             self._record(self.next_sample, self.ids(self.next_sample))
         self.next_sample += self._batch_size
+
+    def close(self) -> None:
+        """Let go of what is made ahead; there will be no next batch."""
+        self._maker.close()
 
     def __iter__(self) -> GlobalBatches:
         return self

@@ -12,7 +12,9 @@ IGNORED = -100  # in labels: nothing is predicted at this position; cross entrop
 class TokenDataset(Protocol):
     """Rows of equal length, the same on every machine and at every start.
 
-    A data source of one's own (`data.source: package.module:function`) returns two of them; see `load_splits`.
+    A data source of one's own (`data.source: package.module:function`) returns two of them; see `load_splits`. Where
+    there is a GPU each is read in a thread of its own, so that both may be read at once, and beside a training step:
+    rows must not be drawn from the global random generators.
     """
 
     def __len__(self) -> int:
@@ -23,8 +25,8 @@ class TokenDataset(Protocol):
         """The rows of the given numbers, int64, each array of shape (len(indices), seq_len).
 
         `input_ids`; `labels`, shifted already: the token after each position, -100 where nothing is predicted;
-        `attention_mask` where rows are padded; `position_ids` where several documents are packed into a row; and
-        whatever else the objective reads.
+        `attention_mask` where rows are padded (one of nothing but ones is left out of the batch); `position_ids` where
+        several documents are packed into a row; and whatever else the objective reads.
         """
         ...
 

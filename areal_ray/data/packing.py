@@ -30,9 +30,9 @@ class PackedTokens:
         return len(self._sequences)
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """input_ids, labels and attention_mask (all ones) of the sequences of the given numbers."""
+        """input_ids and labels of the sequences of the given numbers; there is no padding to mask."""
         input_ids = self._sequences[indices].astype(np.int64)
-        return {"input_ids": input_ids, "labels": next_tokens(input_ids), "attention_mask": np.ones_like(input_ids)}
+        return {"input_ids": input_ids, "labels": next_tokens(input_ids)}
 
     @cached_property
     def fingerprint(self) -> str:

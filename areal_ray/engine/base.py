@@ -54,6 +54,10 @@ class StepResult:
     lr: float
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def scalars(self) -> dict[str, torch.Tensor]:
+        """All of it that is on the device, by the names of the run's metrics."""
+        return {"loss": self.loss, "grad_norm": self.grad_norm, **self.metrics}
+
     def numbers(self) -> tuple[float, float]:
         """Loss and gradient norm. Waits for the device, once."""
         loss, grad_norm = torch.stack([self.loss, self.grad_norm]).tolist()
@@ -104,6 +108,11 @@ class TrainEngine(Protocol):
         """The rate of the next optimizer step."""
         ...
 
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether `optimizer_step` takes `refused`; an optimizer of one's own need not support it."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """world_size and mesh, for the manifest."""
         ...
@@ -112,8 +121,13 @@ class TrainEngine(Protocol):
         """Gradients of the objective's mean over the global batch of which `batch` is this rank's part."""
         ...
 
-    def optimizer_step(self) -> None:
-        """Clip the gradients, change the weights, drop the gradients."""
+    def optimizer_step(self, refused: torch.Tensor | None = None) -> None:
+        """Clip the gradients, change the weights, drop the gradients.
+
+        Args:
+            refused: a float32 scalar on the device, known there when the update's turn comes: if it is 1, weights and
+                optimizer state stay what they are, bit for bit; if it is 0, the step is as without it.
+        """
         ...
 
     def skip_step(self) -> None:

@@ -17,8 +17,9 @@ from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
 from areal_ray.engine.determinism import set_process_switches
 from areal_ray.engine.metric_sums import MetricSums
 from areal_ray.engine.objectives import Batch, FunctionObjective, LossFn, LossWeightFn, Objective, text_inputs
-from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm
+from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm, skips_on_device
 from areal_ray.engine.randomness import reseed
+from areal_ray.engine.scalars import positive_or_one, scalar_on
 from areal_ray.engine.sharded_model import ShardedModel
 from areal_ray.engine.state import DCPState, plain_group_values
 
@@ -112,6 +113,10 @@ class FSDPEngine:
     def lr(self) -> float:
         return self._schedule.lr(self._config.optim.lr)
 
+    @property
+    def skips_on_device(self) -> bool:
+        return skips_on_device(self.optimizer)
+
     def describe(self) -> dict[str, Any]:
         return {"world_size": self._ranks.size, "mesh": self.dims.sizes()}
 
@@ -141,7 +146,7 @@ class FSDPEngine:
             output = self._sharded(objective.model_inputs(prepared))
             summed.wait()
             mean, values = objective.loss(output, prepared)
-            loss = mean * (weight / torch.where(total > 0, total, 1.0))  # without a token to predict nothing changes
+            loss = mean * (weight / positive_or_one(total))  # without a token to predict nothing changes
             # FSDP averages over the parts of the batch; the mean here is over the weights of all of them.
             (loss * self.dp_size).backward()
             loss_sum += loss.detach()
@@ -157,12 +162,17 @@ class FSDPEngine:
         self._grad_norm = grad_norm
         return StepResult(loss_sum, grad_norm, self.lr, metrics.means(self.dims.batch_group))
 
-    def optimizer_step(self) -> None:
+    def optimizer_step(self, refused: torch.Tensor | None = None) -> None:
         assert self._grad_norm is not None, "forward_backward comes first"
         clip_gradients(self.model.parameters(), self._config.optim.clip_grad_norm, self._grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._schedule.lr(group["initial_lr"])
-        self.optimizer.step()
+        if refused is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.found_inf = refused  # type: ignore[attr-defined]  # see optim.skips_on_device
+            self.optimizer.step()
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
         self.skip_step()
 
     def skip_step(self) -> None:
@@ -232,4 +242,4 @@ class FSDPEngine:
         return objective.prepare(micro, {name: reference.frozen for name, reference in self._references.items()})
 
     def _weight(self, objective: Objective, micro: Batch) -> torch.Tensor:
-        return torch.as_tensor(objective.weight(micro)).to(self.device, torch.float32)
+        return scalar_on(self.device, objective.weight(micro)).float()

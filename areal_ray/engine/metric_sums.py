@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from areal_ray.engine.scalars import positive_or_one, scalar_on
+
 
 class MetricSums:
     """Sums values with their weights; one collective for all of them, the same on all ranks whatever they have seen.
@@ -29,7 +31,7 @@ class MetricSums:
         for name, value in values.items():
             if name not in self._places:
                 raise ValueError(f"the objective's loss() gives `{name}`, which is not among its `metrics`")
-            given = torch.as_tensor(value, device=self._sums.device).detach().double()
+            given = scalar_on(self._sums.device, value).double()
             self._sums[:, self._places[name]] += torch.stack([given * weight, weight.double()])
 
     def means(self, group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
@@ -37,5 +39,5 @@ class MetricSums:
         if not self._places:
             return {}
         dist.all_reduce(self._sums, group=group)
-        means = self._sums[0] / torch.where(self._sums[1] > 0, self._sums[1], 1.0)
+        means = self._sums[0] / positive_or_one(self._sums[1])
         return dict(zip(self._places, means.unbind(), strict=True))

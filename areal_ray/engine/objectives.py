@@ -22,7 +22,8 @@ IGNORED = -100  # in labels: nothing is predicted at this position
 class Objective(ABC):
     """A loss and how it is weighted; one's own is a subclass, named by `objective: {name: package.module:Class}`.
 
-    All methods are given a micro-batch: a dict of this rank's tensors on its device, first dimension the rows.
+    All methods are given a micro-batch: a dict of this rank's tensors on its device, first dimension the rows. There is
+    no `attention_mask` in it where the rows of the batch have no padding.
 
     Attributes:
         references: names of frozen models that `prepare` needs. Each is the run's model with its first weights.
@@ -118,7 +119,7 @@ def next_token_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
     Args:
         logits: (B, S, vocabulary).
-        batch: labels of shape (B, S), or input_ids and attention_mask, see `labels_of`.
+        batch: labels of shape (B, S), or input_ids and perhaps attention_mask, see `labels_of`.
     """
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), labels_of(batch).flatten(), ignore_index=IGNORED, reduction="sum"
@@ -134,10 +135,13 @@ def predicted_tokens(batch: Batch) -> torch.Tensor:
 def labels_of(batch: Batch) -> torch.Tensor:
     """The token to predict at each position, (B, S); -100 for none.
 
-    A batch without `labels` is text in which every attended token but the first of a row is predicted.
+    A batch without `labels` is text in which every attended token but the first of a row is predicted; without
+    `attention_mask` all are attended.
     """
     if "labels" in batch:
         return batch["labels"]
-    targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, IGNORED)
+    targets = batch["input_ids"][:, 1:]
+    if "attention_mask" in batch:
+        targets = targets.masked_fill(batch["attention_mask"][:, 1:] == 0, IGNORED)
     # Of the logits no position is cut off instead: that would copy them all.
     return F.pad(targets, (0, 1), value=IGNORED)

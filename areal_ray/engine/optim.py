@@ -50,6 +50,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, restored: bool = Fals
     return made
 
 
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step reads `optimizer.found_inf`, a scalar on the device, and changes nothing where that is 1.
+
+    That is torch's convention between GradScaler and its fused optimizers; their step counters stay, too.
+    """
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return supports and "grad_scaler" not in inspect.signature(optimizer.step).parameters  # the older convention
+
+
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups as torch's optimizers take them: params, lr and weight_decay.
 

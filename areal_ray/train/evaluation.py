@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from areal_ray.data import GlobalBatches
 from areal_ray.engine import Objective, TrainEngine
+from areal_ray.engine.scalars import Reading
 
 
 class Evaluator:
@@ -36,11 +38,18 @@ class Evaluator:
         A collective.
         """
         sums, weight = dict[str, float](), 0.0
+        readings = deque[Reading]()
         batches = self._open()
-        for _ in range(self._count):
+        for i in range(self._count + 1):
             self._alive()
-            result = self._engine.evaluate(next(batches), self._objective)
-            for name, value in {"loss": result.loss, **result.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * float(result.weight)
-            weight += float(result.weight)
+            if i < self._count:
+                result = self._engine.evaluate(next(batches), self._objective)
+                readings.append(Reading([result.weight, result.loss, *result.metrics.values()]))
+                names = "loss", *result.metrics
+            if i > 0:  # a batch is read when the next one is under way
+                own, *values = readings.popleft().values()
+                for name, value in zip(names, values, strict=True):
+                    sums[name] = sums.get(name, 0.0) + value * own
+                weight += own
+        batches.close()
         return {f"held_out_{name}": total / weight for name, total in sums.items()}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from areal_ray.data import GlobalBatches
-from areal_ray.engine import Objective, StepResult, TrainEngine
-from areal_ray.train.bad_steps import BadStepPolicy, Verdict
+from areal_ray.engine import Objective, TrainEngine
+from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import Cadence
 from areal_ray.train.evaluation import Evaluator
 from areal_ray.train.recovery import PendingSave, RecoverHandler
@@ -105,31 +105,33 @@ def train(job: Job) -> None:
         job.run.before_step(progress.step + 1)
         metrics.begin_step()
         lr = job.engine.lr
-        result, verdict = _step(job, progress.step + 1)
-        if verdict == "rollback":
-            job.run.enter("restore")
-            if job.roll_back():
-                continue
+        _step(job, progress.step + 1)
         progress.step += 1
         progress.samples = job.batches.next_sample
         at = progress.step, job.batches.epoch
-        metrics.end_step(*at, lr, result if verdict == "take" else None)
+        evaluating = job.evaluator is not None and (job.evaluate.due(*at) or progress.step == job.total_steps)
+        saving, copying = job.save.due(*at) or progress.step == job.last_step, job.copy.due(*at)
+        if _went_back(job, now=evaluating or saving or copying or metrics.due(*at)):
+            continue
+        metrics.end_step(*at, lr)
         progress.metrics = {}
-        if job.evaluator and (job.evaluate.due(*at) or progress.step == job.total_steps):
+        if evaluating and job.evaluator:
             job.evaluate.fired(*at)
             progress.metrics = job.evaluator.run()
             metrics.evaluated(progress.metrics)
         metrics.write(progress.step)
         leaving = job.run.leaving()
-        if job.save.due(*at) or leaving or progress.step == job.last_step:
+        if leaving and _went_back(job, now=True):
+            continue  # asked again after the next step
+        if saving or leaving:
             job.save.fired(*at)
             job.run.enter("save")
-            if result is not None and verdict == "take":
-                progress.metrics["loss"] = float(result.loss)  # waits for the device, as the save does anyway
+            if metrics.loss is not None:
+                progress.metrics["loss"] = metrics.loss
             save = job.recover.save(progress.step, progress.metrics, must=leaving or progress.step == job.last_step)
             if save is not None:
                 job.run.saving(save, progress.metrics)
-        elif job.copy.due(*at):
+        elif copying:
             job.copy.fired(*at)
             job.run.enter("copy")
             job.recover.save_to_memory(progress.step)
@@ -140,19 +142,32 @@ def train(job: Job) -> None:
     job.run.check()
 
 
-def _step(job: Job, step: int) -> tuple[StepResult | None, Verdict]:
-    """One step of the schedule, which changes the weights or is left out; its numbers, if it was computed."""
-    result: StepResult | None = None
-    verdict: Verdict = "skip"
+def _step(job: Job, step: int) -> None:
+    """One step of the schedule, which changes the weights or is left out."""
+    first, result = job.batches.next_sample, None
     if job.bad_steps.is_skipped(step):
         job.batches.skip()
     else:
         result = job.engine.forward_backward(next(job.batches), job.objective)
-        verdict = job.bad_steps.judge(step, *result.numbers())
-    if verdict == "take":
+    update = job.bad_steps.judge(step, result, range(first, job.batches.next_sample))
+    if update.wanted:
         job.recover.wait_for_copy()
-        job.engine.optimizer_step()
+        job.engine.optimizer_step(update.refused)
     else:
         job.engine.skip_step()
     job.engine.lr_scheduler_step()
-    return result, verdict
+
+
+def _went_back(job: Job, now: bool) -> bool:
+    """Follow the verdicts on steps as they become known; whether the run has gone back to its last checkpoint.
+
+    Args:
+        now: that on the newest step too, as something is to be done with what it has left.
+    """
+    judged = job.bad_steps.settle(now)
+    for each in judged:
+        job.metrics.add(each.values if each.verdict == "take" else None)
+    if all(each.verdict != "rollback" for each in judged):
+        return False
+    job.run.enter("restore")
+    return job.roll_back()

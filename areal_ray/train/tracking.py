@@ -6,9 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from areal_ray.engine import StepResult
 from areal_ray.train.cadence import Cadence
 from areal_ray.train.sinks import MetricsSink
 
@@ -16,27 +13,26 @@ from areal_ray.train.sinks import MetricsSink
 class Window:
     """Means over the steps of one logging window.
 
-    Values stay on their device until `flush`, so that adding one never waits for the GPU. Part of a checkpoint: a run
-    resumed in the middle of a window logs the same mean as one that was not disturbed.
+    Part of a checkpoint: a run resumed in the middle of a window logs the same mean as one that was not disturbed.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor | float] = {}
+        self._sums: dict[str, float] = {}
         self._count = 0
 
-    def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
+    def add(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + (value.double() if torch.is_tensor(value) else value)
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
 
     def flush(self) -> dict[str, float]:
         """The mean of every value since the last flush."""
-        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        means = {name: total / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {name: float(total) for name, total in self._sums.items()}, "count": self._count}
+        return {"sums": dict(self._sums), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._sums, self._count = dict(state["sums"]), state["count"]
@@ -56,6 +52,7 @@ class StepMetrics:
         self._cadence, self._sinks = cadence, sinks
         self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
         self._window = Window()
+        self.loss: float | None = None  # of the newest step; None: it was left out
         self._skipped = 0  # steps of this window that were left out
         self._line: dict[str, Any] = {}
         self._began = self._seconds = 0.0
@@ -65,24 +62,30 @@ class StepMetrics:
         """Begin to time a step. What lies between the steps (evaluation, saves) does not count as their time."""
         self._began = time.perf_counter()
 
-    def end_step(self, step: int, epoch: int, lr: float, result: StepResult | None) -> None:
-        """Take the numbers of a finished step; None: it was left out, and is in no mean.
+    def add(self, values: Mapping[str, float] | None) -> None:
+        """Take the numbers of the next step in order; None: it was left out, and is in no mean."""
+        self._skipped += values is None
+        self.loss = None if values is None else values["loss"]
+        if values is not None:
+            self._window.add(values)
+
+    def due(self, step: int, epoch: int) -> bool:
+        """Whether there is to be a line after this step."""
+        return self._cadence.due(step, epoch) or step == self._total_steps
+
+    def end_step(self, step: int, epoch: int, lr: float) -> None:
+        """End to time a step; if a line is due, the numbers of all steps so far must have been added.
 
         Args:
             step: counted from 1.
             epoch: passes over the data that are complete.
             lr: that the step had.
-            result: its numbers.
         """
-        self._skipped += result is None
-        if result is not None:
-            self._window.add({"loss": result.loss, "grad_norm": result.grad_norm, **result.metrics})
-        due = self._cadence.due(step, epoch) or step == self._total_steps
-        means = self._window.flush() if due else {}  # waits for the device, so it belongs to the steps' time
         self._seconds += time.perf_counter() - self._began
         self._steps_timed += 1
-        if not due:
+        if not self.due(step, epoch):
             return
+        means = self._window.flush()
         self._cadence.fired(step, epoch)
         seconds = self._seconds / self._steps_timed
         timing = {"tokens_per_s": round(self._tokens_per_step / seconds, 1), "step_time_s": round(seconds, 4)}

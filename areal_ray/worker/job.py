@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.config import Config
+from areal_ray.config import Config, ConfigError
 from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer, load_splits
 from areal_ray.distributed import Ranks
 from areal_ray.engine import Objective, TrainEngine
@@ -47,8 +47,17 @@ def build_job(
         make_recover: of everything that makes the run resumable, by name.
         journal: told of bad steps.
         planned_restart: exception that has the workers started again, see `Restore`.
+
+    Raises:
+        ConfigError: if the optimizer cannot do what train.bad_step.lag asks for.
     """
     train, every, run = config.train, config.checkpoint, start.run
+    if train.bad_step.lag and not engine.skips_on_device:
+        text = (
+            f"1 needs an optimizer that can be told on the device to change nothing (torch's fused ones; "
+            f"_step_supports_amp_scaling), and {config.optim.name} makes one that cannot: 0 works with every optimizer"
+        )
+        raise ConfigError("train.bad_step.lag", text)
 
     def batches(of: TokenDataset, record: Callable[[int, list[int]], None] | None = None) -> GlobalBatches:
         sizes = train.global_batch_size, engine.dp_rank, engine.dp_size
@@ -69,8 +78,7 @@ def build_job(
     bad_steps = BadStepPolicy(
         train.bad_step,
         start.ranks.on_rank_zero(start.left_out_steps),
-        # The cursor is behind the step's batch, the progress before it.
-        lambda refusal: journal.refused(refusal, progress.samples, cursor.next_sample - progress.samples),
+        lambda refusal: journal.refused(refusal, refusal.samples.start, len(refusal.samples)),
     )
     state: dict[str, Stateful] = {
         "engine": engine.state,

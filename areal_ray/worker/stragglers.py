@@ -76,9 +76,14 @@ class StragglerDetector:
         self._steps += 1
         if self._steps < self._every:
             return
-        if self._cuda:  # the step's numbers have been read, so all of this has happened
-            self._seconds = sum(began.elapsed_time(ended) for began, ended in self._pairs) / 1e3
-            self._pairs = []
+        if self._cuda:
+            # What the device has not come to yet counts with the next comparison: asking for it now would wait.
+            pairs, self._pairs = self._pairs, []
+            for began, ended in pairs:
+                if ended.query():
+                    self._seconds += began.elapsed_time(ended) / 1e3
+                else:
+                    self._pairs.append((began, ended))
         made, now = self._making(), self._clock()
         own = (self._seconds + made - self._made) / self._steps
         wall = (now - self._began) / self._steps

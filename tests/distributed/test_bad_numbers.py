@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Fault
-from areal_ray.engine import FSDPEngine
+from areal_ray.engine import FSDPEngine, StepResult
 from areal_ray.engine.objectives import LanguageModeling, next_token_loss, predicted_tokens
 from tests.distributed.bad_numbers_run import BAD, EVERY, STEPS, Run
 from tests.distributed.ranks import run_ranks
@@ -30,6 +30,7 @@ from tests.distributed.small import (
 pytestmark = pytest.mark.distributed
 
 REFUSING = ["plain", "hsdp", "keep_gathered", "unclipped"]
+LATE = "train.bad_step.lag=1"
 NAN_ON_RANK_1 = Fault("nan", 1, BAD)
 
 
@@ -40,6 +41,19 @@ def train_spoiled(engine: FSDPEngine, seed: int) -> dict[str, Any]:
         return next_token_loss(logits, batch) * (torch.nan if dist.get_rank() == 1 else 1.0)
 
     return engine.train_batch(local_batch(seed), loss_fn, predicted_tokens)
+
+
+def train_masked(engine: FSDPEngine, seed: int, loss: float = 1.0) -> StepResult:
+    """A step whose update the device decides upon: 1 where its numbers are not finite, as seen by rank 1's loss."""
+
+    class Spoiled(LanguageModeling):
+        def loss(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
+            return next_token_loss(output, batch) * (loss if dist.get_rank() == 1 else 1.0), {}
+
+    result = engine.forward_backward(local_batch(seed), Spoiled())
+    engine.optimizer_step((~torch.isfinite(result.loss)).float())
+    engine.lr_scheduler_step()
+    return result
 
 
 def refuse(rank: int, overrides: list[str]) -> dict[str, Any]:
@@ -62,6 +76,15 @@ def refuse(rank: int, overrides: list[str]) -> dict[str, Any]:
     seen["numbers of a good step"] = engine.forward_backward(local_batch(3), LanguageModeling()).numbers()
     engine.skip_step()
     seen["changed by a skipped step"] = differing(snapshot(engine), before)
+    train_masked(engine, 4, loss=torch.nan)
+    seen["changed by a masked step"] = differing(snapshot(engine), before)
+    seen["gradients"] += [name for name, p in engine.model.named_parameters() if p.grad is not None]
+    other.lr_scheduler_step()
+    for each in (engine, other):  # the device's word was about that step alone
+        train(each, seed=5)
+    masked, plain = train_masked(engine, 6), train(other, seed=6)
+    seen["masked differs"] = differing(snapshot(engine), snapshot(other))
+    seen["numbers of the last"] = masked.numbers(), (plain["loss"], plain["grad_norm"])
     seen["gradients"] += [name for name, p in engine.model.named_parameters() if p.grad is not None]
     return seen
 
@@ -101,6 +124,16 @@ def test_the_numbers_are_the_same_everywhere_and_a_skipped_step_changes_nothing(
         assert seen[variant]["changed by a skipped step"] == []
 
 
+@pytest.mark.parametrize("variant", REFUSING)
+def test_an_update_that_the_device_refuses_changes_nothing_and_one_that_it_lets_pass_is_as_any(
+    refused: list[dict[str, Any]], variant: str
+) -> None:
+    for seen in refused:
+        assert seen[variant]["changed by a masked step"] == []
+        assert seen[variant]["masked differs"] == []
+        assert seen[variant]["numbers of the last"][0] == seen[variant]["numbers of the last"][1]
+
+
 def go_through(rank: int, parent: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     whole = Run(f"{parent}/whole").train()
@@ -109,6 +142,14 @@ def go_through(rank: int, parent: str) -> dict[str, Any]:
     seen["began"] = whole.began, skipped.began, back.began
     seen["restored"] = [name for name, _ in back.restored]
     seen["restored differs"] = differing(back.restored[0][1], whole.weights[EVERY + 1][0])
+    late = Run(f"{parent}/late", LATE, "train.bad_step.on_bad=skip", fault=NAN_ON_RANK_1).train()
+    # No line and no copy is due after the bad step, or its verdict would be asked for at once.
+    nothing_due = ["logging.every_steps=3", "checkpoint.memory_every_steps=null"]
+    back_late = ["train.bad_step.on_bad=rollback", *nothing_due]
+    late_back = Run(f"{parent}/late_back", LATE, *back_late, fault=NAN_ON_RANK_1).train()
+    seen["late"] = [run.standing()[1:] for run in (late, late_back, skipped)]
+    seen["late differs"] = [differing(run.standing()[0], skipped.standing()[0]) for run in (late, late_back)]
+    seen["late began"] = late.began, late_back.began
     seen["until then"] = [
         differing(weights, whole.weights[step][0])
         for run in (skipped, back)
@@ -135,7 +176,7 @@ def go_through(rank: int, parent: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("runs")
-    for name in ("whole", "skipped", "back"):
+    for name in ("whole", "skipped", "back", "late", "late_back"):
         (parent / name).mkdir()
     return parent
 
@@ -178,8 +219,19 @@ def test_a_new_attempt_leaves_the_step_out_again_though_its_numbers_are_good_now
         assert len(seen["states"][0][0]["losses"]) == STEPS - 1
 
 
+def test_a_verdict_that_comes_a_step_later_ends_in_the_same_bits(gone: list[dict[str, Any]]) -> None:
+    for seen in gone:
+        assert seen["late differs"] == [[], []]
+        assert seen["late"][0] == seen["late"][1] == seen["late"][2]
+        assert seen["late began"] == (
+            [*range(1, STEPS + 1)],
+            [*range(1, BAD + 2), *range(EVERY + 1, STEPS + 1)],
+        )
+
+
 def test_the_ledger_has_each_bad_step_once_with_its_samples(gone: list[dict[str, Any]], parent: Path) -> None:
-    for name, action in (("skipped", "skip"), ("back", "rollback")):
+    runs = (("skipped", "skip"), ("back", "rollback"), ("late", "skip"), ("late_back", "rollback"))
+    for name, action in runs:
         events = [json.loads(line) for line in (parent / name / "events.jsonl").read_text().splitlines()]
         (event,) = [event for event in events if event["event"] == "bad_step"]
         assert (event["step"], event["action"], event["loss"], event["grad_norm"]) == (BAD, action, "nan", "nan")

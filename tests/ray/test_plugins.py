@@ -21,7 +21,7 @@ import torch
 
 from areal_ray.data import next_tokens
 from areal_ray.engine import Objective
-from areal_ray.engine.objectives import next_token_loss
+from areal_ray.engine.objectives import next_token_loss, text_inputs
 
 
 class StayNear(Objective):
@@ -37,7 +37,7 @@ class StayNear(Objective):
         return batch | {"first": models["first"](self.model_inputs(batch))}
 
     def model_inputs(self, batch):
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return text_inputs(batch)
 
     def weight(self, batch):
         return float((batch["labels"] != -100).sum())

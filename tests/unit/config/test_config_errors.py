@@ -62,6 +62,7 @@ WRONG_OVERRIDES = [
     ("train.bad_step.on_bad=ignore", "train.bad_step.on_bad", "'stop', 'skip', 'rollback'"),
     ("train.bad_step.spike_factor=1.0", "train.bad_step.spike_factor", "greater than 1"),
     ("train.bad_step.spike_window=0", "train.bad_step.spike_window", "greater than 0"),
+    ("train.bad_step.lag=2", "train.bad_step.lag", "expected one of [0, 1]"),
     ("train.bad_step.max_bad_steps=0", "train.bad_step.max_bad_steps", "greater than 0"),
     ("faults=[{kind: exit, rank: 0}]", "faults[0].step", "must be given"),
     (

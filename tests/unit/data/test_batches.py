@@ -92,16 +92,14 @@ def test_another_seed_and_another_epoch_give_another_order():
     assert epochs[0] != list(range(48))
 
 
-def test_a_batch_is_int64_tokens_all_attended_to_and_the_next_of_each():
+def test_a_batch_is_int64_tokens_and_the_next_of_each():
     batch = next(GlobalBatches(sequences(20, seq_len=5), 0, BATCH, 1, 3))
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
         "input_ids": (torch.int64, (2, 5)),
         "labels": (torch.int64, (2, 5)),
-        "attention_mask": (torch.int64, (2, 5)),
     }
     assert torch.equal(batch["labels"][:, :-1], batch["input_ids"][:, 1:])
     assert bool((batch["labels"][:, -1] == -100).all())
-    assert bool((batch["attention_mask"] == 1).all())
 
 
 def test_iterating_is_what_next_does():
@@ -152,3 +150,23 @@ def test_a_batch_that_is_skipped_is_gone_past_and_written_down():
     assert skipping.next_sample == plain.next_sample
     assert next(skipping)["input_ids"].tolist() == next(plain)["input_ids"].tolist()
     assert seen == [(first, plain.ids(first)) for first in (0, BATCH)]
+
+
+class Masked(PackedTokens):
+    """Rows of which those of odd tokens have padding, if there is any."""
+
+    def __init__(self, padded):
+        super().__init__(np.repeat(np.arange(40, dtype=np.uint16), 2), 2)
+        self.padded = padded
+
+    def __getitem__(self, indices):
+        rows = super().__getitem__(indices)
+        mask = np.ones_like(rows["input_ids"])
+        mask[:, 1] -= self.padded * (rows["input_ids"][:, 1] % 2)
+        return rows | {"attention_mask": mask}
+
+
+def test_a_mask_that_masks_nothing_is_left_out():
+    assert set(next(GlobalBatches(Masked(0), 0, BATCH, 0, 1))) == {"input_ids", "labels"}
+    batch = next(GlobalBatches(Masked(1), 0, BATCH, 0, 1))
+    assert torch.equal(batch["attention_mask"][:, 1], 1 - batch["input_ids"][:, 1] % 2)

@@ -64,3 +64,11 @@ def test_labels_are_those_of_the_batch_or_the_next_attended_tokens():
     logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.cross_entropy(logits[0, 1:3], torch.tensor([7, 8]))
     assert torch.allclose(next_token_loss(logits, own), expected)
+
+
+def test_without_a_mask_all_tokens_are_attended():
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(
+        labels_of({"input_ids": ids}), labels_of({"input_ids": ids, "attention_mask": ids.new_ones(1, 4)})
+    )
+    assert int(predicted_tokens({"input_ids": ids})) == 3

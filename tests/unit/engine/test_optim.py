@@ -9,7 +9,7 @@ from torch import nn
 
 from areal_ray.checkpoint.tree import flatten
 from areal_ray.config import ConfigError, OptimConfig, ParameterGroupConfig
-from areal_ray.engine.optim import LrSchedule, build_optimizer, freeze, parameter_groups
+from areal_ray.engine.optim import LrSchedule, build_optimizer, freeze, parameter_groups, skips_on_device
 from areal_ray.engine.state import DCPState, plain_group_values
 
 pytestmark = pytest.mark.unit
@@ -253,3 +253,19 @@ def test_a_schedule_multiplies_each_rate():
 
 def test_a_model_without_vectors_has_one_group():
     assert len(build_optimizer(nn.Linear(3, 2, bias=False), OptimConfig()).param_groups) == 1
+
+
+class OldConvention(torch.optim.SGD):
+    """Says that it scales gradients itself, and wants to be told by an argument."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None, *, grad_scaler=None): ...
+
+
+def test_which_optimizers_can_be_told_on_the_device_to_change_nothing():
+    weight = [nn.Parameter(torch.ones(2))]
+    assert skips_on_device(build_optimizer(nn.Linear(2, 2), OptimConfig()))
+    assert skips_on_device(torch.optim.SGD(weight, fused=True))
+    for other in (torch.optim.SGD(weight), torch.optim.AdamW(weight), OldConvention(weight)):
+        assert not skips_on_device(other)

@@ -41,16 +41,32 @@ class NoReceipt:
         self._restore.at_start("1 worker")
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Start (or go on with) a run as the worker does; its Job, after training."""
+@pytest.fixture(params=[0, 1], ids=["at once", "a step later"])
+def start(tmp_path, request):
+    """Start (or go on with) a run as the worker does; its Job, after training. `lag` is of all of a test's runs."""
     kept = {}
 
-    def start(last_step=TOTAL, dies_at=None, evaluate=5, name="run", spoiled=(), on_bad="skip", known=(), copy=None):
+    def start(
+        last_step=TOTAL,
+        dies_at=None,
+        evaluate=5,
+        name="run",
+        spoiled=(),
+        on_bad="skip",
+        known=(),
+        copy=None,
+        lag=request.param,
+        leaves_at=None,
+        every=7,
+        log=4,
+        engine=Engine,
+    ):
+        bad_step = replace(CONFIG.train.bad_step, on_bad=on_bad, lag=lag)
         config = replace(
             CONFIG,
-            train=replace(CONFIG.train, stop_at=last_step, bad_step=replace(CONFIG.train.bad_step, on_bad=on_bad)),
-            checkpoint=replace(CONFIG.checkpoint, memory_every_steps=copy),
+            train=replace(CONFIG.train, stop_at=last_step, bad_step=bad_step),
+            logging=replace(CONFIG.logging, every_steps=log),
+            checkpoint=replace(CONFIG.checkpoint, memory_every_steps=copy, every_steps=every),
             eval=replace(CONFIG.eval, every_steps=evaluate),
         )
         storage = LocalStorage(tmp_path / name)
@@ -58,18 +74,21 @@ def start(tmp_path):
         run, states = RunDir(storage), kept.setdefault(name, {})
         for step in known:
             run.event("bad_step", step=step, action=on_bad)
+        journal = Journal()
         here = Start(1, run, Ranks(), lambda text: None, Catalog(storage))
         job, restore = build_job(
             config,
             here,
-            Engine(spoiled),
+            engine(spoiled),
             (SEQUENCES, SEQUENCES),
             NoObjective(),
-            Run(dies_at),
+            Run(dies_at, leaves_at),
             lambda state: Recover(state, run, states),
-            Journal(),
+            journal,
             RuntimeError,
         )
+        job.refused = journal.heard
+        start.jobs.append(job)
         NoReceipt(restore).at_start()
         if dies_at is None:
             train(job)
@@ -78,5 +97,5 @@ def start(tmp_path):
                 train(job)
         return job
 
-    start.kept = kept
+    start.kept, start.lag, start.jobs = kept, request.param, []
     return start

@@ -2,12 +2,14 @@
 
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from areal_ray.data import PackedTokens
 from areal_ray.engine import EvalResult, Objective, StepResult
+from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.recovery import PendingSave
 
 TOTAL = 22  # steps
@@ -33,7 +35,7 @@ class Engine:
     `spoiled` are calls of forward_backward, counted from 1, whose loss is not a number.
     """
 
-    device, dp_rank, dp_size, lr = torch.device("cpu"), 0, 1, 0.1
+    device, dp_rank, dp_size, lr, skips_on_device = torch.device("cpu"), 0, 1, 0.1, True
 
     def __init__(self, spoiled=()):
         self.weight, self.evaluated, self.spoiled, self.calls = 0.5, 0, spoiled, 0
@@ -48,8 +50,10 @@ class Engine:
         loss = torch.tensor(torch.nan if self.calls in self.spoiled else self.next)
         return StepResult(loss, 2 * loss, self.lr)
 
-    def optimizer_step(self):
-        self.weight, self.next = self.next, None
+    def optimizer_step(self, refused=None):
+        if refused is None or not refused:
+            self.weight = self.next
+        self.next = None
 
     def skip_step(self):
         self.next = None
@@ -110,7 +114,11 @@ class Recover:
 class Journal:
     """Hears of steps that are left out."""
 
-    def refused(self, refusal, first_sample, samples): ...
+    def __init__(self):
+        self.heard = []
+
+    def refused(self, refusal, first_sample, samples):
+        self.heard.append((refusal.step, refusal.action, refusal.reason, first_sample, samples))
 
 
 class Run:
@@ -133,3 +141,33 @@ class Run:
 
     def saving(self, save, metrics):
         self.saves.append((save.step, dict(metrics)))
+
+
+class Steps:
+    """Steps as the loop asks about them; `heard` has the refusals."""
+
+    lag = 0
+
+    def __init__(self, config, known=(), lag=None):
+        config = replace(config, lag=self.lag if lag is None else lag)
+        self.heard, self.step = [], 0
+        self.guard = BadStepPolicy(config, known, self.heard.append)
+
+    def take(self, loss, grad_norm=1.0):
+        """(accepted, back to the last checkpoint)"""
+        (verdict,) = [judged.verdict for judged in self.judge(loss, grad_norm, now=True)]
+        return verdict == "take", verdict == "rollback"
+
+    def judge(self, loss, grad_norm=1.0, now=False):
+        """What is known of the steps after one more of them."""
+        self.step += 1
+        result = StepResult(torch.tensor(loss), torch.tensor(grad_norm), 0.1)
+        skipped = self.guard.is_skipped(self.step)
+        update = self.guard.judge(self.step, None if skipped else result, range(8 * self.step, 8 * self.step + 8))
+        taken = update.wanted if update.refused is None else not update.refused
+        known = self.guard.settle(now)
+        assert all(taken == (judged.verdict == "take") for judged in known if judged.step == self.step)
+        return known
+
+    def accepted(self, *losses):
+        return [self.take(loss)[0] for loss in losses]

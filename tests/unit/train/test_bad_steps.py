@@ -13,9 +13,11 @@ from areal_ray.distributed import Ranks
 from areal_ray.engine import Objective
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
-from areal_ray.train.bad_steps import BadStepError, BadStepPolicy
+from areal_ray.train.bad_steps import BadStepError
 from areal_ray.train.faults import Faults
 from areal_ray.train.journal import Journal
+
+from .loop_fakes import Steps
 
 pytestmark = pytest.mark.unit
 
@@ -23,26 +25,16 @@ NAN, INF = math.nan, math.inf
 SPIKES = BadStepConfig(on_bad="skip", spike_factor=2.0, spike_window=3, max_bad_steps=100)
 
 
-class Run:
-    """Steps as the loop asks about them; `heard` has the refusals."""
-
-    def __init__(self, config, known=()):
-        self.heard, self.step = [], 0
-        self.guard = BadStepPolicy(config, known, self.heard.append)
-
-    def take(self, loss, grad_norm=1.0):
-        """(accepted, back to the last checkpoint)"""
-        self.step += 1
-        verdict = "skip" if self.guard.is_skipped(self.step) else self.guard.judge(self.step, loss, grad_norm)
-        return verdict == "take", verdict == "rollback"
-
-    def accepted(self, *losses):
-        return [self.take(loss)[0] for loss in losses]
+@pytest.fixture(autouse=True, params=[0, 1], ids=["at once", "a step later"])
+def lag(request, monkeypatch):
+    """All of it holds for both."""
+    monkeypatch.setattr(Steps, "lag", request.param)
+    return request.param
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (1.0, INF), (-INF, 1.0)])
 def test_what_is_not_finite_is_refused_and_stops_the_run_by_default(loss, grad_norm):
-    run = Run(BadStepConfig())
+    run = Steps(BadStepConfig())
     assert run.take(3.0) == (True, False)
     with pytest.raises(
         BadStepError, match=r"^step 2: loss .*, gradient norm .* \(not finite\); it was not taken\. .*skip"
@@ -54,7 +46,7 @@ def test_what_is_not_finite_is_refused_and_stops_the_run_by_default(loss, grad_n
 
 @pytest.mark.parametrize(("action", "back"), [("skip", False), ("rollback", True)])
 def test_a_bad_step_is_left_out_for_good(action, back):
-    run = Run(BadStepConfig(on_bad=action))
+    run = Steps(BadStepConfig(on_bad=action))
     run.take(1.0)
     assert run.take(NAN) == (False, back)
     (refusal,) = run.heard
@@ -66,7 +58,7 @@ def test_a_bad_step_is_left_out_for_good(action, back):
 
 
 def test_a_spike_is_a_multiple_of_the_median_of_the_last_good_losses():
-    run = Run(SPIKES)
+    run = Steps(SPIKES)
     assert run.accepted(9.0, 1.0, 2.0) == [True] * 3
     assert run.accepted(4.0, 4.1, 4.1) == [True, False, False]  # the medians: 2 of (9, 1, 2), then 2 of (1, 2, 4)
     assert run.heard[0].reason == "a spike: the median was 2"
@@ -74,19 +66,19 @@ def test_a_spike_is_a_multiple_of_the_median_of_the_last_good_losses():
 
 
 def test_nothing_is_a_spike_before_the_window_is_full():
-    assert Run(SPIKES).accepted(1.0, 50.0, 900.0) == [True] * 3
+    assert Steps(SPIKES).accepted(1.0, 50.0, 900.0) == [True] * 3
 
 
 def test_without_a_factor_any_finite_loss_is_good():
-    assert Run(BadStepConfig(spike_window=1)).accepted(1.0, 1e30) == [True, True]
+    assert Steps(BadStepConfig(spike_window=1)).accepted(1.0, 1e30) == [True, True]
 
 
 def test_losses_that_are_not_positive_have_no_spikes():
-    assert Run(SPIKES).accepted(-1.0, -2.0, 0.0, 5.0) == [True] * 4
+    assert Steps(SPIKES).accepted(-1.0, -2.0, 0.0, 5.0) == [True] * 4
 
 
 def test_more_bad_steps_than_allowed_stop_the_run_whatever_is_configured():
-    run = Run(BadStepConfig(on_bad="skip", max_bad_steps=2))
+    run = Steps(BadStepConfig(on_bad="skip", max_bad_steps=2))
     assert run.accepted(NAN, 1.0, NAN, 1.0) == [False, True, False, True]
     with pytest.raises(BadStepError, match=r"step 5: .* after 2 bad steps .*max_bad_steps above 2"):
         run.take(NAN)
@@ -94,7 +86,7 @@ def test_more_bad_steps_than_allowed_stop_the_run_whatever_is_configured():
 
 
 def test_the_limit_counts_what_the_state_and_the_ledger_know_each_step_once():
-    run = Run(BadStepConfig(on_bad="skip", max_bad_steps=3), known=[5, 7])
+    run = Steps(BadStepConfig(on_bad="skip", max_bad_steps=3), known=[5, 7])
     run.guard.load_state_dict({"losses": [], "left_out": [2, 5]})
     run.step = 9
     with pytest.raises(BadStepError, match="after 3 bad steps"):
@@ -102,13 +94,13 @@ def test_the_limit_counts_what_the_state_and_the_ledger_know_each_step_once():
 
 
 def test_a_state_from_before_there_was_a_guard_is_an_empty_one():
-    run = Run(SPIKES, known=[4])
+    run = Steps(SPIKES, known=[4])
     run.guard.load_state_dict({})
     assert run.guard.state_dict() == {"losses": [], "left_out": [4]}
 
 
 def test_going_back_forgets_losses_and_not_what_was_left_out():
-    run = Run(SPIKES)
+    run = Steps(SPIKES)
     run.accepted(1.0, 1.0)
     state = json.loads(json.dumps(run.guard.state_dict()))
     run.accepted(1.5, NAN, 1.5)
@@ -121,7 +113,7 @@ losses = st.lists(st.floats(0.125, 10, width=32) | st.sampled_from([NAN, INF]), 
 
 @given(losses, losses)
 def test_a_resumed_run_decides_as_the_undisturbed_one(before, after):
-    undisturbed, first, second = Run(SPIKES), Run(SPIKES), Run(SPIKES)
+    undisturbed, first, second = Steps(SPIKES), Steps(SPIKES), Steps(SPIKES)
     expected = undisturbed.accepted(*before, *after)
     decided = first.accepted(*before)
     second.guard.load_state_dict(json.loads(json.dumps(first.guard.state_dict())))
@@ -133,7 +125,7 @@ def test_a_resumed_run_decides_as_the_undisturbed_one(before, after):
 def test_the_ledger_says_what_was_refused_in_numbers_that_can_be_read_back(tmp_path):
     storage, said = RunDir(LocalStorage(tmp_path)), []
     journal = Journal(storage, 3, said.append)
-    run = Run(BadStepConfig(on_bad="skip"))
+    run = Steps(BadStepConfig(on_bad="skip"))
     run.guard._on_bad_step = lambda refusal: journal.refused(refusal, 16, 8)
     run.take(NAN, 2.5)
     (event,) = storage.events("bad_step")

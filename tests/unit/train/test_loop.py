@@ -208,3 +208,10 @@ def test_an_evaluation_is_the_weighted_mean_of_the_same_batches_each_time():
     evaluator = Evaluator(engine, lambda: GlobalBatches(SEQUENCES, 1, 4, 0, 1), 2, None)
     assert evaluator.run() == {"held_out_loss": pytest.approx(expected)}
     assert evaluator.run() == evaluator.run()
+
+
+def test_an_evaluation_lets_go_of_its_batches(monkeypatch):
+    closed = []
+    monkeypatch.setattr(GlobalBatches, "close", lambda batches: closed.append(batches.next_sample))
+    Evaluator(Engine(), lambda: GlobalBatches(SEQUENCES, 1, 4, 0, 1), 2, None).run()
+    assert closed == [8]

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,8 +15,8 @@ losses = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
 
 def test_flush_gives_the_means_and_begins_anew():
     window = Window()
-    window.add({"loss": torch.tensor(1.0), "grad_norm": 4.0})
-    window.add({"loss": torch.tensor(2.0), "grad_norm": 8.0})
+    window.add({"loss": 1.0, "grad_norm": 4.0})
+    window.add({"loss": 2.0, "grad_norm": 8.0})
     assert window.flush() == {"loss": 1.5, "grad_norm": 6.0}
     window.add({"loss": 7.0})
     assert window.flush() == {"loss": 7.0}
@@ -30,27 +29,20 @@ def test_an_empty_window_has_nothing_to_tell():
 def test_sums_do_not_lose_the_small_beside_the_large():
     window = Window()
     for value in (1e8, 1.0, -1e8, 1.0):  # as float32, 1e8 + 1 is 1e8
-        window.add({"loss": torch.tensor(value)})
+        window.add({"loss": value})
     assert window.flush() == {"loss": 0.5}
-
-
-def test_a_tensor_that_was_added_may_change_afterwards():
-    window, loss = Window(), torch.tensor(1.0, dtype=torch.float64)
-    window.add({"loss": loss})
-    loss += 5
-    assert window.flush() == {"loss": 1.0}
 
 
 @given(losses, losses)
 def test_a_window_resumed_in_its_middle_has_the_same_mean(before, after):
     undisturbed, first, second = Window(), Window(), Window()
     for value in before:
-        first.add({"loss": torch.tensor(value)})
+        first.add({"loss": value})
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for value in after:
-        second.add({"loss": torch.tensor(value)})
+        second.add({"loss": value})
     for value in before + after:
-        undisturbed.add({"loss": torch.tensor(value)})
+        undisturbed.add({"loss": value})
     assert second.flush() == undisturbed.flush()
 
 

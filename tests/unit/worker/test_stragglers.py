@@ -78,3 +78,35 @@ def test_a_rank_is_compared_with_the_median_of_the_others():
 def test_what_costs_nothing_is_not_said():
     said, _ = steps([0.002, 0.02], 12, own=0.002)
     assert said == []
+
+
+def test_on_a_gpu_nothing_is_asked_that_has_not_happened_yet(monkeypatch):
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.happened = True
+            events.append(self)
+
+        def record(self): ...
+
+        def query(self):
+            return self.happened
+
+        def elapsed_time(self, other):
+            assert self.happened
+            assert other.happened
+            return 200.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    unit, ranks, clock = Unit([0.0], 0.0), Others([0.2]), iter(range(100))
+    detector = StragglerDetector([unit], lambda: 0.0, torch.device("cuda"), ranks, 2, print, lambda: next(clock))
+    for step in range(4):
+        unit(torch.zeros(1))
+        if step == 1:  # the loop runs ahead of the device
+            events[-1].happened = False
+        detector.after_step()
+        events[-1].happened = True
+        if step == 1:
+            assert ranks.own == pytest.approx(0.1)
+    assert ranks.own == pytest.approx(0.3)  # with the one that was late
