@@ -86,7 +86,7 @@ def test_a_hang_ends_the_process_with_the_status_that_says_so():
         "threading.Event().wait()",
     ]
     with python(*lines) as process:
-        assert process.communicate(timeout=LONG)[0] == "<string>:6 in <module>\n"
+        assert process.communicate(timeout=LONG)[0] == "<string>:7 in <module>\n"
     assert process.returncode == EXIT_STATUS
 
 
