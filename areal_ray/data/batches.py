@@ -6,15 +6,11 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-import absl.logging
 import numpy as np
 import torch
 
 from areal_ray.data.dataset import TokenDataset
 from areal_ray.data.prefetch import Batch, Rows, batch_maker
-
-absl.logging.set_verbosity(absl.logging.ERROR)  # grain warns at import that JAX is not there
-import grain.python as grain  # noqa: E402
 
 
 class GlobalBatches:
@@ -47,9 +43,11 @@ class GlobalBatches:
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(f"a global batch of {global_batch_size} cannot be shared evenly by {world_size} ranks")
-        self._sequences = sequences
-        # Random access, O(1) memory: grain's shuffle is a permutation computed per index.
-        self._order = grain.MapDataset.range(len(sequences)).seed(seed).shuffle().repeat()
+        from areal_ray.data.shuffle import (
+            shuffled,
+        )  # brings grain, which other users of this package's data need not have
+
+        self._sequences, self._order = sequences, shuffled(len(sequences), seed)
         self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
         self._fingerprint, self._seed, self._may_differ = sequences.fingerprint, seed, may_differ
         self._record = record

@@ -20,6 +20,7 @@ _BEFORE = (
     "torch.distributed.fsdp",
     "transformers",
     "areal_ray.data",
+    "areal_ray.data.shuffle",
     "areal_ray.engine",
     "areal_ray.train.evaluation",
     "areal_ray.train.journal",

@@ -61,7 +61,8 @@ def warm() -> None:
     def work(late: threading.Event) -> None:
         import_module("ray.train.torch")
         import_module("areal_ray.controller.rendezvous")
-        import_module("areal_ray.worker.main")  # and with it everything else that a worker imports
+        import_module("areal_ray.worker.main")  # and with it everything else that a worker imports, but
+        import_module("areal_ray.data.shuffle")
         with suppress(ConfigError):  # a factory on the driver's path, which Ray tells a process with its work only
             import_module("areal_ray.models").build_model(ModelConfig(**json.loads(os.environ[MODEL])))
         if not late.is_set():  # beside real training a warmup would meet its process group
