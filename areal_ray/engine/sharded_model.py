@@ -16,7 +16,7 @@ from areal_ray.distributed.overlap import overlap
 from areal_ray.distributed.parallelize import parallelize
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights
-from areal_ray.models.masking import one_document_per_row, with_mask
+from areal_ray.models.masking import unasked, with_mask
 
 
 class ShardedModel:
@@ -65,7 +65,7 @@ class ShardedModel:
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The output for these keyword arguments of the module's forward: the logits (B, S, vocabulary)."""
-        with one_document_per_row(inputs):
+        with unasked(inputs):
             output = self.module(**with_mask(self.module, inputs))
         return output if isinstance(output, torch.Tensor) else output.logits
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,24 +27,51 @@ def _insists(kind: type[nn.Module]) -> bool:
 
 
 @contextmanager
-def one_document_per_row(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """A context in which transformers does not look for documents packed into rows, where inputs have no positions.
+def unasked(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """A context in which transformers asks the device nothing about masks and positions: the host would wait for it.
 
-    Without a mask it compares the positions, even those that it has counted itself, and the host waits for the answer
-    in every forward pass (masking_utils._preprocess_mask_arguments). Should a newer transformers ask elsewhere, it
-    waits there again, and nothing else is different.
+    In every forward pass it looks whether a mask masks anything, and without a mask whether the positions, even those
+    that it has counted itself, are of several documents (masking_utils._ignore_causal_mask_sdpa and
+    find_packed_sequence_indices). Rows without positions are of one document each. On a GPU rows with positions are of
+    several, and a mask masks something: if that is not so, the attention is the same, by a slower kernel.
+
+    Should a newer transformers ask elsewhere, it waits there again, and nothing else is different.
     """
     masks = sys.modules.get("transformers.masking_utils")  # not imported: the model is not one of transformers
-    if masks is None or "position_ids" in inputs or not hasattr(masks, "find_packed_sequence_indices"):
-        yield
-        return
-    asking = masks.find_packed_sequence_indices
-    masks.find_packed_sequence_indices = _not_packed  # type: ignore[attr-defined]
+    answers = {name: answer for name, answer in _answers(inputs).items() if hasattr(masks, name)}
+    asking = {name: getattr(masks, name) for name in answers}
+    for name, answer in answers.items():
+        setattr(masks, name, answer)
     try:
         yield
     finally:
-        masks.find_packed_sequence_indices = asking  # type: ignore[attr-defined]
+        for name, question in asking.items():
+            setattr(masks, name, question)
 
 
-def _not_packed(position_ids: torch.Tensor) -> None:
-    """The answer for rows of one document each."""
+def _answers(inputs: Mapping[str, torch.Tensor]) -> dict[str, Callable[..., Any]]:
+    """By the name of transformers' function that asks. On a CPU nothing waits, and each row gets its fastest kernel."""
+    answers: dict[str, Callable[..., Any]] = {}
+    on_gpu = any(tensor.is_cuda for tensor in inputs.values())
+    if "position_ids" not in inputs:
+        answers["find_packed_sequence_indices"] = _one_document
+    elif on_gpu:
+        answers["find_packed_sequence_indices"] = _documents
+    if "attention_mask" in inputs and on_gpu:
+        answers["_ignore_causal_mask_sdpa"] = _never
+    return answers
+
+
+def _one_document(position_ids: torch.Tensor) -> None:
+    """Rows of one document each."""
+
+
+def _documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """The number of each token's document in its row; a document begins where positions do not count on."""
+    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+    return (steps != 1).cumsum(-1)
+
+
+def _never(*_: Any, **__: Any) -> bool:
+    """No mask may be left out."""
+    return False

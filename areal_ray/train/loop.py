@@ -137,6 +137,7 @@ def train(job: Job) -> None:
             job.recover.save_to_memory(progress.step)
         if leaving:
             break
+    job.batches.close()
     job.run.enter("finish")
     job.recover.finish()
     job.run.check()

@@ -6,7 +6,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
-from areal_ray.models.masking import one_document_per_row, with_mask
+from areal_ray.models.masking import unasked, with_mask
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +43,7 @@ def model(request):
 
 
 def run(model, inputs):
-    with Reads() as reads, one_document_per_row(inputs):
+    with Reads() as reads, unasked(inputs):
         return model(**inputs).logits, reads.seen
 
 
@@ -64,12 +64,32 @@ def test_positions_of_packed_documents_are_looked_at(model):
     assert torch.allclose(packed[0, 2:], alone[0], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"position_ids": torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])},
+        {"position_ids": torch.arange(4).repeat(2, 1)},
+        {"attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])},
+        {"attention_mask": ONES},
+    ],
+    ids=["packed", "not packed", "padded", "not padded"],
+)
+def test_on_a_gpu_neither_masks_nor_positions_are_asked_about(model, more, monkeypatch):
+    inputs = {"input_ids": IDS, **more}
+    expected, asked = run(model, inputs)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    logits, reads = run(model, inputs)
+    assert asked != []
+    assert reads == []
+    assert torch.allclose(logits, expected, atol=1e-6)
+
+
 def test_transformers_is_what_it_was_afterwards(model):
     before = masking_utils.find_packed_sequence_indices
-    with one_document_per_row({"input_ids": IDS}):
+    with unasked({"input_ids": IDS}):
         assert masking_utils.find_packed_sequence_indices is not before
     assert masking_utils.find_packed_sequence_indices is before
-    with pytest.raises(TypeError), one_document_per_row({"input_ids": IDS}):
+    with pytest.raises(TypeError), unasked({"input_ids": IDS}):
         model(IDS, nonsense=len(1))
     assert masking_utils.find_packed_sequence_indices is before
 

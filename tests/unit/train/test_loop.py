@@ -215,3 +215,10 @@ def test_an_evaluation_lets_go_of_its_batches(monkeypatch):
     monkeypatch.setattr(GlobalBatches, "close", lambda batches: closed.append(batches.next_sample))
     Evaluator(Engine(), lambda: GlobalBatches(SEQUENCES, 1, 4, 0, 1), 2, None).run()
     assert closed == [8]
+
+
+def test_the_end_lets_go_of_the_batches(start, monkeypatch):
+    closed = []
+    monkeypatch.setattr(GlobalBatches, "close", lambda batches: closed.append(batches.next_sample))
+    start(evaluate=None)
+    assert closed == [4 * TOTAL]
