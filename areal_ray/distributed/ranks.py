@@ -44,7 +44,7 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
-        self._alone = not dist.is_initialized()
+        self._alone = not dist.is_initialized() or dist.get_world_size(group) == 1
         self.rank = 0 if self._alone else dist.get_rank(group)
         self.size = 1 if self._alone else dist.get_world_size(group)
 
