@@ -93,9 +93,7 @@ class RestartPolicy:
             return False
         self._look_for_progress()
         bad_device = self._bad_nodes.record(workers.values())
-        if bad_device:
-            pass
-        elif workers:
+        if workers and not bad_device:
             if self._is_final(root_cause(workers), step_of(workers, lambda: self._run)):
                 return False
         elif error is not None and _is_not_started(error):
