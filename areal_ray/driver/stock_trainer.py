@@ -95,9 +95,8 @@ class StockTrainer:
                     asked = True
                     labels = self._bad_nodes.labels(ray.nodes)
                     selectors = {"bundle_label_selectors": [labels] * len(bundles)} if labels else {}
-                    request_resources(
-                        bundles=bundles, **selectors
-                    )  # each time: a head node that was away may have forgotten it
+                    # Each time: a head node that was away may have forgotten it.
+                    request_resources(bundles=bundles, **selectors)
                 except AWAY as error:
                     print(f"the head node does not answer: {error}", flush=True)
                     time.sleep(_HEAD_S)
