@@ -19,6 +19,7 @@ from areal_ray.run import RunDir
 from areal_ray.run.job_context import JobContext
 from areal_ray.train import loop
 from areal_ray.worker import device_check, sidecars
+from areal_ray.worker.device_check import Device
 from areal_ray.worker.watchdog import Watchdog
 from areal_ray.worker.wiring import wire
 
@@ -56,16 +57,17 @@ def main(config: Config, context: JobContext) -> dict[str, Any]:
         raise
 
 
-def _train(config: Config, context: JobContext, device: device_check.Device | None) -> dict[str, Any]:
+def _train(config: Config, context: JobContext, device: Device | None) -> dict[str, Any]:
     run, ranks = context.run, Ranks()
     with sidecars.watchdog(config, run, ranks) or nullcontext() as watchdog:
-        device_check.check(device)
-        return _train_watched(config, context, ranks, watchdog)
+        return _train_watched(config, context, ranks, watchdog, device)
 
 
-def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None) -> dict[str, Any]:
+def _train_watched(
+    config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None, device: Device | None
+) -> dict[str, Any]:
     run, clock = context.run, sidecars.Stopwatch()
-    rank = wire(config, context, ranks, watchdog, clock)
+    rank = wire(config, context, ranks, watchdog, clock, device)
     start, job, session = rank.start, rank.job, rank.session
 
     def loaded() -> None:

@@ -9,7 +9,7 @@ from areal_ray.cluster.bad_devices import BadDevice, DeviceName
 from areal_ray.config import load
 from areal_ray.run import JobContext, RunDir
 from areal_ray.storage import LocalStorage
-from areal_ray.worker import device_check, main
+from areal_ray.worker import device_check, main, wiring
 
 pytestmark = pytest.mark.unit
 
@@ -32,13 +32,17 @@ def start(monkeypatch, tmp_path):
             if problem:
                 raise problem
 
-        def wire(*_):
-            calls.append(("wire",))
-            raise built or Built
+        class Engine:
+            def __init__(self, *_, **__):
+                calls.append(("settings",))  # of the process, that cuBLAS reads when it is used first
+
+            def initialize(self, **_):
+                calls.append(("build",))
+                raise built or Built
 
         monkeypatch.setattr(device_check, "CudaDevice", lambda node: "cuda")
         monkeypatch.setattr(device_check, "check", check)
-        monkeypatch.setattr(main, "wire", wire)
+        monkeypatch.setattr(wiring, "FSDPEngine", Engine)
         config = load(EXPERIMENT, [f"cluster.use_gpu={use_gpu}", "cluster.watchdog=null"])
         main.main(config, JobContext(RunDir(LocalStorage(tmp_path)), "it"))
 
@@ -51,14 +55,14 @@ def test_a_gpu_is_checked_before_anything_is_built(start):
     run, calls = start
     with pytest.raises(Built):
         run(True)
-    assert calls == [("check", "cuda"), ("wire",)]
+    assert calls == [("settings",), ("check", "cuda"), ("build",)]
 
 
 def test_a_bad_gpu_ends_the_rank_before_and_is_told_to_the_controller(start):
     run, calls = start
     with pytest.raises(BadDevice) as caught:
         run(True, problem=BAD)
-    assert calls == [("check", "cuda")]
+    assert calls == [("settings",), ("check", "cuda")]
     assert caught.value.areal_ray["step"] is None
 
 
@@ -73,4 +77,4 @@ def test_on_a_cpu_there_is_no_device(start):
     run, calls = start
     with pytest.raises(Built):
         run(False)
-    assert calls == [("check", None), ("wire",)]
+    assert calls == [("settings",), ("check", None), ("build",)]
