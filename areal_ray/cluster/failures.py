@@ -16,6 +16,7 @@ from typing import Any
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 
+from areal_ray.cluster.bad_devices import BadDevice
 from areal_ray.distributed import RankError
 from areal_ray.distributed.flight_recorder import late_rank
 from areal_ray.run import RunDir
@@ -28,7 +29,7 @@ _COLLATERAL = re.compile(
     r"|Socket Timeout|failed to connect|Application timeout caused pair closure|BarrierResetError"
 )
 # Exceptions that machines, networks and storage cause, by the names of their classes.
-_MACHINES = {"OSError", "TimeoutError", "DistError", "AcceleratorError", "RayError"}
+_MACHINES = {"OSError", "TimeoutError", "DistError", "AcceleratorError", "RayError", "BadDevice"}
 # But of these the code is to blame: wrong indices in a kernel, mostly.
 _ASSERTS = re.compile("device-side assert|illegal memory access|illegal instruction")
 _DIED = ("RayActorError", "ActorDiedError", "ActorUnavailableError")
@@ -61,11 +62,18 @@ class Cause:
 def root_cause(errors: dict[int, Exception]) -> Cause:
     """Choose among the exceptions of several ranks, by rank, the one to show."""
 
-    def order(item: tuple[int, Exception]) -> tuple[bool, bool, bool, int]:
+    def order(item: tuple[int, Exception]) -> tuple[bool, bool, bool, bool, int]:
         rank, error = item
-        # An exception of one's own code explains most, then a dead process, then errors of the survivors of either.
+        # A bad device explains whatever else went wrong; then an exception of one's own code explains most, then a dead
+        # process, then errors of the survivors of either.
         collateral = _is_collateral(error)
-        return collateral, isinstance(error, RankError), not hasattr(error, "__notes__"), rank
+        return (
+            not isinstance(error, BadDevice),
+            collateral,
+            isinstance(error, RankError),
+            not hasattr(error, "__notes__"),
+            rank,
+        )
 
     rank, error = min(errors.items(), key=order)
     if isinstance(error, RankError):  # every rank has it; the one where it happened has its traceback, too

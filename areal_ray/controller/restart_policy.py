@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_ray.checkpoint import Catalog
+from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.failures import Cause, root_cause, step_of
 from areal_ray.cluster.requests import StoppedWhileWaiting, is_planned
 from areal_ray.controller.worker_count import WorkerCount
@@ -43,6 +44,8 @@ class RestartPolicy:
     Args:
         count: told of workers that could not be placed, and when to wait.
         run: the run directory.
+        bad_nodes: told of bad devices. These count neither as failures nor as errors of the code: the run goes on
+            elsewhere, or waits until it can.
         max_failures: failures of workers that are restarted; -1: no limit. Planned restarts, preempted nodes and
             failures of the controller do not count.
         skip_poison_steps: leave out a step that fails again and again instead of ending the run.
@@ -56,6 +59,7 @@ class RestartPolicy:
         self,
         count: WorkerCount,
         run: RunDir,
+        bad_nodes: BadNodes,
         max_failures: int,
         skip_poison_steps: bool,
         say: Callable[[str], None],
@@ -63,7 +67,7 @@ class RestartPolicy:
         rapid_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._count, self._run, self._say = count, run, say
+        self._count, self._run, self._bad_nodes, self._say = count, run, bad_nodes, say
         self._max_failures, self._skip = max_failures, skip_poison_steps
         self._max_controller_failures, self._rapid_s, self._clock = max_controller_failures, rapid_s, clock
         self._seen: Counter[_Failure] = Counter()  # since the newest checkpoint
@@ -88,7 +92,8 @@ class RestartPolicy:
         if any(isinstance(each, _FINAL) for each in workers.values()) or isinstance(error, StoppedWhileWaiting):
             return False
         self._look_for_progress()
-        if workers:
+        bad_device = self._bad_nodes.record(workers.values())
+        if workers and not bad_device:
             if self._is_final(root_cause(workers), step_of(workers, lambda: self._run)):
                 return False
         elif error is not None and _is_not_started(error):
@@ -96,7 +101,7 @@ class RestartPolicy:
         elif error is not None and not self._retry_controller_error(error):
             return False
         self._wait_if_rapid()
-        if not workers or any(map(_is_preempted, workers.values())):
+        if not workers or bad_device or any(map(_is_preempted, workers.values())):
             return True
         self._worker_failures += 1
         return self._max_failures == -1 or self._worker_failures <= self._max_failures

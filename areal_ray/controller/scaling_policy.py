@@ -18,6 +18,7 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
+from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.console import say
 from areal_ray.cluster.nodes import is_reachable
 from areal_ray.cluster.ray_internals import draining_nodes, free_resources
@@ -33,6 +34,7 @@ class ScalingPolicy(ElasticScalingPolicy):
     Args:
         scaling_config: with resources per worker.
         count: of workers.
+        bad_nodes: on which no worker is put.
         requests: to the job, to have running workers make room for more.
         look_s: time between two looks for more machines, in seconds.
         pause_s: time between two looks while nothing runs, in seconds.
@@ -42,12 +44,13 @@ class ScalingPolicy(ElasticScalingPolicy):
         self,
         scaling_config: ScalingConfig,
         count: WorkerCount,
+        bad_nodes: BadNodes,
         requests: Requests,
         look_s: float = 5.0,
         pause_s: float = 0.5,
     ) -> None:
         super().__init__(scaling_config)
-        self._count, self._requests = count, requests
+        self._count, self._bad_nodes, self._requests = count, bad_nodes, requests
         self._look_s, self._pause_s = look_s, pause_s
         self._looked = float("-inf")
         self._resize_to = self._larger = 0
@@ -66,7 +69,12 @@ class ScalingPolicy(ElasticScalingPolicy):
     def _request_machines(self) -> None:
         """Tell an autoscaler, if there is one, how many there should be."""
         self._requested = True
+        self.scaling_config.label_selector = self._bad_nodes.labels(ray.nodes)  # or it takes these for room enough
         self._maybe_send_resource_request()
+
+    def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> Any:
+        """Choose the label selector of all workers, for Ray Train."""
+        return self._bad_nodes.labels(ray.nodes)
 
     def _cancel_resource_request(self) -> None:
         if self._requested:  # or the actor would be started for it
@@ -122,18 +130,19 @@ class ScalingPolicy(ElasticScalingPolicy):
             ask: the nodes themselves. The head node takes up to half a minute to notice that one has died without a
                 word, and workers would be decided upon that cannot be placed.
         """
-        leaving = draining_nodes()
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        there = ray.nodes()
+        avoided = draining_nodes().keys() | self._bad_nodes.ids(lambda: there)
+        nodes = [node for node in there if node["Alive"] and node["NodeID"] not in avoided]
         if ask:
             with ThreadPoolExecutor(_ASK_AT_ONCE) as pool:
-                there = pool.map(is_reachable, [f"{n['NodeManagerAddress']}:{n['NodeManagerPort']}" for n in nodes])
-            nodes = [node for node, answer in zip(nodes, there, strict=True) if answer]
+                answers = pool.map(is_reachable, [f"{n['NodeManagerAddress']}:{n['NodeManagerPort']}" for n in nodes])
+            nodes = [node for node, answer in zip(nodes, answers, strict=True) if answer]
         return self._fitting({node["NodeID"]: node["Resources"] for node in nodes})
 
     def _free(self) -> int:
         """For how many more there is room beside everything that runs now."""
-        leaving = draining_nodes()
-        return self._fitting({name: free for name, free in free_resources().items() if name not in leaving})
+        avoided = draining_nodes().keys() | self._bad_nodes.ids(ray.nodes)
+        return self._fitting({name: free for name, free in free_resources().items() if name not in avoided})
 
     def _fitting(self, nodes: Mapping[str, Mapping[str, float]]) -> int:
         worker = self.scaling_config._resources_per_worker_not_none

@@ -18,6 +18,7 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.util import ObjectRefWrapper
 
+from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.console import say
 from areal_ray.cluster.ray_internals import blocking_get_variable, on_this_node
 from areal_ray.cluster.requests import AWAY, Requests, stop_on_signal
@@ -100,9 +101,11 @@ class Trainer(TorchTrainer):
     def fit(self) -> Result:
         run, worker = self._run_directory, self.scaling_config._resources_per_worker_not_none
         limits = self.run_config.failure_config or FailureConfig()
-        count = WorkerCount(self._sizes, self._requests, run, worker, say)
-        rules = RestartPolicy(count, run, limits.max_failures, self._skip, say)
-        scaling = ScalingPolicy(self.scaling_config, count, self._requests)
+        bad_nodes = BadNodes(run, say)
+        bad_nodes.load()
+        count = WorkerCount(self._sizes, self._requests, run, bad_nodes, worker, say)
+        rules = RestartPolicy(count, run, bad_nodes, limits.max_failures, self._skip, say)
+        scaling = ScalingPolicy(self.scaling_config, count, bad_nodes, self._requests)
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

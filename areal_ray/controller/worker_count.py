@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.requests import Requests, StoppedWhileWaiting
 from areal_ray.run import RunDir
 
@@ -28,6 +29,7 @@ class WorkerCount:
         sizes: the numbers that can be used, ascending.
         requests: to the job.
         run: the run directory, for the ledger.
+        bad_nodes: left out, for the line that says what is waited for.
         worker: resources of one worker.
         say: prints a line for the user.
         refused_s: time for which fewer workers are tried after some could not be placed, in seconds.
@@ -39,13 +41,14 @@ class WorkerCount:
         sizes: Sequence[int],
         requests: Requests,
         run: RunDir,
+        bad_nodes: BadNodes,
         worker: Mapping[str, Any],
         say: Callable[[str], None],
         refused_s: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sizes, self._requests, self._run, self._worker, self._say = list(sizes), requests, run, worker, say
-        self._refused_s, self._clock = refused_s, clock
+        self._bad_nodes, self._refused_s, self._clock = bad_nodes, refused_s, clock
         self._reminded = self._refused = self._not_before = float("-inf")
         self._tried = 0
         self._limit = self.sizes[-1]  # so many could be placed, for all that is known
@@ -92,7 +95,9 @@ class WorkerCount:
         now = self._clock()
         if now - self._reminded < _REMIND_S:
             return
-        self._say(f"waiting: the cluster has room for {room} workers of {self._worker}, needed are {self.sizes[0]}")
+        left_out = self._bad_nodes.explain()
+        text = f"waiting: the cluster has room for {room} workers of {self._worker}, needed are {self.sizes[0]}"
+        self._say(f"{text}; {left_out}" if left_out else text)
         if self._reminded == float("-inf"):
             self._run.note("waiting", self._say, room=room, needed=self.sizes[0])
         self._reminded = now

@@ -16,6 +16,7 @@ from ray.train import TrainingFailedError
 
 from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import failures, ray_internals
+from areal_ray.cluster.bad_devices import readmit
 from areal_ray.cluster.console import Display, display
 from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to
 from areal_ray.config import Config, ConfigError, dump, redact_override
@@ -80,6 +81,7 @@ def train(
             # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
             stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
             run.write_config(_record(config, overrides))
+            readmit(run, config.cluster.use_again, _print)
         except RunInUse as error:
             raise ConfigError("run.name", str(error)) from None
         except OSError as error:

@@ -15,6 +15,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.requests import AWAY, requests_to, stop_on_signal
 from areal_ray.config import Config
 from areal_ray.controller.failure_report import Reporter
@@ -54,9 +55,11 @@ class StockTrainer:
         self._train, self._torch, self._run = train, torch, run
         self._requests = requests_to(context.submission, fast_restarts=False)
         self._worker = resources(config)
-        self._count = WorkerCount(config.usable_sizes, self._requests, context.run, self._worker, _print)
+        self._bad_nodes = BadNodes(context.run, _print)
+        told = self._bad_nodes, self._worker, _print
+        self._count = WorkerCount(config.usable_sizes, self._requests, context.run, *told)
         limit, skip = config.cluster.max_failures, config.train.skip_poison_steps
-        self._rules = RestartPolicy(self._count, context.run, limit, skip, _print)
+        self._rules = RestartPolicy(self._count, context.run, self._bad_nodes, limit, skip, _print)
 
     def fit(self) -> dict[str, Any]:
         """Train until the workers have come to an end; returns the outcome of `worker.main`.
@@ -65,8 +68,9 @@ class StockTrainer:
             TrainingFailedError: when the run is given up.
             StoppedWhileWaiting: when it is asked to stop and nothing runs.
             RayError: when the controller dies.
-            OSError: if Ray's list of checkpoints cannot be removed.
+            OSError: if Ray's list of checkpoints cannot be removed, or the ledger not be read.
         """
+        self._bad_nodes.load()
         with self._stopping_on_signals():
             while True:
                 size = self._wait_for_room()
@@ -85,12 +89,14 @@ class StockTrainer:
             while True:
                 try:
                     self._count.check_stop()
-                    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-                    size = self._count.choose(room_for(nodes, self._worker, self._count.sizes[-1]))
+                    size = self._count.choose(room_for(self._nodes(), self._worker, self._count.sizes[-1]))
                     if size is not None:
                         return size
                     asked = True
-                    request_resources(bundles=bundles)  # each time: a head node that was away may have forgotten it
+                    labels = self._bad_nodes.labels(ray.nodes)
+                    selectors = {"bundle_label_selectors": [labels] * len(bundles)} if labels else {}
+                    # Each time: a head node that was away may have forgotten it.
+                    request_resources(bundles=bundles, **selectors)
                 except AWAY as error:
                     print(f"the head node does not answer: {error}", flush=True)
                     time.sleep(_HEAD_S)
@@ -99,6 +105,12 @@ class StockTrainer:
             if asked:
                 with suppress(*AWAY):  # with a head node that is gone the request is, too
                     request_resources(bundles=[])
+
+    def _nodes(self) -> list[dict[str, float]]:
+        """Resources of the nodes that can be used."""
+        nodes = ray.nodes()
+        left_out = self._bad_nodes.ids(lambda: nodes)
+        return [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in left_out]
 
     def _remove_snapshot(self) -> None:
         """A torn list, or one that names a checkpoint that is gone, would end the run; the manifests say it all."""
@@ -129,7 +141,12 @@ class StockTrainer:
         return TorchTrainer(
             self._train,
             torch_config=TorchConfig(**self._torch),
-            scaling_config=ScalingConfig(num_workers=size, use_gpu=gpu, resources_per_worker=self._worker),
+            scaling_config=ScalingConfig(
+                num_workers=size,
+                use_gpu=gpu,
+                resources_per_worker=self._worker,
+                label_selector=self._bad_nodes.labels(ray.nodes),
+            ),
             run_config=RunConfig(
                 **self._run, failure_config=no_retries, callbacks=[Reporter(self._context.run, marks=False)]
             ),

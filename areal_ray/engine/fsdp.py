@@ -35,6 +35,7 @@ class FSDPEngine:
     optimizer: torch.optim.Optimizer
 
     def __init__(self, config: Config, device: str | None = None) -> None:
+        set_process_switches(config.engine)  # here already: before anybody touches the device
         self._config, self._kind = config, device
         self._schedule = LrSchedule(config.optim, config.train.steps)
         self._owns_group = False
@@ -58,7 +59,6 @@ class FSDPEngine:
         """
         config = self._config
         self._owns_group = not dist.is_initialized()
-        set_process_switches(config.engine)
         entering("connect")
         self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
         self.dims = ParallelDims.build(config.engine.mesh, self.device, config.cluster.collective_timeout_s)

@@ -10,6 +10,7 @@ import torch
 
 from areal_ray.cluster import failures
 from areal_ray.cluster.console import say, say_end
+from areal_ray.cluster.nodes import this_node
 from areal_ray.cluster.requests import PlannedRestart
 from areal_ray.config import Config, plugin
 from areal_ray.distributed import Ranks
@@ -17,7 +18,8 @@ from areal_ray.engine import FSDPEngine
 from areal_ray.run import RunDir
 from areal_ray.run.job_context import JobContext
 from areal_ray.train import loop
-from areal_ray.worker import sidecars
+from areal_ray.worker import device_check, sidecars
+from areal_ray.worker.device_check import Device
 from areal_ray.worker.watchdog import Watchdog
 from areal_ray.worker.wiring import wire
 
@@ -35,30 +37,37 @@ def main(config: Config, context: JobContext) -> dict[str, Any]:
 
     Raises:
         PlannedRestart: when the workers are to be started again, in another number or elsewhere.
+        BadDevice: when this rank's GPU is not fit to train on.
     """
     # A standby has imported torch before Ray said how many cores it has; threads change speed and last bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     plugin.extend_path(context.search_path)
+    device = device_check.CudaDevice(this_node) if config.cluster.use_gpu else None
     try:
-        return _train(config, context)
+        return _train(config, context, device)
     except PlannedRestart:
         raise
     except Exception as error:
         if not hasattr(error, "areal_ray"):
             failures.annotate(error, None)
+        blamed = device_check.blame(device, error)
+        if blamed is not error:
+            raise blamed from None
         failures.ensure_picklable(error, context.search_path)
         raise
 
 
-def _train(config: Config, context: JobContext) -> dict[str, Any]:
+def _train(config: Config, context: JobContext, device: Device | None) -> dict[str, Any]:
     run, ranks = context.run, Ranks()
     with sidecars.watchdog(config, run, ranks) or nullcontext() as watchdog:
-        return _train_watched(config, context, ranks, watchdog)
+        return _train_watched(config, context, ranks, watchdog, device)
 
 
-def _train_watched(config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None) -> dict[str, Any]:
+def _train_watched(
+    config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None, device: Device | None
+) -> dict[str, Any]:
     run, clock = context.run, sidecars.Stopwatch()
-    rank = wire(config, context, ranks, watchdog, clock)
+    rank = wire(config, context, ranks, watchdog, clock, device)
     start, job, session = rank.start, rank.job, rank.session
 
     def loaded() -> None:

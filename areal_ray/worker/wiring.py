@@ -26,7 +26,7 @@ from areal_ray.train.faults import Faults
 from areal_ray.train.journal import Journal, retention
 from areal_ray.train.recovery import RecoverHandler, SavePolicy
 from areal_ray.train.restore import Restore
-from areal_ray.worker import sidecars
+from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.job import build_job, load_data
 from areal_ray.worker.provenance import provenance
 from areal_ray.worker.session import RaySession
@@ -53,7 +53,12 @@ class Rank:
 
 
 def wire(
-    config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None, clock: sidecars.Stopwatch
+    config: Config,
+    context: JobContext,
+    ranks: Ranks,
+    watchdog: Watchdog | None,
+    clock: sidecars.Stopwatch,
+    device: device_check.Device | None,
 ) -> Rank:
     """Make all objects of one rank under Ray Train. A collective.
 
@@ -63,9 +68,11 @@ def wire(
         ranks: all ranks.
         watchdog: that watches this rank already.
         clock: laps connect_s, build_s and data_s are taken on it.
+        device: to check before the model is built; None on a CPU.
     """
     run, catalog, objective = context.run, Catalog(context.run.storage), build_objective(config.objective)
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
+    device_check.check(device)  # cuBLAS is used first here, with the engine's settings
     # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
     fresh = not ranks.on_rank_zero(lambda: catalog.last_committed() is not None)
 

@@ -108,7 +108,7 @@ def on_gpu(rank: int, root: str, *overrides: str) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.train()
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
     weights, guard, _ = run.standing()
     finite = all(bool(weight.isfinite().all()) for weight in weights.values())
     maker = type(run.job.batches._maker).__name__

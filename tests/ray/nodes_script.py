@@ -2,7 +2,7 @@
 
 python -m tests.ray.nodes_script CHANGE ARGUMENTS...: CHANGE is add, remove or drain (the second node), once the run has
 its first checkpoint; ARGUMENTS are those of `areal-ray train`. When the run has gone on in another number of workers
-and saved, it is asked to stop. Ends with its exit status.
+and saved, it is asked to stop. With none for CHANGE the run is left to itself, to its end. Ends with its exit status.
 """
 
 import json
@@ -37,9 +37,12 @@ def main(change: str, arguments: list[str]) -> int:
     status: list[int] = []
     try:
         ray.init(address=cluster.address, logging_level="ERROR")
-        second = cluster.add_node(num_cpus=1) if change != "add" else None
+        second = cluster.add_node(num_cpus=1, node_name="second") if change != "add" else None
         training = threading.Thread(target=lambda: status.append(run_cli(["train", *arguments])))
         training.start()
+        if change == "none":
+            training.join()
+            return status[0]
         while training.is_alive() and not events(run, "saved"):
             time.sleep(0.05)
         # Nodes start and end in the main thread only: they set signal handlers.

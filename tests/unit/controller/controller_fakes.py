@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
+from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.console import say
 from areal_ray.controller.scaling_policy import ScalingPolicy
 from areal_ray.controller.worker_count import WorkerCount
@@ -39,7 +40,7 @@ class MemoryRequests:
 
 
 def worker_count(requests, run, clock, sizes=(1, 2, 4)):
-    return WorkerCount(sizes, requests, run, {"CPU": 1}, say, clock=clock)
+    return WorkerCount(sizes, requests, run, BadNodes(run, say), {"CPU": 1}, say, clock=clock)
 
 
 class Scaling(ScalingPolicy):
@@ -47,7 +48,7 @@ class Scaling(ScalingPolicy):
 
     def __init__(self, requests, count, look_s=0.0):
         config = ScalingConfig(num_workers=(count.sizes[0], count.sizes[-1]))
-        super().__init__(config, count, requests, look_s=look_s, pause_s=0.0)
+        super().__init__(config, count, count._bad_nodes, requests, look_s=look_s, pause_s=0.0)
         self.room, self.free, self.machine_requests = 0, 8, 0
 
     def _maybe_send_resource_request(self):

@@ -146,3 +146,14 @@ def test_nothing_is_reserved_beside_what_could_not_be_given_back(kept, monkeypat
     assert made == []
     assert cache.acquire(SimpleNamespace(run_id="r"), more) == "new"
     assert (removed, [each["bundles"] for each in made]) == (["group"], [[{"CPU": 1}] * 2])
+
+
+def test_a_group_on_nodes_that_are_left_out_since_is_not_used_again(kept, monkeypatch):
+    cache, removed = kept
+    cache.release()
+    made = []
+    monkeypatch.setattr(placement, "placement_group", lambda **options: made.append(options) or "new")
+    labels = [{"ray.io/node-id": "!in(ab)"}]
+    assert cache.acquire(SimpleNamespace(run_id="r"), SimpleNamespace(**{**vars(WANTED), "label_selector": labels}))
+    assert removed == ["group"]
+    assert made[0]["bundle_label_selector"] == labels

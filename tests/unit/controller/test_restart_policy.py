@@ -10,6 +10,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, Wo
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from areal_ray.checkpoint import Catalog
+from areal_ray.cluster.bad_devices import BadDevice, BadNodes, DeviceName
 from areal_ray.cluster.failures import annotate
 from areal_ray.cluster.requests import PlannedRestart, StoppedWhileWaiting
 from areal_ray.controller.failure_policy import FailurePolicy
@@ -52,7 +53,9 @@ def count(run):
 @pytest.fixture
 def make(clock, count, run):
     def make(max_failures=-1, skip=False, max_controller_failures=10):
-        return RestartPolicy(count, run, max_failures, skip, print, max_controller_failures, RAPID_S, clock)
+        return RestartPolicy(
+            count, run, BadNodes(run, print), max_failures, skip, print, max_controller_failures, RAPID_S, clock
+        )
 
     return make
 
@@ -295,3 +298,12 @@ def test_ray_s_controller_is_told_the_decisions(make):
     policy = FailurePolicy(make(max_failures=1))
     decisions = [policy.make_decision(failed(ActorDiedError(), RESET)) for _ in range(2)]
     assert decisions == [FailureDecision.RETRY, FailureDecision.RAISE]
+
+
+def test_a_bad_device_never_ends_the_run_and_counts_as_no_failure(make, run):
+    bad = BadDevice(DeviceName("host-7", "ab12", 0, "GPU-1"), "uncorrected ECC errors")
+    restarts = make(max_failures=1, skip=True)
+    assert decide(restarts, *[failed(RESET, bad, step=6)] * 5, failed(ValueError("once"))) == [RETRY] * 6
+    assert len(run.events("bad_device")) == 5
+    assert [event["node"] for event in run.events("left_out")] == ["host-7"]
+    assert run.events("poison_step") == []

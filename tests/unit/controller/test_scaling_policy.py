@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from ray.train import ScalingConfig
 
+from areal_ray.cluster.bad_devices import BadDevice, DeviceName
 from areal_ray.cluster.requests import StoppedWhileWaiting
 from areal_ray.controller import scaling_policy
 from areal_ray.controller.scaling_policy import OtherJobs, ScalingPolicy
@@ -146,7 +147,7 @@ def test_nodes_that_died_without_a_word_are_not_counted_on(monkeypatch, requests
     monkeypatch.setattr(scaling_policy, "draining_nodes", lambda: {"leaving": 0})
     monkeypatch.setattr(scaling_policy, "is_reachable", is_reachable)
     count = worker_count(requests, run, Clock(), range(1, 10))
-    scaling = ScalingPolicy(ScalingConfig(num_workers=(1, 9)), count, requests)
+    scaling = ScalingPolicy(ScalingConfig(num_workers=(1, 9)), count, count._bad_nodes, requests)
     assert scaling._room() == 6
     assert asked == []
     assert scaling._room(ask=True) == 4
@@ -222,3 +223,41 @@ def test_ray_s_actor_for_requests_is_not_started_for_nothing(scaling, room, call
 )
 def test_workers_are_counted_node_by_node(nodes, worker, room):
     assert room_for(nodes, worker, most=9) == room
+
+
+def fail_twice(count, node):
+    for _ in range(2):
+        count._bad_nodes.record([BadDevice(DeviceName(node, "id", 0, f"GPU-{node}"), "ECC")])
+
+
+def test_a_node_that_is_left_out_gives_no_room_and_gets_no_worker(monkeypatch, requests, run):
+    nodes = [
+        {"NodeID": f"id-{name}", "NodeManagerHostname": name, "Alive": True, "Resources": {"CPU": 2.0}}
+        for name in ("good", "bad")
+    ]
+    monkeypatch.setattr(scaling_policy.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(scaling_policy, "draining_nodes", dict)
+    monkeypatch.setattr(scaling_policy, "free_resources", lambda: {"id-good": {"CPU": 1.0}, "id-bad": {"CPU": 2.0}})
+    count = worker_count(requests, run, Clock(), range(1, 10))
+    scaling = ScalingPolicy(ScalingConfig(num_workers=(1, 9)), count, count._bad_nodes, requests)
+    seen = []
+    monkeypatch.setattr(scaling, "_maybe_send_resource_request", lambda: seen.append(scaling.scaling_config))
+    start = {"scaling_config": scaling.scaling_config, "num_workers": 2}
+    assert (scaling._room(), scaling._free(), scaling.on_controller_start_worker_group(**start)) == (4, 3, None)
+    fail_twice(count, "bad")
+    assert (scaling._room(), scaling._free()) == (2, 1)
+    selector = {"ray.io/node-id": "!in(id-bad)"}
+    assert scaling.on_controller_start_worker_group(**start) == selector
+    scaling._request_machines()
+    assert seen[0].label_selector == selector
+
+
+def test_waiting_says_which_nodes_are_left_out_why_and_how_they_come_back(scaling, count, capsys, monkeypatch):
+    monkeypatch.setattr(scaling_policy.ray, "nodes", list)
+    fail_twice(count, "host-7")
+    capsys.readouterr()
+    assert scaling.start() is None
+    assert (
+        "needed are 1; host-7 is left out (GPU 0 (GPU-host-7): ECC): cluster.use_again='[host-7]' takes it back"
+        in capsys.readouterr().out
+    )

@@ -8,6 +8,7 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from areal_ray.cluster.bad_devices import BadDevice, DeviceName
 from areal_ray.cluster.requests import PlannedRestart, StoppedWhileWaiting
 from areal_ray.config import load
 from areal_ray.driver import stock_trainer
@@ -53,7 +54,7 @@ class Job:
 def job(tmp_path, monkeypatch):
     """Makes a job on two nodes with one core each; overrides as arguments."""
     requests, asked = MemoryRequests(), []
-    nodes = [{"Alive": alive, "Resources": {"CPU": 1.0}} for alive in (True, True, False)]
+    nodes = [{"NodeID": "n", "Alive": alive, "Resources": {"CPU": 1.0}} for alive in (True, True, False)]
     monkeypatch.setattr(stock_trainer, "requests_to", lambda *_, **__: requests)
     monkeypatch.setattr(stock_trainer.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(stock_trainer, "request_resources", lambda bundles: asked.append(bundles))
@@ -105,7 +106,7 @@ def test_to_stop_is_heard_between_attempts(job):
 
 def test_machines_are_asked_for_while_there_is_no_room_and_no_longer(job, monkeypatch):
     made = job("cluster.num_workers=[4,8]", "cluster.resources_per_worker={GPU: 0, big: 1}")
-    present = iter([made.nodes, made.nodes, [{"Alive": True, "Resources": {"CPU": 8.0, "big": 5.0}}]])
+    present = iter([made.nodes, made.nodes, [{"NodeID": "n", "Alive": True, "Resources": {"CPU": 8.0, "big": 5.0}}]])
     monkeypatch.setattr(stock_trainer.ray, "nodes", lambda: next(present))
     assert made.fit({"step": 3}) == {"step": 3}
     assert made.sizes == [4]
@@ -129,3 +130,16 @@ def test_who_is_stopped_while_waiting_takes_the_request_for_machines_back(job, m
     with pytest.raises(StoppedWhileWaiting):
         made.fit({"step": 3})
     assert made.asked == [[{"CPU": 1}] * 4, []]
+
+
+def test_a_node_whose_device_fails_twice_is_left_out(job, capsys):
+    made = job("cluster.num_workers=[1,2]")
+    first, second, _ = made.nodes
+    first |= {"NodeID": "id-a", "NodeManagerHostname": "a"}
+    second |= {"NodeID": "id-b", "NodeManagerHostname": "b"}
+    bad = WorkerGroupError("failed", {1: BadDevice(DeviceName("b", "id-b", 0, "GPU-1"), "ECC")})
+    made.fit(bad, bad, {"step": 3})
+    assert made.sizes == [2, 2, 1]
+    scaling = StockTrainer._trainer(made.trainer, 1).scaling_config
+    assert scaling.label_selector == {"ray.io/node-id": "!in(id-b)"}
+    assert "b has failed twice and is left out from now on" in capsys.readouterr().out

@@ -53,15 +53,9 @@ def test_what_the_environment_says_is_left_as_it_is(monkeypatch):
     assert (os.environ["NCCL_ALGO"], os.environ["CUBLAS_WORKSPACE_CONFIG"]) == ("Tree", ":16:8")
 
 
-def test_they_are_set_before_the_device_is_touched(monkeypatch):
-    order = []
-
-    def join(*_):
-        order.append("join")
-        raise LookupError
-
-    monkeypatch.setattr(fsdp, "set_process_switches", lambda _: order.append("switches"))
-    monkeypatch.setattr(fsdp, "init_distributed", join)
-    with pytest.raises(LookupError):
-        fsdp.FSDPEngine(Config(), "cuda").initialize()
-    assert order == ["switches", "join"]
+def test_they_are_set_when_the_engine_is_made_before_anybody_touches_the_device(monkeypatch):
+    made = []
+    monkeypatch.setattr(fsdp, "set_process_switches", made.append)
+    config = Config(engine=EngineConfig(deterministic=True))
+    fsdp.FSDPEngine(config, "cuda")
+    assert made == [config.engine]
