@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -34,8 +36,23 @@ def warm_up() -> None:
     It leaves no process group and no thread, and PyTorch with one thread for its operations. It sees no GPU: an
     optimizer's step, among others, would start CUDA.
     """
-    with hidden_devices():
+    with hidden_devices(), _kept_device_guard():
         _warm_up()
+
+
+@contextmanager
+def _kept_device_guard() -> Iterator[None]:
+    """Keep FakeTensorMode, which DTensor asks for shapes, from taking CUDA's device guard away.
+
+    Where no device is visible it counts them all the same, in C++, which remembers that there is none; and it puts a
+    guard that does nothing in the place of CUDA's. After that neither this process nor a fork of it can use a GPU.
+    """
+    ensure = torch._C._ensureCUDADeviceGuardSet
+    torch._C._ensureCUDADeviceGuardSet = lambda: None
+    try:
+        yield
+    finally:
+        torch._C._ensureCUDADeviceGuardSet = ensure
 
 
 def _warm_up() -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -225,6 +226,8 @@ def main(name: str, owner: str, preparation: str, idle_s: float = IDLE_S) -> Non
     for number in (signal.SIGINT, signal.SIGQUIT):  # a shell that starts something in the background has them ignored
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Python 3.12 warns of every fork beside threads. Those here are of OpenBLAS and its like: see fork_server.py.
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     model = os.environ.get(launch.MODEL)
     known = ModelConfig(**json.loads(model)) if model else None
     work = Server(name, int(owner), preparation, known, idle_s).serve()

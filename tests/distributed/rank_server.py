@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -172,6 +173,7 @@ def _follow(connection: Connection, ranks: list[_Rank]) -> None:
 
 def main() -> None:
     descriptor, *modules = sys.argv[1:]
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # as in fork_server_main.py
     for name in modules:
         import_module(name)
     gc.collect()

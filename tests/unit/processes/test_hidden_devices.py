@@ -27,6 +27,7 @@ torch.cuda._is_compiled = lambda: True
 torch.cuda._raw_device_count_nvml = lambda: 8
 torch.cuda._lazy_init = entry("_lazy_init")
 torch._C._cuda_getDeviceCount = entry("_cuda_getDeviceCount", 8)
+torch._C._ensureCUDADeviceGuardSet = entry("_ensureCUDADeviceGuardSet")  # counts devices, too, and remembers
 torch._C._accelerator_getStream = entry("_accelerator_getStream")
 torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")
 os.environ["CUDA_VISIBLE_DEVICES"] = "4,5,6,7"
