@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 from areal_ray.checkpoint.manifest import MANIFEST, METADATA, STATE, FileRecord, Manifest
 from areal_ray.checkpoint.shard_file import ShardImage
-from areal_ray.checkpoint.tree import flatten, to_json
-from areal_ray.distributed import Ranks
+from areal_ray.checkpoint.tree import flatten, local, to_json
+from areal_ray.distributed import RankError, Ranks
+from areal_ray.distributed.device import device_thread
 from areal_ray.storage import Storage
 
 _Written = tuple[dict[Any, Any], FileRecord] | None
@@ -50,6 +53,10 @@ class _Plan:
         other.set_up_planner(tensors, is_coordinator=self._planner.is_coordinator)
         return bool(other.create_local_plan().items == self._local.items)
 
+    def whole(self, tensors: dict[str, torch.Tensor]) -> list[bool]:
+        """Which of `parts` are whole tensors."""
+        return [not isinstance(tensors[index.fqn], DTensor) for index in self.indices]
+
     def parts(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The parts of these tensors that this rank writes, in the order of `indices`."""
         self._planner.state_dict = tensors
@@ -66,12 +73,26 @@ class Capture:
 
     Args:
         ranks: all ranks of the job.
+        complain: prints a line for the user.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, complain: Callable[[str], None] = print) -> None:
+        self._ranks, self._complain = ranks, complain
         self._plan: _Plan | None = None
-        self._image: ShardImage | None = None
+        self._image: Future[ShardImage | None] = _done(None)
+        self._new = False  # whether nothing was copied into it yet
+        self._thread: ThreadPoolExecutor | None = None
+
+    def prepare(self, state: Mapping[str, Stateful]) -> None:
+        """Make plan and image ahead of the first save, beside the first steps. A collective, if there is a GPU.
+
+        To pin new memory takes several times as long as to copy into it. On a CPU it would take the cores that train,
+        and nothing is done.
+        """
+        tensors, _ = flatten({name: part.state_dict() for name, part in state.items()})
+        if any(local(tensor).is_cuda for tensor in tensors.values()):
+            self._thread = device_thread("checkpoint memory")
+            self._lay_out(tensors)
 
     def take(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Captured:
         """Make the directory and copy the state. A collective; arguments as for `CheckpointWriter.begin`.
@@ -89,28 +110,65 @@ class Capture:
 
         if not self._ranks.all_reduce_min(self._ranks.all_or_raise(prepare)):
             self._lay_out(tensors)
-        plan, image = self._plan, self._image
+        plan = self._plan
         assert plan is not None
-        copied = image.fill(plan.parts(tensors)) if image is not None else None
+        try:
+            image = self._ranks.all_or_raise(self._image.result)
+        except RankError:
+            self._plan = None  # the next save tries again
+            raise
+        if self._new:
+            self._tell(image.not_pinned if image is not None else None)
+            self._new = False
+        copied = image.fill(plan.parts(tensors), plan.whole(tensors)) if image is not None else None
         return Captured(directory, plan.metadata, image, copied, text, dict(info))
 
     def close(self) -> None:
         """Give the memory back."""
-        if self._image is not None:
-            self._image.close()
-        self._plan, self._image = None, None
+        if self._image.exception() is None and (image := self._image.result()) is not None:
+            image.close()
+        self._plan, self._image = None, _done(None)
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
     def _lay_out(self, tensors: dict[str, torch.Tensor]) -> None:
+        thread, self._thread = self._thread, None
         self.close()
         plan = _Plan(tensors, self._ranks)
 
-        def allocate() -> None:
-            if plan.indices:
-                items = list(zip(plan.indices, plan.parts(tensors), strict=True))
-                self._image = ShardImage(_shard_name(self._ranks.rank), items)
+        def allocate() -> ShardImage | None:
+            if not plan.indices:
+                return None
+            return ShardImage(_shard_name(self._ranks.rank), list(zip(plan.indices, plan.parts(tensors), strict=True)))
 
-        self._ranks.all_or_raise(allocate)
-        self._plan = plan
+        self._plan, self._thread, self._new = plan, thread, True
+        self._image = thread.submit(allocate) if thread is not None else _attempt(allocate)
+
+    def _tell(self, not_pinned: str | None) -> None:
+        """Say, once for all ranks, if some of them have no pinned memory. A collective."""
+        if self._ranks.all_reduce_min(not_pinned is None):
+            return
+        reasons = self._ranks.gather_to_rank_zero(not_pinned)
+        if reasons is not None:
+            concerned = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
+            more = f" (and {len(concerned) - 1} more ranks)" if len(concerned) > 1 else ""
+            self._complain(
+                f"saves keep training waiting while they copy: rank {concerned[0][0]}{more}: {concerned[0][1]}"
+            )
+
+
+def _done(image: ShardImage | None) -> Future[ShardImage | None]:
+    return _attempt(lambda: image)
+
+
+def _attempt(work: Callable[[], ShardImage | None]) -> Future[ShardImage | None]:
+    future: Future[ShardImage | None] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:  # noqa: BLE001  (raised again where the ranks agree upon it)
+        future.set_exception(error)
+    return future
 
 
 @dataclass(frozen=True)

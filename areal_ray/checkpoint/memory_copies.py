@@ -12,7 +12,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ import torch
 import xxhash
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 from areal_ray.checkpoint.manifest import CheckpointDamaged
-from areal_ray.checkpoint.shard_file import ShardImage
+from areal_ray.checkpoint.shard_file import KeptImages, ShardImage
 from areal_ray.checkpoint.tree import flatten, local, merge, to_json
 from areal_ray.distributed import RankError, Ranks
-from areal_ray.processes.memory_keeper import MemoryKeeper, claim, free_memory, read_record, write_record
+from areal_ray.distributed.device import Uploads, device_thread
+from areal_ray.processes.memory_keeper import free_memory, read_record, write_record
 
 _FREE = 0.1  # share of a machine's memory that must be left
 _OFF, _CUT, _WHOLE = range(3)  # of a rank: it cannot copy; its last copy cannot be used; it can
@@ -73,14 +75,26 @@ class MemoryCopies:
         retry_after: int = 32,
     ) -> None:
         self._name = f"{name}-{ranks.rank}"  # a copy belongs to a place in the group, as no checkpoint does
-        self._ranks, self._owner, self._complain, self._durable = ranks, owner, complain, durable
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory copies")
-        self._images: list[ShardImage] = []
-        self._keeper: MemoryKeeper | None = None
+        self._ranks, self._complain, self._durable = ranks, complain, durable
+        self._thread = device_thread("memory copies")
+        self._kept = KeptImages(self._name, owner)
+        self._layout: list[Any] = []
+        self._laid_out: Future[None] | None = None
         self._last: Future[bool] | None = None
         self._turn = 0
         self._retry_after, self._left_out = retry_after, 0
         self._copied: torch.cuda.Event | None = None
+
+    def prepare(self, state: Mapping[str, Stateful]) -> None:
+        """To be called once before training: make the memory beside the first steps, if it is to be pinned for a GPU.
+
+        A collective, as the first `save` is.
+        """
+        tensors, _ = flatten({name: part.state_dict() for name, part in state.items()})
+        mine = {name: local(tensor).detach() for name, tensor in tensors.items()}
+        if any(tensor.is_cuda for tensor in mine.values()):
+            self._count_neighbours()
+            self._laid_out = self._thread.submit(self._lay_out, mine)
 
     def save(self, version: Version, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> None:
         """Copy the state as it is now. A collective.
@@ -95,18 +109,23 @@ class MemoryCopies:
             return
         tensors, values = flatten({name: part.state_dict() for name, part in state.items()})
         mine = {name: local(tensor).detach() for name, tensor in tensors.items()}
-        if self._last is None:
-            self._neighbours = self._ranks.gather(here := socket.gethostname()).count(here)
+        if self._laid_out is not None:
+            self._laid_out.exception()  # waits
+        if self._kept.images and _layout(mine) != self._layout:  # an optimizer whose state came with its first steps
+            self._start_anew()
+        if self._last is None and self._laid_out is None:
+            self._count_neighbours()
         status = self._ranks.all_reduce_min(self._status(mine))
         if status == _OFF:
             self._left_out = self._retry_after
-            self._release()
+            self._kept.release()
             return
         if status == _WHOLE:
             self._turn ^= 1
-        image = self._images[self._turn]
+        image = self._kept.images[self._turn]
         os.ftruncate(image.fd, image.size)  # without its record
-        self._copied = copied = image.fill(list(mine.values()))
+        whole = [not isinstance(tensor, DTensor) for tensor in tensors.values()]
+        self._copied = copied = image.fill(list(mine.values()), whole)
         record = {"version": list(version), "run": _digest(info, mine), "values": {}}
         if self._ranks.rank == 0:
             record["values"] = json.loads(to_json(values))
@@ -124,7 +143,7 @@ class MemoryCopies:
         """Bring objects to the newest state that all ranks have a copy of. A collective; to be called before `save`.
 
         All copies of earlier attempts are gone afterwards, used or not: a copy with which the workers die before they
-        have made another one is not tried again.
+        have made another one is not tried again. Their memory is used for the next ones.
 
         Args:
             state, info: as for `save`.
@@ -134,54 +153,72 @@ class MemoryCopies:
         Returns:
             None if there is no such copy, and then nothing has changed.
         """
-        files = claim(self._name)
+        trees = {name: part.state_dict() for name, part in state.items()}
+        mine = {name: local(tensor).detach() for name, tensor in flatten(trees)[0].items()}
+        size = ShardImage.size_of(_items(mine))
+        files = self._kept.claim(size)
         try:
-            return self._restore(files, state, info, attempt, newer_than)
+            found = self._find(files, size, mine, info, attempt, newer_than)
+            if found is not None:
+                uploads = Uploads()
+                for tensor, kept in zip(mine.values(), found[0].tensors, strict=True):
+                    uploads.copy(tensor, kept)
+                uploads.wait()
         finally:
-            for file in files:
-                os.close(file)
+            self._kept.erase(size)
+        if found is None:
+            return None
+        _, version, values = found
+        for name, part in state.items():
+            part.load_state_dict(merge(trees[name], values.get(name, {})))
+        return Copy(version, values, dict(info))
 
     def forget(self) -> None:
         """Make all copies useless: the state is another one now, and they do not lead to it."""
         if self._last is not None:
             self._last.result()
-        for image in self._images:
-            os.ftruncate(image.fd, image.size)
+        if self._kept.images:
+            self._kept.erase(self._kept.images[0].size)
 
     def close(self) -> None:
         """Give memory and processes back."""
         self._thread.shutdown()
-        self._release()
+        self._kept.release()
 
-    def _release(self) -> None:
-        if self._keeper is not None:
-            self._keeper.release()
-            self._keeper = None
-        for image in self._images:
-            image.close()
-        self._images = []
+    def _start_anew(self) -> None:
+        if self._last is not None:
+            self._last.result()
+        self._kept.release()
+        self._last = self._laid_out = None
+
+    def _count_neighbours(self) -> None:
+        self._neighbours = self._ranks.gather(here := socket.gethostname()).count(here)
 
     def _status(self, mine: Mapping[str, torch.Tensor]) -> int:
         """How this rank's last copy came out; before the first one, whether there can be any."""
         if self._last is not None:
             return _WHOLE if self._last.result() else _CUT
+        laid_out, self._laid_out = self._laid_out, None
         try:
-            self._lay_out(mine)
-        except (OSError, RuntimeError) as error:  # the latter from CUDA, which may lock no more memory
+            if laid_out is not None:
+                laid_out.result()
+            else:
+                self._lay_out(mine)
+        except (OSError, RuntimeError, MemoryError) as error:
             self._complain(f"no copies in memory for now: {error}")
             return _OFF
         return _WHOLE
 
     def _lay_out(self, mine: Mapping[str, torch.Tensor]) -> None:
-        size = 2 * sum(tensor.nbytes for tensor in mine.values())
-        free, total = free_memory()
-        if free - self._neighbours * size < _FREE * total:
-            needed = f"{size / 1e9:.1f} GB beside each of {self._neighbours} ranks"
+        items, free, total = _items(mine), *free_memory()
+        new = self._kept.missing(ShardImage.size_of(items))
+        if new and free - self._neighbours * new < _FREE * total:
+            needed = f"{new / 1e9:.1f} GB beside each of {self._neighbours} ranks"
             raise OSError(f"they need {needed}, and {free / 1e9:.1f} GB are free on this node")
-        for file in claim(self._name):  # of an earlier attempt, not restored
-            os.close(file)
-        self._images = [ShardImage("", _items(mine)) for _ in range(2)]
-        self._keeper = MemoryKeeper(self._name, [image.fd for image in self._images], self._owner)
+        self._kept.lay_out(items)
+        self._layout = _layout(mine)
+        if reason := self._kept.images[0].not_pinned:
+            self._complain(f"copies in memory keep training waiting: {reason}")
 
     def _seal(self, image: ShardImage, copied: torch.cuda.Event | None, record: dict[str, Any]) -> bool:
         """Write the record of a copy; whether it counts."""
@@ -195,19 +232,19 @@ class MemoryCopies:
             return False
         return True
 
-    def _restore(
+    def _find(
         self,
         files: Sequence[int],
-        state: Mapping[str, Stateful],
+        size: int,
+        mine: Mapping[str, torch.Tensor],
         info: Mapping[str, Any],
         attempt: int,
         newer_than: Version | None,
-    ) -> Copy | None:
-        trees = {name: part.state_dict() for name, part in state.items()}
-        mine = {name: local(tensor).detach() for name, tensor in flatten(trees)[0].items()}
+    ) -> tuple[ShardImage, Version, dict[str, Any]] | None:
+        """This rank's image of the newest copy that all ranks have, its version and the plain values. A collective."""
         found: dict[Version, tuple[ShardImage, dict[str, Any]]] = {}
         for file in files:
-            record = read_record(file, ShardImage.size_of(_items(mine)))
+            record = read_record(file, size)
             if record and record["version"][0] == attempt and record["run"] == _digest(info, mine):
                 found[attempt, record["version"][1]] = ShardImage("", _items(mine), file), record
         common = set.intersection(*map(set, self._ranks.gather(list(found))))
@@ -227,11 +264,11 @@ class MemoryCopies:
             if self._ranks.rank == 0:
                 self._complain(f"passing over a copy in memory: {error}")
             return None
-        for tensor, kept in zip(mine.values(), image.tensors, strict=True):
-            tensor.copy_(kept)
-        for name, part in state.items():
-            part.load_state_dict(merge(trees[name], values.get(name, {})))
-        return Copy(max(common), values, dict(info))
+        return image, max(common), values
+
+
+def _layout(mine: Mapping[str, torch.Tensor]) -> list[Any]:
+    return [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in mine.items()]
 
 
 def _items(mine: Mapping[str, torch.Tensor]) -> list[tuple[MetadataIndex, torch.Tensor]]:
@@ -240,5 +277,4 @@ def _items(mine: Mapping[str, torch.Tensor]) -> list[tuple[MetadataIndex, torch.
 
 def _digest(info: Mapping[str, Any], mine: Mapping[str, torch.Tensor]) -> str:
     """Digest of everything that must be the same for a copy to be restored."""
-    layout = [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in mine.items()]
-    return xxhash.xxh3_128_hexdigest(json.dumps([info, layout], sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps([info, _layout(mine)], sort_keys=True).encode())

@@ -21,6 +21,7 @@ from areal_ray.checkpoint.manifest import METADATA, STATE, CheckpointDamaged, Ma
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.tree import flatten, merge
 from areal_ray.distributed import Ranks
+from areal_ray.distributed.device import Uploads
 from areal_ray.storage import Storage
 
 _READ_BYTES = 16 << 20  # of neighbouring chunks that are read in one piece
@@ -80,6 +81,7 @@ def _read_tensors(
         for name, record in manifest.files.items()
         for offset, length, digest in record.chunks
     }
+    uploads = Uploads()
     wanted: dict[str, dict[int, list[ReadItem]]] = {}
     for item in plan.items:
         where = metadata.storage_data[item.storage_index]
@@ -96,8 +98,9 @@ def _read_tensors(
                 for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                     part = part.narrow(dim, start, length)
                 target = planner.resolve_tensor(item).detach()
-                target.copy_(part)
+                uploads.copy(target, part)
                 planner.commit_tensor(item, target)
+    uploads.wait()
 
 
 def _read_chunks(

@@ -16,6 +16,8 @@ import xxhash
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from areal_ray.processes.memory_keeper import MemoryKeeper, claim
+
 
 class _WithoutData(io.BytesIO):
     """Receives a `torch.save` under `skip_data`, which seeks past the place of the data: here it takes no room."""
@@ -46,21 +48,26 @@ class ShardImage:
     """The image of a shard file in shared memory, laid out once and refilled at every save.
 
     The memory is an anonymous file: another process of this user can open it by `path`, nobody can leave it behind. It
-    is as large as the rank's own state and a few hundred bytes for each tensor.
+    is as large as the rank's own state and a few hundred bytes for each tensor. For tensors on a GPU it is pinned;
+    where CUDA cannot lock so much, `fill` waits for its copies instead, and `not_pinned` says why.
 
     Args:
         file_name: under which the image will be stored.
         items: the name of each tensor in DCP's metadata, with an example of its shape, type and device.
         filled: such memory, filled with the same items by another process, which may have ended; to be read only. The
             file descriptor stays the caller's.
+        reused: memory of this size that an image had before; the file descriptor is the image's from now on.
 
     Raises:
-        OSError: if there is no memory for it.
-        RuntimeError: if CUDA cannot lock so much memory.
+        OSError: if there is no memory for it. Nothing is kept then.
     """
 
     def __init__(
-        self, file_name: str, items: Sequence[tuple[MetadataIndex, torch.Tensor]], filled: int | None = None
+        self,
+        file_name: str,
+        items: Sequence[tuple[MetadataIndex, torch.Tensor]],
+        filled: int | None = None,
+        reused: int | None = None,
     ) -> None:
         frames = [frame(tuple(tensor.shape), tensor.dtype) for _, tensor in items]
         self.file_name = file_name
@@ -72,17 +79,34 @@ class ShardImage:
             self.where[index] = _StorageInfo(file_name, self.size, length)
             self.chunks.append((self.size, length))
             self.size += length
-        self.fd = os.memfd_create("areal_ray shard image") if filled is None else filled
-        if filled is None:
-            os.ftruncate(self.fd, self.size)
-        self._memory = mmap.mmap(self.fd, self.size)
         self.tensors: list[torch.Tensor] = []
-        for (offset, length), (_, tensor), (before, after) in zip(self.chunks, items, frames, strict=True):
+        self.not_pinned: str | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._owns = filled is None
+        given = filled if reused is None else reused
+        self.fd = os.memfd_create("areal_ray shard image") if given is None else given
+        try:
             if filled is None:
+                os.ftruncate(self.fd, self.size)
+            self._memory = mmap.mmap(self.fd, self.size)
+            self._lay_out(items, frames, write=filled is None)
+            if filled is None and any(tensor.is_cuda for _, tensor in items):
+                self._pin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _lay_out(
+        self,
+        items: Sequence[tuple[MetadataIndex, torch.Tensor]],
+        frames: Sequence[tuple[bytes, bytes]],
+        write: bool,
+    ) -> None:
+        for (offset, length), (_, tensor), (before, after) in zip(self.chunks, items, frames, strict=True):
+            if write:
                 self._memory[offset : offset + len(before)] = before
                 self._memory[offset + length - len(after) : offset + length] = after
             self.tensors.append(self._tensor(offset + len(before), tensor))
-        self._stream = self._pin() if filled is None and any(tensor.is_cuda for _, tensor in items) else None
 
     @staticmethod
     def size_of(items: Sequence[tuple[MetadataIndex, torch.Tensor]]) -> int:
@@ -102,20 +126,31 @@ class ShardImage:
         whole = memoryview(self._memory)
         return [whole[offset : offset + length] for offset, length in self.chunks]
 
-    def fill(self, tensors: Sequence[torch.Tensor]) -> torch.cuda.Event | None:
+    def fill(self, tensors: Sequence[torch.Tensor], whole: Sequence[bool]) -> torch.cuda.Event | None:
         """Copy the tensors, in the order of the items.
 
+        Args:
+            tensors: with the shapes, types and devices of the items.
+            whole: which of them are no parts of sharded tensors. Such may be buffers of the model, which change in a
+                forward pass already: they are copied before that, on the stream that computes it.
+
         Returns:
-            None when the copy is done; on a GPU an event, before which the tensors must not change: the copy runs on a
-            stream of its own beside the training.
+            None when the copy is done; on a GPU an event, before which sharded tensors must not change: they are copied
+            on a stream of its own beside the training.
         """
         if self._stream is None:
             for slot, tensor in zip(self.tensors, tensors, strict=True):
                 slot.copy_(tensor)
             return None
+        pairs = list(zip(self.tensors, tensors, whole, strict=True))
+        for slot, tensor, at_once in pairs:
+            if at_once:
+                slot.copy_(tensor, non_blocking=True)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for slot, tensor in zip(self.tensors, tensors, strict=True):
+            for slot, tensor, at_once in pairs:
+                if at_once:
+                    continue
                 slot.copy_(tensor, non_blocking=True)
                 if tensor.is_cuda:
                     tensor.record_stream(self._stream)
@@ -132,9 +167,14 @@ class ShardImage:
     def close(self) -> None:
         """Give the memory back."""
         self.tensors.clear()
-        if self._stream is not None:  # or the next memory at this address could not be registered
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._address))
-        os.close(self.fd)
+        try:
+            if self._stream is not None:  # or the next memory at this address could not be registered
+                self._stream = None
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._address))
+        finally:
+            if self._owns:
+                self._owns = False
+                os.close(self.fd)
 
     def _tensor(self, start: int, like: torch.Tensor) -> torch.Tensor:
         if not like.numel():
@@ -142,8 +182,67 @@ class ShardImage:
         flat = torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=start)
         return flat.view(like.shape)
 
-    def _pin(self) -> torch.cuda.Stream:
+    def _pin(self) -> None:
         """Register the memory with CUDA, so that copies into it are asynchronous."""
         self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._address, self.size, 0))
-        return torch.cuda.Stream()
+        try:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._address, self.size, 0))
+        except RuntimeError as error:  # of locked memory there is less than of any other, see `ulimit -l`
+            self.not_pinned = f"CUDA cannot lock {self.size / 1e9:.1f} GB of memory ({error})"
+        else:
+            self._stream = torch.cuda.Stream()
+
+
+class KeptImages:
+    """Two images whose memory outlives this process, for the one that takes its place; see MemoryKeeper.
+
+    Args:
+        name: under which the successor asks for them.
+        owner: process id, with which the memory goes; None: it stays without one.
+    """
+
+    def __init__(self, name: str, owner: int | None) -> None:
+        self._name, self._owner = name, owner
+        self._claimed: list[int] = []
+        self._keeper: MemoryKeeper | None = None
+        self.images: list[ShardImage] = []
+
+    def claim(self, size: int) -> list[int]:
+        """The memory of the process before, as file descriptors that stay this object's; what is too small is gone."""
+        for file in claim(self._name):
+            if os.fstat(file).st_size < size:
+                os.close(file)
+            else:
+                self._claimed.append(file)
+        return self._claimed
+
+    def missing(self, size: int) -> int:
+        """Bytes of new memory that `lay_out` will take for two images of that size."""
+        return (2 - len(self._claimed or self.claim(size))) * size
+
+    def lay_out(self, items: Sequence[tuple[MetadataIndex, torch.Tensor]]) -> None:
+        """Make both, in claimed memory where there is some, and have it kept.
+
+        Raises:
+            OSError: if there is no memory for them, or nobody to keep it; to be followed by `release`.
+        """
+        for _ in range(2):
+            self.images.append(ShardImage("", items, reused=self._claimed.pop() if self._claimed else None))
+        self._keeper = MemoryKeeper(self._name, [image.fd for image in self.images], self._owner)
+
+    def erase(self, size: int) -> None:
+        """Cut off what is behind the images of that size, claimed or made: the records that make copies of them."""
+        for file in (*self._claimed, *(image.fd for image in self.images)):
+            os.ftruncate(file, size)
+
+    def release(self) -> None:
+        """Let the memory go."""
+        for file in self._claimed:
+            os.close(file)
+        self._claimed = []
+        if self._keeper is not None:
+            self._keeper.release()
+            self._keeper = None
+        for image in self.images:
+            image.close()
+        self.images = []

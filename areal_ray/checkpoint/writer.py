@@ -7,7 +7,7 @@ then the manifest, without which a directory is not a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -18,12 +18,17 @@ from areal_ray.checkpoint.capture import Capture
 from areal_ray.checkpoint.manifest import Manifest
 from areal_ray.checkpoint.shard_file import ShardImage
 from areal_ray.distributed import RankError, Ranks
+from areal_ray.distributed.device import device_thread
 from areal_ray.processes.file_writer import FileWriter, write_summed
 from areal_ray.storage import Storage
 
 
 class CheckpointWriter(Protocol):
     """Begins saves. Every method but `fence` is a collective."""
+
+    def prepare(self, state: Mapping[str, Stateful]) -> None:
+        """To be called once before training: get ready for the first save beside the first steps, where that helps."""
+        ...
 
     def begin(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Future[Manifest]:
         """Take the state as it is now and see to it that it is written.
@@ -57,10 +62,14 @@ class SyncWriter:
 
     Args:
         ranks: all ranks of the job.
+        complain: prints a line for the user.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._capture = ranks, Capture(ranks)
+    def __init__(self, ranks: Ranks, complain: Callable[[str], None] = print) -> None:
+        self._ranks, self._capture = ranks, Capture(ranks, complain)
+
+    def prepare(self, state: Mapping[str, Stateful]) -> None:
+        self._capture.prepare(state)
 
     def begin(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Future[Manifest]:
         def write(image: ShardImage) -> dict[str, Any]:
@@ -82,15 +91,19 @@ class AsyncWriter:
     Args:
         ranks: all ranks of the job.
         background: all ranks, over a process group of its own: what a thread sends must not mix with the training's.
+        complain: prints a line for the user.
     """
 
-    def __init__(self, ranks: Ranks, background: Ranks) -> None:
-        self._capture, self._background = Capture(ranks), background
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    def __init__(self, ranks: Ranks, background: Ranks, complain: Callable[[str], None] = print) -> None:
+        self._capture, self._background = Capture(ranks, complain), background
+        self._thread = device_thread("checkpoint")
         self._file_writer = FileWriter()
         self._file_writer.start()
         self._copied: torch.cuda.Event | None = None
         self._last: Future[Manifest] | None = None
+
+    def prepare(self, state: Mapping[str, Stateful]) -> None:
+        self._capture.prepare(state)
 
     def begin(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Future[Manifest]:
         if self._last is not None:

@@ -7,6 +7,7 @@ node's own process), or when nobody has asked for too long. Nothing is left in a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from areal_ray.processes.launch import address, check_peer
 
 WAIT_S = 120.0  # for a successor, after the death; so long the memory of a run that was given up stays taken
 _CLAIM_S = 2.0  # for an answer: the process before may be dying still
+_LOOK_S = 0.01
 _RELEASE = b"."
 _MOST = 8  # files
 _HEAD = struct.Struct("<QQ")  # of a record: its length, xxh3_64
@@ -44,7 +47,7 @@ class MemoryKeeper:
     def __init__(self, name: str, files: Sequence[int], owner: int | None) -> None:
         assert 0 < len(files) <= _MOST, files
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address(name))
+            _bind(listener, address(name))
             listener.listen(4)
             kept = [listener.fileno(), *files]
             processes = os.getpid(), owner or 0
@@ -71,6 +74,19 @@ class MemoryKeeper:
             self._pipe.close()
         except BrokenPipeError:  # it is gone
             return
+
+
+def _bind(listener: socket.socket, name: str) -> None:
+    """Take the name; the process that has handed over its memory under it may be about to end still."""
+    deadline = time.monotonic() + _CLAIM_S
+    while True:
+        try:
+            listener.bind(name)
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_S)
 
 
 def claim(name: str, wait_s: float = _CLAIM_S) -> list[int]:
@@ -147,6 +163,7 @@ def _keep(parent: int, owner: int | None, listener: socket.socket, files: list[i
             try:
                 check_peer(connection)
                 socket.send_fds(connection, [_RELEASE], files)
+                listener.close()  # at once: the successor takes the name for a keeper of its own
                 return
             except OSError:  # of another user, or it has died as well: wait for the next
                 continue

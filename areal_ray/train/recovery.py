@@ -93,6 +93,12 @@ class RecoverHandler:
         self._last: PendingSave | None = None
         self._failed_in_a_row = 0
 
+    def prepare(self) -> None:
+        """To be called once before training: get ready for the first save and copy. A collective."""
+        self._writer.prepare(self._state)
+        if self._memory is not None:
+            self._memory.prepare(self._state)
+
     def save(self, step: int, metrics: Mapping[str, float], must: bool = False) -> PendingSave | None:
         """Begin to save everything. A collective.
 

@@ -83,6 +83,7 @@ def _train_watched(
     session.first_step = stepped
     try:
         rank.restore.at_start(_workers(rank.engine, ranks), loaded)
+        job.recover.prepare()
         loop.train(job)
     except Exception as error:
         failures.annotate(error, session.computing)

@@ -127,7 +127,7 @@ def recover_handler(
     every = config.checkpoint
     policy = SavePolicy(every.when_busy == "skip", every.max_failed_saves)
     described = {**info, **provenance(config)}
-    writer = _writer(config, start.ranks)
+    writer = _writer(config, start)
     return RecoverHandler(start.catalog, state, writer, journal, start.attempt, described, start.ranks, policy, memory)
 
 
@@ -146,12 +146,12 @@ def _node_process() -> int | None:
     return int(pid) if pid else None
 
 
-def _writer(config: Config, ranks: Ranks) -> CheckpointWriter:
+def _writer(config: Config, start: Start) -> CheckpointWriter:
     if not config.checkpoint.async_save:
-        return SyncWriter(ranks)
+        return SyncWriter(start.ranks, start.say)
     # No time limit of its own: a slow disk is no failure, and a dead peer closes its connections.
     background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
-    return AsyncWriter(ranks, background)
+    return AsyncWriter(start.ranks, background, start.say)
 
 
 def _silent(_: str) -> None:

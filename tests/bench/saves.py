@@ -200,7 +200,7 @@ def measure(settings: dict) -> dict | None:
         if ranks.rank == 0:
             plain.append(plain_write(Path(config.run.storage_path), settings["bytes"]))
         dist.barrier()
-    staging = savers["areal_ray"]._recover._writer._capture._image
+    staging = savers["areal_ray"]._recover._writer._capture._image.result()
     own = sum(p.to_local().nbytes for p in engine.model.parameters())
     own += sum(
         (v.to_local() if hasattr(v, "to_local") else v).nbytes

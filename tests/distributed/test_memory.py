@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from areal_ray.checkpoint import MemoryCopies, memory_copies
+from areal_ray.checkpoint import MemoryCopies, shard_file
 from areal_ray.checkpoint.shard_file import ShardImage
 from tests.distributed.killed_run import Numbers
 from tests.distributed.memory_attempts import INFO, LAST, Attempt, after, die, leave, to_be_killed
@@ -41,7 +41,7 @@ def wait_for_the_other() -> None:
     dist.recv(torch.zeros(1), 0)
 
 
-def half_a_copy(image: ShardImage, tensors: list[torch.Tensor]) -> None:
+def half_a_copy(image: ShardImage, tensors: list[torch.Tensor], whole: list[bool]) -> None:
     for kept, tensor in list(zip(image.tensors, tensors, strict=True))[:3]:
         kept.copy_(tensor)
     wait_for_the_other()
@@ -140,7 +140,7 @@ def test_another_number_of_ranks_goes_without(name: str) -> None:
 def flipped(rank: int, name: str, parent: int) -> dict[str, Any]:
     """A bit of rank 1's newest copy is another one."""
     attempt = Attempt(name, parent)
-    claim = memory_copies.claim
+    claim = shard_file.claim
 
     def damaged(name: str) -> list[int]:
         files = claim(name)
@@ -149,7 +149,7 @@ def flipped(rank: int, name: str, parent: int) -> dict[str, Any]:
             os.pwrite(file, bytes([byte[0] ^ 1]), 1000)
         return files
 
-    memory_copies.claim = damaged
+    shard_file.claim = damaged
     return attempt.restore()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from areal_ray.checkpoint import Catalog, SyncWriter, memory_copies
+from areal_ray.checkpoint import Catalog, SyncWriter, memory_copies, shard_file
 from areal_ray.distributed import RankError
 from areal_ray.processes.memory_keeper import read_record
 from areal_ray.storage import LocalStorage
@@ -41,6 +41,46 @@ def test_nothing_comes_back_when(name: str, ends: bool) -> None:
     assert [found["copy"] for found in run_ranks(after, 2, name, os.getpid())] == [None] * 2
 
 
+def files_of(attempt: Attempt) -> set[int]:
+    """Inode numbers of the memory of an attempt's copies."""
+    return {os.fstat(image.fd).st_ino for image in attempt.copies._kept.images}
+
+
+def leaves_files(rank: int, name: str, parent: int, folder: str) -> None:
+    attempt = Attempt(name, parent)
+    attempt.step()
+    attempt.copies._last.result()  # type: ignore[union-attr]
+    Path(folder, f"{rank}").write_text(repr(files_of(attempt)))
+    dist.barrier()
+    if rank == 1:
+        die()
+    to_be_killed()
+
+
+def takes_over(rank: int, name: str, parent: int, restores: bool) -> dict[str, Any]:
+    attempt = Attempt(name, parent)
+    copy = attempt.restore()["copy"] if restores else None
+    held = [read_record(file, os.fstat(file).st_size) for file in attempt.copies._kept._claimed]
+    attempt.step()
+    attempt.copies._last.result()  # type: ignore[union-attr]
+    records = [read_record(image.fd, image.size) for image in attempt.copies._kept.images]
+    versions = [record["version"] for record in records if record]
+    return {"copy": copy and copy[0], "held": held, "files": files_of(attempt), "versions": versions}
+
+
+@pytest.mark.parametrize("restores", [True, False], ids=["restored", "not asked for"])
+def test_the_memory_of_the_attempt_before_is_used_again_without_its_copies(
+    name: str, tmp_path: Path, restores: bool
+) -> None:
+    with pytest.raises(RankFailed, match="rank 1 died"):
+        run_ranks(leaves_files, 2, name, os.getpid(), str(tmp_path))
+    for rank, found in enumerate(run_ranks(takes_over, 2, name, os.getpid(), restores)):
+        assert repr(found["files"]) == (tmp_path / f"{rank}").read_text()
+        assert found["copy"] == ((1, 1) if restores else None)
+        assert found["held"] == ([None, None] if restores else [])  # before the first copy of its own there is none
+        assert found["versions"] == [[1, 2 if restores else 1]]
+
+
 def goes_back_and_on(rank: int, name: str, parent: int) -> dict[str, Any]:
     attempt = Attempt(name, parent)
     attempt.step()
@@ -48,7 +88,7 @@ def goes_back_and_on(rank: int, name: str, parent: int) -> dict[str, Any]:
     attempt.step()
     attempt.step()
     attempt.copies._last.result()  # type: ignore[union-attr]
-    return {"sizes": [os.fstat(image.fd).st_size for image in attempt.copies._images]}
+    return {"sizes": [os.fstat(image.fd).st_size for image in attempt.copies._kept.images]}
 
 
 def test_after_going_back_copies_are_taken_as_before(name: str) -> None:
@@ -64,20 +104,20 @@ def without_room(rank: int, name: str, parent: int, what: str) -> tuple[list[str
         size = 2 * sum(tensor.nbytes for tensor in attempt.numbers.mine())
         return 1e6 + 1.5 * size, 1e7  # for one rank there would be
 
-    def locked(*_: Any) -> None:
-        raise RuntimeError("no more memory can be locked")
+    def none(*_: Any, **__: Any) -> None:
+        raise OSError("too many open files")
 
-    attempt, room, image = Attempt(name, parent, retry_after=1), memory_copies.free_memory, memory_copies.ShardImage
+    attempt, room, image = Attempt(name, parent, retry_after=1), memory_copies.free_memory, shard_file.ShardImage
     if rank == 1 and what == "memory":
         memory_copies.free_memory = free  # type: ignore[assignment]
-    if rank == 1 and what == "locked memory":
-        memory_copies.ShardImage = locked  # type: ignore[assignment,misc]
+    if rank == 1 and what == "files":
+        shard_file.ShardImage = none  # type: ignore[assignment,misc]
     counts = []
     for step in range(1, 5):
         if step == 3:
-            memory_copies.free_memory, memory_copies.ShardImage = room, image  # type: ignore[misc]
+            memory_copies.free_memory, shard_file.ShardImage = room, image  # type: ignore[misc]
         attempt.step()
-        counts.append(len(attempt.copies._images))
+        counts.append(len(attempt.copies._kept.images))
     attempt.copies._last.result()  # type: ignore[union-attr]
     return attempt.said, counts
 
@@ -86,7 +126,7 @@ def without_room(rank: int, name: str, parent: int, what: str) -> tuple[list[str
     ("what", "why"),
     [
         ("memory", "they need 0.0 GB beside each of 2 ranks, and 0.0 GB are free on this node"),
-        ("locked memory", "no more memory can be locked"),
+        ("files", "too many open files"),
     ],
 )
 def test_without_room_on_one_rank_there_are_no_copies_for_a_while(name: str, what: str, why: str) -> None:
@@ -120,7 +160,7 @@ def recovers(rank: int, name: str, parent: int, root: str, number: int) -> dict[
     def copies() -> list[int]:
         if attempt.copies._last is not None:
             attempt.copies._last.result()
-        records = [read_record(image.fd, image.size) for image in attempt.copies._images]
+        records = [read_record(image.fd, image.size) for image in attempt.copies._kept.images]
         return sorted(record["version"][1] for record in records if record)
 
     seen: dict[str, Any] = {"nothing to go back to": recover.load()}

@@ -25,7 +25,7 @@ def begin(writer, path, **tree):
 
 
 def test_a_copy_that_fails_on_this_rank_alone_is_raised_at_once(writer, tmp_path, monkeypatch):
-    def fill(image, parts):
+    def fill(image, parts, whole):
         raise RuntimeError("out of memory, here only")
 
     monkeypatch.setattr(ShardImage, "fill", fill)
@@ -43,3 +43,18 @@ def test_a_failure_of_all_ranks_is_the_outcome_and_the_next_save_works(writer, t
     failed = begin(writer, tmp_path / "there", **weights())
     assert isinstance(failed.exception(60), RankError)
     assert begin(writer, tmp_path / "next", **weights()).result(60).files
+
+
+def test_that_memory_is_not_pinned_is_said_with_the_first_save_only(tmp_path, monkeypatch):
+    make = ShardImage.__init__
+
+    def not_pinned(image, *args, **kwargs):
+        make(image, *args, **kwargs)
+        image.not_pinned = "CUDA cannot lock 1.0 GB of memory"
+
+    monkeypatch.setattr(ShardImage, "__init__", not_pinned)
+    said = []
+    with closing(SyncWriter(Ranks(), said.append)) as writer:
+        for name in ("one", "two"):
+            assert begin(writer, tmp_path / name, **weights()).result(60).files
+    assert said == ["saves keep training waiting while they copy: rank 0: CUDA cannot lock 1.0 GB of memory"]
