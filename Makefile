@@ -54,9 +54,8 @@ test-ray: install
 # the probe, then engine/, models/, checkpoint/ and what is below them; only the files that need no more than that.
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu needs a CUDA device, and torch finds none here.")'
-	@$(PYTHON) -m tests.gpu_probe
 	@# strict-config would stumble over the options of absent plugins
-	@$(PYTHON) -m pytest $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py') -m gpu -o addopts="-q --strict-markers" -W ignore::pytest.PytestConfigWarning
+	@$(PYTHON) -m tests.gpu_probe; probe=$$?; $(PYTHON) -m pytest $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py') -m gpu -o addopts="-q --strict-markers" -W ignore::pytest.PytestConfigWarning && exit $$probe
 
 # make bench ARMS="saves restart" ROUNDS=5 ONLY="tutorial areal_ray"
 bench: install
