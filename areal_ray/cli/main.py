@@ -84,10 +84,11 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     def verify(folder: Path) -> list[Check]:
-        from areal_ray.tools.verify_resume import BOUND, verify_resume
+        from areal_ray.tools.verify_resume import verify_resume
 
-        bound = BOUND if arguments.bound is None else arguments.bound
-        return verify_resume(arguments.config, arguments.overrides, folder, arguments.seed, arguments.kills, bound)
+        return verify_resume(
+            arguments.config, arguments.overrides, folder, arguments.seed, arguments.kills, arguments.bound
+        )
 
     return _with_config(arguments, lambda _: _prove(arguments, "verify-resume", verify))
 
