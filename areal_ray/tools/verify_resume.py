@@ -22,8 +22,8 @@ from areal_ray.tools import checkpoints
 # Relative distance of all weights, |a-b| / |a|, between runs that differ in the order of their sums only. Rounding is
 # amplified by every step: on the tiny experiment at 2 -> 1 -> 2 workers 60 steps gave 1.7e-7, 200 steps 2.7e-5.
 BOUND = 3e-4
-# On a GPU, where no order of sums is fixed, and in bfloat16: on an H200 two runs of 0.13B parameters from the same start
-# on the same batch were 1.2e-3 apart after 8 steps and 0.3 after 60; other weights altogether would be 1.4 apart.
+# On a GPU, where no order of sums is fixed, and in bfloat16: on an H200 two runs of 0.13B parameters from the same
+# start on the same batch were 1.2e-3 apart after 8 steps and 0.3 after 60; other weights altogether would be 1.4 apart.
 GPU_BOUND = 0.6
 _TIMES = ("tokens_per_s", "step_time_s")
 
