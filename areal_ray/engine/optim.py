@@ -21,7 +21,7 @@ _NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, defau
 def build_optimizer(model: nn.Module, config: OptimConfig, restored: bool = False) -> torch.optim.Optimizer:
     """The optimizer that the configuration names, over the parameters that are trained.
 
-    AdamW's state (step, exp_avg, exp_avg_sq) is made at once: a run that does not fit into memory says so at its
+    AdamW's state (step, exp_avg, exp_avg_sq) is allocated at once: a run that does not fit into memory says so at its
     start, and a save before the first step has the same keys as any other. Another optimizer makes its state with its
     first step, as it would alone; one that is about to be restored gets memory for all of it.
 
@@ -45,7 +45,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, restored: bool = Fals
             raise ConfigError("optim.name", f"{config.name}: {type(made).__name__} takes a closure, which there is not")
     for group in made.param_groups:
         group["initial_lr"] = group["lr"]
-    if restored or not plugin.is_plugin(config.name):
+    if not plugin.is_plugin(config.name):
+        _allocate_adamw(made)
+    elif restored:
         _make_state(made)
     return made
 
@@ -96,11 +98,22 @@ def freeze(model: nn.Module, groups: Sequence[ParameterGroupConfig]) -> None:
         raise ConfigError("optim.groups", "freeze every parameter: nothing is left to be trained")
 
 
+def _allocate_adamw(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the state that it would make in its first step (torch/optim/adam.py, `_init_group`), without one."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+
+
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
     """Run one step that changes nothing, then take it off the step counters again.
 
-    Gradients, rates and decay are zero meanwhile, so that AdamW's moments begin at zero. What other optimizers begin
-    with may be something else: theirs is only made to be overwritten.
+    Gradients, rates and decay are zero meanwhile. What an optimizer begins with may be something else: the state is
+    only made to be overwritten.
     """
     before = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
