@@ -191,8 +191,8 @@ class Captured:
     text: bytes
     info: dict[str, Any]
 
-    def finish(self, write: Callable[[ShardImage], dict[str, Any]], ranks: Ranks) -> Manifest:
-        """Write and commit it. A collective.
+    def finish(self, write: Callable[[ShardImage], dict[str, Any]], ranks: Ranks) -> Manifest | None:
+        """Write and commit it; the manifest, on rank 0. A collective.
 
         Args:
             write: writes the image to the directory; a manifest's record of the file.
@@ -210,7 +210,10 @@ class Captured:
             return self.image.where, FileRecord(**write(self.image))
 
         written = ranks.gather_to_rank_zero(ranks.all_or_raise(write_mine))
-        return ranks.on_rank_zero(lambda: self._commit(written or []))
+        committed: list[Manifest] = []
+        # Its outcome is for all, but not the manifest, which grows with ranks and tensors.
+        ranks.on_rank_zero(lambda: committed.append(self._commit(written or [])))
+        return committed[0] if committed else None
 
     def _commit(self, written: list[_Written]) -> Manifest:
         files: dict[str, FileRecord] = {}

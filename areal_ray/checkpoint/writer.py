@@ -30,7 +30,9 @@ class CheckpointWriter(Protocol):
         """To be called once before training: get ready for the first save beside the first steps, where that helps."""
         ...
 
-    def begin(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Future[Manifest]:
+    def begin(
+        self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]
+    ) -> Future[Manifest | None]:
         """Take the state as it is now and see to it that it is written.
 
         Args:
@@ -40,7 +42,8 @@ class CheckpointWriter(Protocol):
             info: about this save, for the manifest.
 
         Returns:
-            The manifest, on every rank, when everything is durable and committed; or RankError, on every rank.
+            The manifest on rank 0, None elsewhere, when everything is durable and committed; or RankError, on every
+            rank.
 
         Raises:
             Exception: at once, whatever is no outcome that all ranks agreed on, such as a copy that fails on one rank
@@ -71,7 +74,9 @@ class SyncWriter:
     def prepare(self, state: Mapping[str, Stateful]) -> None:
         self._capture.prepare(state)
 
-    def begin(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Future[Manifest]:
+    def begin(
+        self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]
+    ) -> Future[Manifest | None]:
         def write(image: ShardImage) -> dict[str, Any]:
             return write_summed(directory, image.file_name, image.parts())
 
@@ -100,12 +105,14 @@ class AsyncWriter:
         self._file_writer = FileWriter()
         self._file_writer.start()
         self._copied: torch.cuda.Event | None = None
-        self._last: Future[Manifest] | None = None
+        self._last: Future[Manifest | None] | None = None
 
     def prepare(self, state: Mapping[str, Stateful]) -> None:
         self._capture.prepare(state)
 
-    def begin(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Future[Manifest]:
+    def begin(
+        self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]
+    ) -> Future[Manifest | None]:
         if self._last is not None:
             self._last.exception()  # waits; whoever holds the future hears of a failure
         captured = _outcome(lambda: self._capture.take(directory, state, info))
@@ -130,7 +137,7 @@ class AsyncWriter:
         self._capture.close()
 
 
-def save(directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any], ranks: Ranks) -> Manifest:
+def save(directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any], ranks: Ranks) -> Manifest | None:
     """Write a checkpoint and return when it is committed; arguments as for `CheckpointWriter.begin`.
 
     Raises:

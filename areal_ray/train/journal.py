@@ -38,8 +38,9 @@ class Journal:
             self._say(f"the save at step {save.step} waited {waited_s:.1f} s for the one before: storage is slow")
         error = save.manifest.exception()
         if error is None:
-            size = save.manifest.result().total_bytes
-            self._event("saved", step=save.step, checkpoint=save.name, bytes=size, **times)
+            manifest = save.manifest.result()
+            assert manifest is not None  # this is rank 0
+            self._event("saved", step=save.step, checkpoint=save.name, bytes=manifest.total_bytes, **times)
             self._retention.apply()
         else:
             self._say(f"saving {save.name} failed: {error}")

@@ -21,11 +21,12 @@ class TooManyFailedSaves(RankError):
 
 @dataclass(frozen=True)
 class PendingSave:
-    """A save that was begun: its name in the run directory, the finished steps, its manifest once it is committed."""
+    """A save that was begun: its name in the run directory, the finished steps, its manifest (on rank 0) once it
+    is committed."""
 
     name: str
     step: int
-    manifest: Future[Manifest]
+    manifest: Future[Manifest | None]
 
 
 @dataclass(frozen=True)

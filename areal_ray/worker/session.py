@@ -124,7 +124,7 @@ class RaySession:
         path = f"{self._storage.location.removeprefix('s3://')}/{dump.name}"  # without a scheme, as pyarrow has it
         values = {"step": dump.step, **metrics}
 
-        def register(manifest: Future[Manifest]) -> None:
+        def register(manifest: Future[Manifest | None]) -> None:
             if manifest.exception() is not None or self._error is not None:
                 return
             try:
