@@ -1,15 +1,21 @@
-"""The catalog of a run's checkpoints: names, order, and the newest good one."""
+"""The catalog of a run's checkpoints: names, order, the newest good one, and an index of all of them."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 from areal_ray.checkpoint.manifest import MANIFEST, CheckpointDamaged, Manifest, check_sizes, read_manifest
-from areal_ray.storage import Storage
+from areal_ray.storage import Storage, read_ahead
 
+INDEX = "checkpoints.json"
+_FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.a(\d+)")
+_INFO = ("step", "attempt", "time", "world_size", "metrics")  # of a manifest's, what the index has
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,36 @@ class Entry:
     manifest: Manifest | None
     problem: str | None = None
     committed: bool = True
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        return self.manifest.info if self.manifest else {}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The little that lists and retention need of a checkpoint: a row of the index, or made from a manifest.
+
+    Args:
+        name, step, attempt, problem: as for Entry.
+        info: step, attempt, time, world size and metrics of the save.
+        size: bytes of all files.
+        stamp: of the directory when it was looked at, see `Storage.stamp`.
+        indexed: whether it is a row of the index, and nothing else was looked at.
+    """
+
+    name: str
+    step: int
+    attempt: int
+    info: Mapping[str, Any]
+    size: int | None
+    stamp: int | None
+    problem: str | None = None
+    indexed: bool = False
+
+    @cached_property
+    def row(self) -> str:
+        return json.dumps({"info": self.info, "bytes": self.size, "stamp": self.stamp})
 
 
 class Catalog:
@@ -61,8 +97,7 @@ class Catalog:
         An attempt goes on from what it restored, so what it saved is newer than anything that an earlier one left,
         whatever the step.
         """
-        files = self._run.sizes()
-        found = [name for name in self._run.names() if _NAME.fullmatch(name) and name not in files]
+        found = [name for name in self._run.directories() if _NAME.fullmatch(name)]
         return sorted(((*self.version(name), name) for name in found), reverse=True)
 
     def last_attempt(self) -> int:
@@ -73,19 +108,100 @@ class Catalog:
         """The newest one whose save was finished, good or not by now; None if none ever was."""
         return next((name for *_, name in self.names() if self.directory(name).size(MANIFEST) is not None), None)
 
+    def unfinished(self, before_attempt: int) -> list[str]:
+        """Names of directories of earlier attempts whose save was never finished: nobody will finish or may read them.
+
+        Asks for the manifest of those that the index does not have.
+        """
+        rows = self._rows()
+        return [
+            name
+            for attempt, _, name in self.names()
+            if attempt < before_attempt
+            and self._current(rows, name) is None
+            and self.directory(name).size(MANIFEST) is None
+        ]
+
+    def entry(self, name: str) -> Entry:
+        """A directory with its manifest and sizes checked; contents are not read."""
+        attempt, step = self.version(name)
+        try:
+            manifest = read_manifest(self.directory(name))
+            check_sizes(self.directory(name), manifest)
+            if (manifest.info.get("step"), manifest.info.get("attempt")) != (step, attempt):
+                raise CheckpointDamaged("manifest.json: belongs to another checkpoint")
+            return Entry(name, step, attempt, manifest)
+        except CheckpointDamaged as error:
+            committed = self.directory(name).size(MANIFEST) is not None
+            return Entry(name, step, attempt, None, str(error), committed)
+
     def entries(self) -> Iterator[Entry]:
-        """Every directory, newest first, with its manifest and sizes checked; contents are not read."""
-        for attempt, step, name in self.names():
-            try:
-                manifest = read_manifest(self.directory(name))
-                check_sizes(self.directory(name), manifest)
-                if (manifest.info.get("step"), manifest.info.get("attempt")) != (step, attempt):
-                    raise CheckpointDamaged("manifest.json: belongs to another checkpoint")
-                yield Entry(name, step, attempt, manifest)
-            except CheckpointDamaged as error:
-                committed = self.directory(name).size(MANIFEST) is not None
-                yield Entry(name, step, attempt, None, str(error), committed)
+        """Every directory, newest first, as `entry` says; looked at when it is its turn."""
+        for *_, name in self.names():
+            yield self.entry(name)
 
     def newest(self) -> Entry | None:
         """The newest one that is committed and complete."""
         return next((entry for entry in self.entries() if entry.problem is None), None)
+
+    def summary(self, name: str, found: Manifest | Entry) -> Summary:
+        """The summary of a checkpoint that was looked at or committed just now."""
+        attempt, step = self.version(name)
+        manifest, problem = (found.manifest, found.problem) if isinstance(found, Entry) else (found, None)
+        info = {key: manifest.info[key] for key in _INFO if key in manifest.info} if manifest else {}
+        size = manifest.total_bytes if manifest else None
+        return Summary(name, step, attempt, info, size, self._run.stamp(name), problem)
+
+    def summaries(self, at_most: int | None = None) -> list[Summary]:
+        """Every directory, newest first: one listing, one file, and `entry` of those that the index does not have.
+
+        What the index says was so when it was written. On a file system it does not count for a directory that has
+        changed since; on object storage, which does not say, one whose files were deleted by hand still looks good, and
+        is to be asked for with `entry` before anything depends on it.
+
+        Args:
+            at_most: so many that the index does not have, the newest, are looked at; the others are left out.
+        """
+        rows = self._rows()
+        known = {name: self._current(rows, name) for *_, name in self.names()}
+        unknown = [name for name, row in known.items() if row is None][:at_most]
+        known |= {each.name: each for each in read_ahead((0, partial(self._look, name)) for name in unknown)}
+        return [each for each in known.values() if each is not None]
+
+    def _look(self, name: str) -> Summary:
+        return self.summary(name, self.entry(name))
+
+    def write_index(self, summaries: Iterable[Summary]) -> None:
+        """Make these the index, but for those with a problem (OSError).
+
+        Nothing depends on it: a checkpoint is one by its manifest, and what is missing here is read from there. It
+        takes about 200 bytes for each.
+        """
+        rows = ",\n".join(f'"{each.name}": {each.row}' for each in summaries if each.problem is None)
+        self._run.replace(INDEX, f'{{"format": {_FORMAT}, "checkpoints": {{\n{rows}\n}}}}\n'.encode())
+
+    def _rows(self) -> dict[str, Summary]:
+        """The index; empty if there is none, or it is torn or of another version."""
+        try:
+            found = json.loads(self._run.read(INDEX))
+            if found["format"] != _FORMAT:
+                return {}
+            return {
+                name: Summary(
+                    name,
+                    *self.version(name)[::-1],
+                    info=dict(row["info"]),
+                    size=int(row["bytes"]),
+                    stamp=row["stamp"],
+                    indexed=True,
+                )
+                for name, row in found["checkpoints"].items()
+                if _NAME.fullmatch(name)
+            }
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def _current(self, rows: Mapping[str, Summary], name: str) -> Summary | None:
+        """The row of a directory, if it was written for the directory as it is."""
+        row = rows.get(name)
+        return row if row is not None and row.stamp == self._run.stamp(name) else None

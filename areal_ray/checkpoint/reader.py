@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.tree import flatten, merge
 from areal_ray.distributed import Ranks
 from areal_ray.distributed.device import Uploads
-from areal_ray.storage import Storage
+from areal_ray.storage import Storage, read_ahead
 
 _READ_BYTES = 16 << 20  # of neighbouring chunks that are read in one piece
+Checksums = dict[tuple[str, int], tuple[int, str]]  # length and checksum of the chunk at an offset of a file
 
 
 def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: bool = False) -> Manifest:
@@ -60,14 +62,22 @@ def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part:
     trees = {name: each.state_dict() for name, each in state.items()}
     tensors, _ = flatten(trees)
     _check_keys(tensors, metadata, directory.location, part)
-    ranks.all_or_raise(lambda: _read_tensors(directory, manifest, metadata, tensors))
+    ranks.all_or_raise(lambda: _read_tensors(directory, manifest, metadata, tensors, _checksums(manifest)))
     for name, each in state.items():
         each.load_state_dict(merge(trees[name], values.get(name, {})))
     return manifest
 
 
+def _checksums(manifest: Manifest) -> Checksums:
+    return {
+        (name, offset): (length, digest)
+        for name, record in manifest.files.items()
+        for offset, length, digest in record.chunks
+    }
+
+
 def _read_tensors(
-    directory: Storage, manifest: Manifest, metadata: Metadata, tensors: Mapping[str, torch.Tensor]
+    directory: Storage, manifest: Manifest, metadata: Metadata, tensors: Mapping[str, torch.Tensor], sums: Checksums
 ) -> None:
     """Fill tensors in place: DCP plans which chunks this rank needs, each is verified before it is decoded.
 
@@ -76,11 +86,6 @@ def _read_tensors(
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), metadata, is_coordinator=False)
     plan = planner.finish_plan(planner.create_local_plan())
-    sums = {
-        (name, offset): (length, digest)
-        for name, record in manifest.files.items()
-        for offset, length, digest in record.chunks
-    }
     uploads = Uploads()
     wanted: dict[str, dict[int, list[ReadItem]]] = {}
     for item in plan.items:
@@ -143,7 +148,7 @@ def _decode(data: memoryview, name: str, offset: int, digest: str) -> torch.Tens
 
 
 class StoredState:
-    """The contents of a checkpoint, for tools: whole tensors one at a time, in one process; needs a `read_lock`.
+    """The contents of a checkpoint, for tools: whole tensors, in one process; needs a `read_lock`.
 
     Args:
         directory: a committed checkpoint.
@@ -158,6 +163,7 @@ class StoredState:
         self._metadata = decode_metadata(read_checked(directory, METADATA, self.manifest))
         self.values: dict[str, Any] = json.loads(read_checked(directory, STATE, self.manifest))
         self.info = self.manifest.info
+        self._sums = _checksums(self.manifest)
         self.names = sorted(self._metadata.state_dict_metadata)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -168,9 +174,30 @@ class StoredState:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, put together from all shards."""
-        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        _read_tensors(self._directory, self.manifest, self._metadata, {name: tensor})
-        return tensor
+        return self._read([name])[name]
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors by name, in this order; those that come next are read meanwhile, a bounded number of bytes."""
+        for read in read_ahead((size, partial(self._read, part)) for size, part in self._parts(names)):
+            yield from read.items()
+
+    def _parts(self, names: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+        """Bytes and names of what is read in one go: small tensors together, as they are neighbours in the shards."""
+        part, size = list[str](), 0
+        for name in names:
+            more = torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
+            if part and size + more > _READ_BYTES:
+                yield size, part
+                part, size = [], 0
+            part.append(name)
+            size += more
+        if part:
+            yield size, part
+
+    def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.empty(self.shape(name), dtype=self.dtype(name)) for name in names}
+        _read_tensors(self._directory, self.manifest, self._metadata, tensors, self._sums)
+        return tensors
 
 
 def _check_keys(tensors: Mapping[str, torch.Tensor], metadata: Metadata, location: str, part: bool) -> None:

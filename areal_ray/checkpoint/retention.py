@@ -1,13 +1,15 @@
-"""Retention of checkpoints: `deletable` and `uncommitted` decide, Retention carries it out."""
+"""Retention of checkpoints: `deletable` decides, Retention carries it out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from areal_ray.checkpoint.catalog import Catalog, Entry
-from areal_ray.checkpoint.manifest import MANIFEST
+from areal_ray.checkpoint.catalog import Catalog, Entry, Summary
+from areal_ray.checkpoint.manifest import MANIFEST, Manifest
 from areal_ray.checkpoint.read_lock import has_readers
 from areal_ray.config import KeepConfig
+
+_INDEX_EVERY = 8  # saves: a start reads the manifests of those that are not in the index
 
 
 class Retention:
@@ -16,8 +18,8 @@ class Retention:
     Args:
         catalog: the run's checkpoints.
         keep: the rules.
-        distrusted: names of checkpoints that could not be restored, whatever they look like: no rule counts them, and
-            they stay (OSError if that is not known now).
+        distrusted: names of checkpoints that earlier attempts could not restore, whatever they look like: no rule
+            counts them, and they stay (OSError if that is not known now). Asked for once.
         on_deleted: told the name of each checkpoint that `apply` or `clean_up` deletes.
         say: prints a line for the user.
     """
@@ -32,22 +34,52 @@ class Retention:
     ) -> None:
         self._catalog, self._keep = catalog, keep
         self._distrusted, self._on_deleted, self._say = distrusted, on_deleted, say
+        self._passed_over, self._distrusted_read = set[str](), False
+        self._known: dict[str, Summary] | None = None  # newest first; None: not looked at
+        self._not_indexed = 0
+
+    def committed(self, name: str, manifest: Manifest) -> None:
+        """Take note of a save that was committed, and `apply` the rules."""
+        try:
+            known = self._load()
+            if name not in known:
+                self._known = {name: self._catalog.summary(name, manifest), **known}
+                self._not_indexed += 1
+            if self._not_indexed >= _INDEX_EVERY:
+                self._write_index()
+        except OSError as error:
+            self._say(f"could not write down which checkpoints there are: {error}")
+        self.apply()
+
+    def distrust(self, name: str) -> None:
+        """Take note of a checkpoint that could not be restored."""
+        self._passed_over.add(name)
 
     def apply(self) -> None:
-        """Delete the checkpoints that no rule keeps; to be called when a save is committed."""
+        """Delete the checkpoints that no rule keeps; to be called when a save is committed.
+
+        What is there is looked at once; from then on this object knows, as it makes and deletes all checkpoints.
+        """
         if self._keep.last is None:
             return
         try:
-            distrusted = self._distrusted()
-            trusted = [entry for entry in self._catalog.entries() if entry.name not in distrusted]
+            if not self._distrusted_read:
+                self._passed_over |= set(self._distrusted())
+                self._distrusted_read = True
+            gone = [each.name for each in self._gone(self._load())]
+            if gone:
+                # First, so that it never has one whose deletion was begun: on object storage that is not seen.
+                self._write_index(without=gone)
         except OSError as error:
             self._say(f"could not look for checkpoints to delete: {error}")
             return
-        self._delete([entry.name for entry in deletable(trusted, self._keep)])
+        known = self._load()
+        for name in self._delete(gone):
+            del known[name]
 
     def clean_up(self, before_attempt: int) -> None:
         """Delete what saves of earlier attempts have left unfinished."""
-        self._delete(uncommitted(self._catalog, before_attempt))
+        self._delete(self._catalog.unfinished(before_attempt))
 
     def discard(self, name: str) -> None:
         """Delete what a failed save has left, which may be what fills the disk.
@@ -61,48 +93,81 @@ class Retention:
         if not committed:
             self._remove(name)
 
-    def _delete(self, names: Sequence[str]) -> None:
-        for name in names:
-            if self._remove(name):
-                self._on_deleted(name)
+    def _load(self) -> dict[str, Summary]:
+        """The checkpoints by name, newest first. Without rules not all that the index lacks, which may be many of an
+        older version's run: every start adds some."""
+        if self._known is None:
+            found = self._catalog.summaries(at_most=2 * _INDEX_EVERY if self._keep.last is None else None)
+            self._known = {each.name: each for each in found}
+            self._not_indexed = sum(each.problem is None and not each.indexed for each in found)
+        return self._known
 
-    def _remove(self, name: str) -> bool:
+    def _gone(self, known: dict[str, Summary]) -> list[Entry | Summary]:
+        """The checkpoints that no rule keeps. Those that are counted in their place are looked at: the index, or what
+        was known, may be wrong about them."""
+        found: dict[str, Entry | Summary] = {n: each for n, each in known.items() if n not in self._passed_over}
+        looked_at: set[str] = set()
+        while gone := deletable(list(found.values()), self._keep):
+            counted = {each.name for each in _counted(list(found.values()), self._keep)} - looked_at
+            if not counted:
+                break
+            for name in counted:
+                found[name] = entry = self._catalog.entry(name)
+                if entry.problem is not None:
+                    known[name] = self._catalog.summary(name, entry)
+            looked_at |= counted
+        return gone
+
+    def _write_index(self, without: Collection[str] = ()) -> None:
+        self._catalog.write_index(each for name, each in self._load().items() if name not in without)
+        self._not_indexed = 0
+
+    def _delete(self, names: Sequence[str]) -> list[str]:
+        """The names of those that are gone, by this or by somebody else."""
+        gone = []
+        for name in names:
+            removed = self._remove(name)
+            if removed:
+                self._on_deleted(name)
+            if removed is not False:
+                gone.append(name)
+        return gone
+
+    def _remove(self, name: str) -> bool | None:
+        """Whether it was deleted; None if it had gone before."""
         try:
             return remove(self._catalog, name)
         except FileNotFoundError:
-            return False
+            return None
         except OSError as error:
             self._say(f"could not delete {name}: {error}")
             return False
 
 
-def deletable(entries: Sequence[Entry], keep: KeepConfig) -> list[Entry]:
+def deletable(entries: Sequence[Entry | Summary], keep: KeepConfig) -> list[Entry | Summary]:
     """The good checkpoints among `entries` (newest first) that no rule keeps. The newest good one is never among them.
 
     What is not good is not counted, so damage does not push good ones out.
     """
     if keep.last is None:
         return []
-    good = [entry for entry in entries if entry.problem is None and entry.manifest is not None]
-    kept = {entry.name for entry in good[: max(1, keep.last)]}
-    if keep.every_steps:
-        kept |= {entry.name for entry in good if entry.step % keep.every_steps == 0}
-    if keep.best:
-        sign = 1 if keep.mode == "min" else -1
-        scored = [
-            (sign * value, -entry.step, entry.name) for entry in good if (value := _metric(entry, keep)) is not None
-        ]
-        kept |= {name for _, _, name in sorted(scored)[: keep.best]}
-    return [entry for entry in good if entry.name not in kept]
-
-
-def uncommitted(catalog: Catalog, before_attempt: int) -> list[str]:
-    """Names of directories of earlier attempts whose save was never finished: nobody will finish or may read them."""
+    kept = {entry.name for entry in _counted(entries, keep)}
+    every = keep.every_steps
     return [
-        name
-        for attempt, _, name in catalog.names()
-        if attempt < before_attempt and catalog.directory(name).size(MANIFEST) is None
+        entry
+        for entry in entries
+        if entry.problem is None and entry.name not in kept and not (every and entry.step % every == 0)
     ]
+
+
+def _counted(entries: Sequence[Entry | Summary], keep: KeepConfig) -> list[Entry | Summary]:
+    """The good checkpoints that are kept because they are among so many: one that is no good would cost another."""
+    assert keep.last is not None
+    good = [entry for entry in entries if entry.problem is None]
+    sign = 1 if keep.mode == "min" else -1
+    scored = [(sign * value, -entry.step, entry) for entry in good if (value := _metric(entry, keep)) is not None]
+    best = sorted(scored, key=lambda item: item[:2])[: keep.best] if keep.best else []
+    return good[: max(1, keep.last)] + [entry for *_, entry in best]
 
 
 def remove(catalog: Catalog, name: str) -> bool:
@@ -127,7 +192,6 @@ def remove(catalog: Catalog, name: str) -> bool:
     return True
 
 
-def _metric(entry: Entry, keep: KeepConfig) -> float | None:
-    assert entry.manifest is not None
-    value = entry.manifest.info.get("metrics", {}).get(keep.metric)
+def _metric(entry: Entry | Summary, keep: KeepConfig) -> float | None:
+    value = entry.info.get("metrics", {}).get(keep.metric)
     return value if isinstance(value, int | float) and value == value else None

@@ -149,7 +149,7 @@ def _bytes(text: str) -> int:
 
 def _gc(arguments: argparse.Namespace) -> int:
     from areal_ray.checkpoint import Catalog
-    from areal_ray.checkpoint.retention import remove, uncommitted
+    from areal_ray.checkpoint.retention import remove
     from areal_ray.run import RunDir
 
     run = _at(arguments.run_dir)
@@ -157,7 +157,7 @@ def _gc(arguments: argparse.Namespace) -> int:
     # The last attempt may be saving just now; only what came before it is surely nobody's.
     newest = RunDir(run).newest("attempt")
     latest = max(newest["attempt"] if newest else 0, catalog.last_attempt())
-    names = [name for name in uncommitted(catalog, latest) if remove(catalog, name)]
+    names = [name for name in catalog.unfinished(latest) if remove(catalog, name)]
     if arguments.json:
         print(json.dumps({"deleted": names}))
     else:

@@ -18,18 +18,18 @@ from areal_ray.storage import Storage
 
 
 def rebuild(run: Storage) -> list[str]:
-    """Write the list of the good checkpoints of a run directory, oldest first; their names.
+    """Write the list of the good checkpoints of a run directory, oldest first, and their index; their names.
 
     Raises:
         OSError: if it cannot be written.
     """
-    good = [entry for entry in Catalog(run).entries() if entry.problem is None and entry.manifest is not None][::-1]
+    catalog = Catalog(run)
+    found = catalog.summaries()
+    catalog.write_index(found)
+    good = [each for each in found if each.problem is None][::-1]
     results = [
-        _TrainingResultState(
-            checkpoint_dir_name=entry.name,
-            metrics={"step": entry.step, **(entry.manifest.info.get("metrics", {}) if entry.manifest else {})},
-        )
-        for entry in good
+        _TrainingResultState(checkpoint_dir_name=each.name, metrics={"step": each.step, **each.info.get("metrics", {})})
+        for each in good
     ]
     state = _CheckpointManagerState(
         checkpoint_results=results,
@@ -43,4 +43,4 @@ def rebuild(run: Storage) -> list[str]:
         failed_validation_checkpoint_dir_names=[],
     )
     run.replace(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, state.model_dump_json().encode())
-    return [entry.name for entry in good]
+    return [each.name for each in good]

@@ -43,14 +43,13 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     _check_plugins(config)
     sequences, _ = data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
     run = RunDir(storage.sub(config.run.name))
-    has_checkpoint = any(entry.manifest for entry in Catalog(run.storage).entries())
+    newest = Catalog(run.storage).newest()
     if config.run.recover == "fresh" and run.exists():
         raise ConfigError(
             "run.recover", f"`fresh`, but {run.storage.location} holds a run already; choose another run.name"
         )
-    if config.run.recover == "resume" and not has_checkpoint:
+    if config.run.recover == "resume" and newest is None:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
-    newest = Catalog(run.storage).newest()
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, sequences.fingerprint)
     return run, config

@@ -3,5 +3,6 @@
 from areal_ray.storage.base import Sink, Storage
 from areal_ray.storage.local import LocalStorage
 from areal_ray.storage.open import storage_at
+from areal_ray.storage.read_ahead import read_ahead
 
-__all__ = ["LocalStorage", "Sink", "Storage", "storage_at"]
+__all__ = ["LocalStorage", "Sink", "Storage", "read_ahead", "storage_at"]

@@ -18,19 +18,23 @@ from areal_ray.storage import Storage
 
 
 def listing(run: Storage) -> list[dict[str, Any]]:
-    """One row for every directory that looks like a checkpoint, oldest first."""
+    """One row for every directory that looks like a checkpoint, oldest first.
+
+    A checkpoint that the run's index has is said to be good as it was then, see `Catalog.summaries`: whether its bytes
+    are still those that were written, `check` says.
+    """
     rows = []
-    for entry in Catalog(run).entries():
-        info = entry.manifest.info if entry.manifest else {}
+    for found in Catalog(run).summaries():
+        info = found.info
         rows.append(
             {
-                "name": entry.name,
-                "step": entry.step,
-                "attempt": entry.attempt,
-                "bytes": entry.manifest.total_bytes if entry.manifest else None,
+                "name": found.name,
+                "step": found.step,
+                "attempt": found.attempt,
+                "bytes": found.size,
                 "world_size": info.get("world_size"),
                 "saved": datetime.fromtimestamp(info["time"]).isoformat(" ", "seconds") if "time" in info else None,
-                "state": entry.problem or "good",
+                "state": found.problem or "good",
             }
         )
     return rows[::-1]
@@ -79,8 +83,7 @@ def digest(checkpoint: Storage) -> str:
 
 def _digest(state: StoredState) -> str:
     total = hashlib.sha256()
-    for name in state.names:
-        tensor = state.tensor(name)
+    for name, tensor in state.tensors(state.names):
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     total.update(json.dumps(_without_times(state.values), sort_keys=True).encode())
@@ -109,8 +112,8 @@ def differences(a: Storage, b: Storage) -> list[Difference]:
 def _differences(left: StoredState, right: StoredState) -> list[Difference]:
     found = [Difference(name, "only in the first") for name in sorted(set(left.names) - set(right.names))]
     found += [Difference(name, "only in the second") for name in sorted(set(right.names) - set(left.names))]
-    for name in sorted(set(left.names) & set(right.names)):
-        x, y = left.tensor(name), right.tensor(name)
+    both = sorted(set(left.names) & set(right.names))
+    for (name, x), (_, y) in zip(left.tensors(both), right.tensors(both), strict=True):
         if (x.shape, x.dtype) != (y.shape, y.dtype):
             found.append(Difference(name, f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"))
         elif not torch.equal(_bits(x), _bits(y)):

@@ -1,6 +1,6 @@
 """A checkpoint as a Hugging Face directory: config, tokenizer, sharded safetensors with an index.
 
-In one process and with one tensor in memory at a time, from any storage to any storage.
+In one process and with a few tensors in memory at a time, from any storage to any storage.
 """
 
 from __future__ import annotations
@@ -97,9 +97,8 @@ def _write_shard(out: Storage, file: str, state: StoredState, names: dict[str, s
     with out.create(file) as sink:
         sink.write(len(text).to_bytes(8, "little"))
         sink.write(text)
-        for stored in names.values():
-            data = state.tensor(stored).contiguous().view(-1).view(torch.uint8)
-            sink.write(data.numpy().data)
+        for _, tensor in state.tensors(names.values()):
+            sink.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _write_tokenizer(out: Storage, name: str) -> None:

@@ -41,7 +41,7 @@ class Journal:
             manifest = save.manifest.result()
             assert manifest is not None  # this is rank 0
             self._event("saved", step=save.step, checkpoint=save.name, bytes=manifest.total_bytes, **times)
-            self._retention.apply()
+            self._retention.committed(save.name, manifest)
         else:
             self._say(f"saving {save.name} failed: {error}")
             self._retention.discard(save.name)
@@ -54,6 +54,8 @@ class Journal:
     def passed_over(self, checkpoint: str, reason: str) -> None:
         self._say(f"passing over {checkpoint}: {reason}")
         self._event("passed_over", checkpoint=checkpoint, reason=reason)
+        if self._retention is not None:
+            self._retention.distrust(checkpoint)
 
     def refused(self, refusal: Refusal, first_sample: int, samples: int) -> None:
         """A step must not change the weights; its batch is `samples` of them from cursor `first_sample`."""
