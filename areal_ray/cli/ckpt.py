@@ -155,7 +155,8 @@ def _gc(arguments: argparse.Namespace) -> int:
     run = _at(arguments.run_dir)
     catalog = Catalog(run)
     # The last attempt may be saving just now; only what came before it is surely nobody's.
-    latest = max([event["attempt"] for event in RunDir(run).events("attempt")] + [catalog.last_attempt()])
+    newest = RunDir(run).newest("attempt")
+    latest = max(newest["attempt"] if newest else 0, catalog.last_attempt())
     names = [name for name in uncommitted(catalog, latest) if remove(catalog, name)]
     if arguments.json:
         print(json.dumps({"deleted": names}))

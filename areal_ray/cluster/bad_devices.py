@@ -102,7 +102,7 @@ class BadNodes:
     def load(self) -> None:
         """Read from the ledger what has been left out so far, and say it (OSError)."""
         kinds = ("bad_device", "readmitted")
-        self._events = [event for event in self._run.events() if event["event"] in kinds]
+        self._events = [event for event in self._run.turning_points() if event["event"] in kinds]
         self._out = left_out(self._events)
         for node, why in self._out.items():
             self._say(f"{node} is left out, as before: {why}; {_way_back(node)}")

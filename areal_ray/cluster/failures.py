@@ -166,7 +166,7 @@ def step_of(errors: dict[int, Exception], run: Callable[[], RunDir]) -> int | No
 
 def _stuck(run: RunDir) -> dict[int, dict[str, Any]]:
     """Events of the watchdogs of the newest attempt, by rank."""
-    events = run.events()
+    events = run.turning_points()
     attempt = max((event["attempt"] for event in events if event["event"] == "attempt"), default=None)
     return {event["rank"]: event for event in events if event["event"] == "stuck" and event["attempt"] == attempt}
 
@@ -184,7 +184,8 @@ def hung_cause(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
         run: its ledger has the events of the watchdogs.
         errors: of the ranks; those that could say something were no more stopped than those with a watchdog.
     """
-    failed = max((event["time"] for event in run.events("failure")), default=0.0)
+    before = run.newest("failure")
+    failed = before["time"] if before else 0.0
     latest = {rank: event for rank, event in _stuck(run).items() if event["time"] > failed}
     if not latest:
         return None
@@ -195,7 +196,9 @@ def hung_cause(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
     if late := late_rank({rank: event.get("collectives") or {} for rank, event in latest.items()}):
         return Cause(late[0], _STUCK, late[1], latest[late[0]]["where"], infrastructure=True)
     alive = set(latest) | {rank for rank, error in errors.items() if hasattr(error, "areal_ray")}
-    silent = sorted(set(range(run.events("attempt")[-1]["world_size"])) - alive)
+    attempt = run.newest("attempt")
+    assert attempt is not None  # whose watchdogs these are
+    silent = sorted(set(range(attempt["world_size"])) - alive)
     if len(silent) == 1:
         return Cause(silent[0], _STOPPED, "no sign of life while the others waited for it", infrastructure=True)
     # With more of them it is not known which had no time to say anything, because they were ended with the first.
@@ -230,7 +233,7 @@ def cause_of(error: BaseException, run: RunDir) -> Cause:
         with suppress(OSError):  # the storage may be why it failed
             # Of processes that their watchdogs have ended the ledger says more than their exit status.
             seen: dict[str, Any] = next(
-                (event for event in reversed(run.events()) if event["event"] in ("failure", "submitted")), {}
+                (event for event in reversed(run.turning_points()) if event["event"] in ("failure", "submitted")), {}
             )
             if cause.kind == _DEATH and seen.get("cause") in (_STUCK, _STOPPED):
                 return Cause(seen["rank"], seen["cause"], seen["error"], seen["where"], infrastructure=True)

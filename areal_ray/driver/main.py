@@ -27,7 +27,7 @@ from areal_ray.driver.preflight import prepare
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
-from areal_ray.run.goodput import goodput, table
+from areal_ray.run.goodput import History, account, history, table
 from areal_ray.run.lease import RunInUse, hold_lease
 
 
@@ -115,13 +115,13 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
     if outcome["reason"] == "stop":
         return _interrupted(run)
     status = "finished" if outcome["step"] == config.train.steps else "stopped"
-    _summary(run, _close(run, status, outcome, step=outcome["step"]))
+    _summary(run, *_close(run, status, outcome, step=outcome["step"]))
     return 0
 
 
 def _lost_head(run: RunDir, address: str) -> None:
     text = f"the head node ({address}) is gone, and the cluster with it"
-    checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)["checkpoint"]
+    checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
     print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
     os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
 
@@ -130,20 +130,22 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _close(run: RunDir, status: str, outcome: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """Write the last event and result.json; the result."""
+def _close(run: RunDir, status: str, outcome: dict[str, Any], **fields: Any) -> tuple[dict[str, Any], History | None]:
+    """Write the last event and result.json; the result, and the course of the run if it could be read."""
     run.note(status, print, **fields)
     result: dict[str, Any] = {"status": status, "step": 0, "loss": None, "restarts": 0, "checkpoint": None, **outcome}
+    past: History | None = None
     try:
-        result = _result(run, status, outcome)
+        past = history(run)
+        result = _result(run, status, outcome, past)
         run.write_result(result)
     except OSError as error:
         print(f"could not write result.json: {error}", flush=True)
-    return result
+    return result, past
 
 
 def _interrupted(run: RunDir) -> int:
-    checkpoint = _close(run, "interrupted", {})["checkpoint"]
+    checkpoint = _close(run, "interrupted", {})[0]["checkpoint"]
     print(f"interrupted; the same command goes on from {checkpoint or 'the beginning'}", flush=True)
     return 130
 
@@ -158,36 +160,38 @@ def _record(config: Config, overrides: Sequence[str]) -> str:
     return "\n".join(head) + "\n" + dump(config)
 
 
-def _result(run: RunDir, status: str, outcome: dict[str, Any]) -> dict[str, Any]:
+def _result(run: RunDir, status: str, outcome: dict[str, Any], past: History) -> dict[str, Any]:
     newest = Catalog(run.storage).newest()
-    attempts = run.events("attempt")
-    planned = [event for event in run.events("left") if event["reason"] != "stop"]
+    attempts = [event for event in past.events if event["event"] == "attempt"]
+    submitted = sum(event["event"] == "submitted" for event in past.events)
+    planned = sum(event["event"] == "left" and event["reason"] != "stop" for event in past.events)
     return {
         "status": status,
         "step": outcome.get("step", newest.step if newest else 0),
         "loss": outcome.get("loss"),
         "world_size": outcome.get("world_size", attempts[-1]["world_size"] if attempts else None),
-        "restarts": max(0, len(attempts) - len(run.events("submitted")) - len(planned)),
+        "restarts": max(0, len(attempts) - submitted - planned),
         "checkpoint": newest.name if newest else None,
-        "goodput": goodput(run),
+        "goodput": account(past),
     }
 
 
-def _summary(run: RunDir, result: dict[str, Any]) -> None:
+def _summary(run: RunDir, result: dict[str, Any], past: History | None) -> None:
     n = result["restarts"]
     loss = "" if result["loss"] is None else f"loss {result['loss']:.4f}, "  # None: the last step was left out
     print(f"{result['status']}: step {result['step']}, {loss}{n} restart{'s' * (n != 1)}")
-    held_out = [line for line in run.metrics() if "held_out_loss" in line]
-    if len(held_out) > 1:
-        first, last = held_out[0], held_out[-1]
-        print(
-            f"held-out loss: {first['held_out_loss']:.4f} at step {first['step']}, {last['held_out_loss']:.4f} at step "
-            f"{last['step']} ({last['held_out_loss'] / first['held_out_loss']:.0%})"
-        )
-    account = result["goodput"]
-    if account["share"] is not None:
-        spent = f"{account['steps_s']:.0f} of {account['wall_s']:.0f} s"
-        print(f"goodput: {account['share']:.0%} of the time went into steps that count ({spent})")
-    if n:
-        print(f"where starts took their time, in seconds:\n{table(account)}")
+    if past is not None:
+        _summarize(past, n)
     print(f"checkpoint: {run.storage.location}/{result['checkpoint']}", flush=True)
+
+
+def _summarize(past: History, restarts: int) -> None:
+    if len(past.held_out) > 1:
+        (first_step, first), (last_step, last) = past.held_out[0], past.held_out[-1]
+        print(f"held-out loss: {first:.4f} at step {first_step}, {last:.4f} at step {last_step} ({last / first:.0%})")
+    spent = account(past)
+    if spent["share"] is not None:
+        seconds = f"{spent['steps_s']:.0f} of {spent['wall_s']:.0f} s"
+        print(f"goodput: {spent['share']:.0%} of the time went into steps that count ({seconds})")
+    if restarts:
+        print(f"where starts took their time, in seconds:\n{table(spent)}")

@@ -17,10 +17,10 @@ def show(cause: Cause, run: RunDir, logs: str) -> None:
         logs: directory of Ray's logs.
     """
     try:
-        attempts = run.events("attempt")
+        attempt = run.newest("attempt")
     except OSError:  # the storage may be why it failed
-        attempts = []
-    nodes = attempts[-1].get("nodes", []) if attempts else []
+        attempt = None
+    nodes = attempt.get("nodes", []) if attempt else []
     rows = [("cause", f"{cause.kind}: {cause.message[:1000]}")]
     if cause.where:
         rows.append(("at", cause.where))

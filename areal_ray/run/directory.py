@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
+from areal_ray.run.event_index import HISTORY, NEWEST, EventIndex
 from areal_ray.run.event_log import open_log
 from areal_ray.storage import Storage
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
+EVENT_INDEX = "events.index.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
+_INDEX_EVERY = 4096  # events of one process: what a reader finds behind the index stays below a few megabytes
 
 
 class RunDir:
@@ -26,6 +30,8 @@ class RunDir:
         self._events = open_log(storage, EVENTS, at_once=True)
         self._metrics = open_log(storage, METRICS, at_once=False)
         self._samples = open_log(storage, SAMPLES, at_once=False)
+        self._index = EventIndex(storage, EVENT_INDEX, self._events)
+        self._told = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunDir, (self.storage,)
@@ -46,6 +52,9 @@ class RunDir:
             OSError: if it cannot be written; it then goes with the next one that this process writes.
         """
         self._events.append({"time": round(time.time(), 3), "event": kind, **fields})
+        self._told += 1
+        if self._told % _INDEX_EVERY == 0:
+            self._write_index()
 
     def note(self, kind: str, complain: Callable[[str], None], **fields: Any) -> None:
         """Add a line as `event` does; if it cannot be written now, tell `complain`: the work at hand matters more."""
@@ -55,12 +64,37 @@ class RunDir:
             complain(f"could not write to the ledger: {error}")
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The ledger, oldest first; only events of one kind if given."""
+        """The ledger, oldest first; only events of one kind if given.
+
+        All of it is read, however long, unless the kind is one of `event_index.HISTORY`.
+        """
+        if kind in HISTORY:
+            return [event for event in self._index.events() if event["event"] == kind]
         return [event for event in self._events.lines() if kind in (None, event["event"])]
+
+    def each_event(self) -> Iterator[dict[str, Any]]:
+        """The ledger, oldest first, event by event."""
+        return self._events.lines()
+
+    def turning_points(self) -> list[dict[str, Any]]:
+        """The events that a start or a restart asks for, oldest first: see `event_index`.
+
+        Costs what the ledger has become longer since a process of the run last wrote the index: a few megabytes.
+        """
+        return self._index.events()
+
+    def newest(self, kind: str) -> dict[str, Any] | None:
+        """The newest event of one of the kinds in `event_index.NEWEST`; None if there is none."""
+        assert kind in NEWEST, kind
+        return next((event for event in reversed(self._index.events()) if event["event"] == kind), None)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged steps, in order."""
         return sorted(self._metrics.lines(), key=lambda line: line["step"])  # clocks of different nodes may differ
+
+    def each_metric(self) -> Iterator[dict[str, Any]]:
+        """The logged steps, line by line, nearly in order."""
+        return self._metrics.lines()
 
     def log_metrics(self, step: int, values: dict[str, Any]) -> None:
         """Add the line of one step; an OSError as for `event`. On object storage it is written in the background."""
@@ -83,8 +117,8 @@ class RunDir:
         self._samples.keep(lambda line: line["first"] < samples)
 
     def reached(self) -> int:
-        """The last step that has a line: so far the run has come at least."""
-        return max((line["step"] for line in self._metrics.lines()), default=0)
+        """The last step that has a line: so far the run has come at least. Reads the end of the metrics."""
+        return max((line["step"] for line in self._metrics.tail()), default=0)
 
     def flush(self) -> None:
         """Wait until everything is durable (OSError)."""
@@ -102,9 +136,15 @@ class RunDir:
         return json.loads(self.storage.read(RESULT)) if self.storage.size(RESULT) is not None else None
 
     def next_attempt(self, last_saved: int) -> int:
-        """A number that no attempt has had.
+        """A number that no attempt has had; to be asked for once, at its beginning.
 
         Args:
             last_saved: the highest attempt among the checkpoints, should the ledger have been lost.
         """
-        return max([event["attempt"] for event in self.events("attempt")] + [last_saved]) + 1
+        newest = self.newest("attempt")
+        self._write_index()
+        return max(newest["attempt"] if newest else 0, last_saved) + 1
+
+    def _write_index(self) -> None:
+        with suppress(OSError):  # nothing depends on it: the next one reads more of the ledger
+            self._index.write()

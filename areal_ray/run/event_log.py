@@ -1,23 +1,23 @@
 """Event logs of a run: lines of JSON that are added one by one and survive a crash.
 
-Where files can grow a log is one file. Where they cannot (object storage) every process that writes has an object of
-its own, which it writes anew, whole, as it grows; a log is then a directory of them.
+Where files can grow a log is one file. Where they cannot (object storage) it is a directory of objects.
 """
 
 from __future__ import annotations
 
-import json
-import secrets
+import re
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import xxhash
+
+from areal_ray.run.log_lines import Line, backwards, decode, decode_one, encode, scan
+from areal_ray.run.object_log import ObjectLog
 from areal_ray.storage import Storage
 
-Line = dict[str, Any]
-_PART_BYTES = 1 << 20
+_TAIL_BYTES = 1 << 16
+_CHECK_BYTES = 1 << 10
 
 
 class Log(Protocol):
@@ -40,12 +40,33 @@ class Log(Protocol):
         """Wait until all lines are durable (OSError)."""
         ...
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> Iterator[Line]:
         """All durable lines; one that a crash tore in the middle of a write is left out."""
         ...
 
+    def tail(self) -> list[Line]:
+        """Some of the last lines, the last one among them; empty if there is none. Does not grow with the log."""
+        ...
+
     def keep(self, wanted: Callable[[Line], bool]) -> None:
-        """Take all other lines back."""
+        """Take all other lines back. They are at the end of the log: it is read back from there, and no further than
+        until a good many lines have been seen that stay."""
+        ...
+
+    def since(self, seen: dict[str, Any], wanted: re.Pattern[bytes]) -> tuple[list[Line], dict[str, Any]] | None:
+        """The lines after those that were seen before in which a pattern is found.
+
+        Args:
+            seen: what the last call returned; empty: all lines.
+            wanted: is looked for in the text of a line.
+
+        Returns:
+            The lines, and how much has been seen by now (JSON values); None if this is not the log that was seen.
+        """
+        ...
+
+    def sort(self, lines: list[Line]) -> list[Line]:
+        """The lines of several calls of `since` in the order of `lines`."""
         ...
 
 
@@ -78,7 +99,7 @@ class FileLog:
 
     def append(self, line: Line) -> None:
         with self._lock:
-            self._unwritten += _encoded(line)
+            self._unwritten += encode(line)
             self._write()
 
     def flush(self) -> None:
@@ -92,16 +113,58 @@ class FileLog:
         self._storage.append(self._name, (b"\n" if self._is_torn() else b"") + self._unwritten)
         self._unwritten = b""
 
-    def lines(self) -> list[Line]:
-        return _decoded(self._storage.read(self._name)) if self._storage.size(self._name) is not None else []
+    def lines(self) -> Iterator[Line]:
+        if self._storage.size(self._name) is None:
+            return
+        with self._storage.open(self._name) as file:
+            yield from (line for raw in file if (line := decode_one(raw)) is not None)
+
+    def tail(self) -> list[Line]:
+        size = self._storage.size(self._name) or 0
+        found: list[Line] = []
+        for offset, raw in backwards(self._storage, self._name, size):
+            if found and offset < size - _TAIL_BYTES:
+                break
+            if (line := decode_one(raw)) is not None:
+                found.append(line)
+        return found[::-1]
 
     def keep(self, wanted: Callable[[Line], bool]) -> None:
         with self._lock:
-            self._unwritten = b"".join(_encoded(line) for line in _decoded(self._unwritten) if wanted(line))
-            lines = self.lines()
-            kept = [line for line in lines if wanted(line)]
-            if len(kept) != len(lines):
-                self._storage.replace(self._name, b"".join(map(_encoded, kept)))
+            self._unwritten = b"".join(encode(line) for line in decode(self._unwritten) if wanted(line))
+            size = self._storage.size(self._name) or 0
+            cut, staying, after_cut, quiet = size, list[bytes](), 0, 0
+            for offset, raw in backwards(self._storage, self._name, size):
+                if (line := decode_one(raw)) is None:
+                    continue
+                if wanted(line):
+                    staying.append(raw + b"\n")
+                    quiet += len(raw)
+                    # No further: only what an attempt wrote while it was being ended can lie among lines that stay.
+                    if quiet > _TAIL_BYTES:
+                        break
+                else:
+                    cut, after_cut, quiet = offset, len(staying), 0
+            if after_cut:
+                kept = b"".join(reversed(staying[:after_cut]))
+                self._storage.replace(self._name, self._storage.read_range(self._name, 0, cut) + kept)
+            elif cut < size:
+                self._storage.truncate(self._name, cut)
+
+    def since(self, seen: dict[str, Any], wanted: re.Pattern[bytes]) -> tuple[list[Line], dict[str, Any]] | None:
+        begin, size = seen.get("bytes", 0), self._storage.size(self._name) or 0
+        if size < begin or (begin and self._check(begin) != seen["check"]):
+            return None
+        lines, end = scan(self._storage, self._name, begin, size, wanted)
+        return lines, {"bytes": end, "check": self._check(end)} if end else {}
+
+    def sort(self, lines: list[Line]) -> list[Line]:
+        return lines
+
+    def _check(self, size: int) -> str:
+        """What tells this log from another one, or from itself after somebody has edited it."""
+        begin = max(0, size - _CHECK_BYTES)
+        return xxhash.xxh3_64_hexdigest(self._storage.read_range(self._name, begin, size - begin))
 
     def _is_torn(self) -> bool:
         if not self._storage.size(self._name):
@@ -109,100 +172,3 @@ class FileLog:
         with self._storage.open(self._name) as file:
             file.seek(-1, 2)
             return file.read(1) != b"\n"
-
-
-class ObjectLog:
-    """A directory of objects, one for every process that writes, in the order in which they were begun.
-
-    Args:
-        storage: the directory.
-        at_once: whether `append` waits until the line is durable.
-        part_bytes: a longer object is left as it is and another one begun: each is written again with every line.
-    """
-
-    def __init__(self, storage: Storage, at_once: bool, part_bytes: int = _PART_BYTES) -> None:
-        self._storage, self._at_once, self._part_bytes = storage, at_once, part_bytes
-        self._lock, self._upload = threading.Lock(), threading.Lock()
-        self._name, self._text, self._changed = "", b"", False
-        self._thread: ThreadPoolExecutor | None = None
-        self._draining: Future[None] | None = None
-
-    @property
-    def location(self) -> str:
-        return self._storage.location
-
-    def append(self, line: Line) -> None:
-        with self._lock:
-            if not self._name or (len(self._text) > self._part_bytes and not self._changed):
-                self._name, self._text = f"{time.time():.6f}-{secrets.token_hex(3)}.jsonl", b""
-            self._text += _encoded(line)
-            self._changed = True
-            begin = not self._at_once and self._draining is None
-            if begin:
-                self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="log")
-                self._draining = self._thread.submit(self._drain)
-        if self._at_once:
-            self._write()
-
-    def flush(self) -> None:
-        self._write()
-
-    def lines(self) -> list[Line]:
-        lines = [line for name in self._storage.names() for line in _decoded(self._storage.read(name))]
-        return sorted(lines, key=lambda line: line.get("time", 0.0))  # several processes may write at a time
-
-    def keep(self, wanted: Callable[[Line], bool]) -> None:
-        self._write()
-        with self._upload:
-            self._keep(wanted)
-            with self._lock:  # what this process has written so far is changed; what comes goes into a new object
-                self._name, self._text = "", b""
-
-    def _keep(self, wanted: Callable[[Line], bool]) -> None:
-        for name in self._storage.names():
-            lines = _decoded(self._storage.read(name))
-            kept = [line for line in lines if wanted(line)]
-            if not kept:
-                self._storage.remove(name)
-            elif len(kept) != len(lines):
-                self._storage.replace(name, b"".join(map(_encoded, kept)))
-
-    def _drain(self) -> None:
-        """Write until nothing was added in the meantime. What cannot be written waits for the next line, or `flush`."""
-        while True:
-            failed = False
-            try:
-                self._write()
-            except OSError:
-                failed = True
-            with self._lock:
-                if failed or not self._changed:
-                    self._draining = None
-                    return
-
-    def _write(self) -> None:
-        with self._upload:  # one after the other, or an older text could come last
-            with self._lock:
-                if not self._changed:
-                    return
-                name, text, self._changed = self._name, self._text, False
-            try:
-                self._storage.replace(name, text)
-            except OSError:
-                with self._lock:
-                    self._changed = True
-                raise
-
-
-def _encoded(line: Line) -> bytes:
-    return json.dumps(line).encode() + b"\n"
-
-
-def _decoded(text: bytes) -> list[Line]:
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue  # torn by a crash in the middle of a write; what it said happened around the crash
-    return lines

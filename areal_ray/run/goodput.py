@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 from areal_ray.run import RunDir
@@ -22,7 +22,63 @@ _PHASES = {
 }
 
 
+# Other events that say why workers were started, and how far they had come.
+_REASONS = {"controller_died", "controller_trouble", "not_started", "left", "submitted"}
+_TOLD = _REASONS | set(_PHASES.values()) | {"attempt", "restored", "started"}
+
+
+@dataclass(frozen=True)
+class History:
+    """The course of a run, from one pass over its ledger and one over its metrics.
+
+    Args:
+        events: on which starts and restarts turn, oldest first; some for every attempt.
+        wall_s, steps_s, saves_s: as `goodput` has them.
+        held_out: (step, loss) of every evaluation.
+    """
+
+    events: list[dict[str, Any]]
+    wall_s: float
+    steps_s: float
+    saves_s: float
+    held_out: list[tuple[int, float]]
+
+
+def history(run: RunDir) -> History:
+    """Read the course of a run from its logs."""
+    told: list[dict[str, Any]] = []
+    wall = saves = 0.0
+    submitted: float | None = None
+    last = 0.0
+    for event in run.each_event():
+        if event["event"] == "submitted":
+            wall += 0.0 if submitted is None else last - submitted
+            submitted = event["time"]
+        if event["event"] in _TOLD:
+            told.append(event)
+        if event["event"] == "saved":
+            saves += event["blocked_s"]
+        last = event["time"]
+    wall += 0.0 if submitted is None else last - submitted
+    timed: list[tuple[int, float]] = []
+    held_out: list[tuple[int, float]] = []
+    for line in run.each_metric():
+        if "step_time_s" in line:
+            timed.append((line["step"], line["step_time_s"]))
+        if "held_out_loss" in line:
+            held_out.append((line["step"], line["held_out_loss"]))
+    steps, before = 0.0, 0
+    for step, seconds in sorted(timed):  # clocks of different nodes may differ
+        steps, before = steps + seconds * (step - before), step
+    return History(told, wall, steps, saves, sorted(held_out))
+
+
 def goodput(run: RunDir) -> dict[str, Any]:
+    """The account of a run; see `account`."""
+    return account(history(run))
+
+
+def account(past: History) -> dict[str, Any]:
     """The account of a run.
 
     Returns:
@@ -33,18 +89,12 @@ def goodput(run: RunDir) -> dict[str, Any]:
         lost_steps: that were computed and lost, as far as that is known.
         attempts: for every start of the workers why it came, its phases in seconds, and lost steps.
     """
-    events = run.events()
-    starts = [i for i, event in enumerate(events) if event["event"] == "submitted"]
-    wall = sum(events[after - 1]["time"] - events[i]["time"] for i, after in pairwise([*starts, len(events)]))
-    timed = [line for line in run.metrics() if "step_time_s" in line]
-    steps = [0] + [line["step"] for line in timed]
-    in_steps = sum(line["step_time_s"] * (b - a) for line, (a, b) in zip(timed, pairwise(steps), strict=True))
-    attempts = _attempts(events)
+    attempts = _attempts(past.events)
     return {
-        "wall_s": round(wall, 2),
-        "steps_s": round(in_steps, 2),
-        "share": round(in_steps / wall, 4) if wall > 0 else None,
-        "saves_s": round(sum(event["blocked_s"] for event in events if event["event"] == "saved"), 2),
+        "wall_s": round(past.wall_s, 2),
+        "steps_s": round(past.steps_s, 2),
+        "share": round(past.steps_s / past.wall_s, 4) if past.wall_s > 0 else None,
+        "saves_s": round(past.saves_s, 2),
         "lost_steps": sum(attempt["lost_steps"] or 0 for attempt in attempts),
         "attempts": attempts,
     }

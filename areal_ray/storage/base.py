@@ -46,6 +46,17 @@ class Storage(Protocol):
         """Names of the entries directly in here, sorted; empty if there is no such directory."""
         ...
 
+    def directories(self) -> list[str]:
+        """Names of the directories directly in here, sorted, with one look; empty if there is no such directory."""
+        ...
+
+    def stamp(self, name: str) -> int | None:
+        """A number for the directory `name` that changes when a file is added to it, removed or replaced.
+
+        None if there is no such directory, and always on object storage, which does not say. Costs no listing.
+        """
+        ...
+
     def sizes(self) -> dict[str, int]:
         """Bytes of every file directly in here, by name, with one look."""
         ...
@@ -79,12 +90,23 @@ class Storage(Protocol):
         """Add `data` to the end of `name` in one piece, creating it when needed."""
         ...
 
+    def truncate(self, name: str, size: int) -> None:
+        """Cut `name` off after `size` bytes, durably; where `append` is there."""
+        ...
+
     def open(self, name: str) -> BinaryIO:
         """The file `name` for reading, seekable (FileNotFoundError)."""
         ...
 
     def read(self, name: str) -> bytes:
         """All bytes of `name` (FileNotFoundError)."""
+        ...
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """At most `length` bytes of `name` from `offset` on, in one request (FileNotFoundError); fewer at its end.
+
+        May be called by several threads at a time.
+        """
         ...
 
     def remove(self, name: str) -> None:

@@ -38,6 +38,19 @@ class LocalStorage:
         except FileNotFoundError:
             return []
 
+    def directories(self) -> list[str]:
+        try:
+            with os.scandir(self._path) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def stamp(self, name: str) -> int | None:
+        try:
+            return os.stat(f"{self._path}/{name}").st_mtime_ns  # not `_inside`: asked for a thousand at a time
+        except FileNotFoundError:
+            return None
+
     def sizes(self) -> dict[str, int]:
         try:
             with os.scandir(self._path) as entries:
@@ -104,12 +117,22 @@ class LocalStorage:
         finally:
             os.close(fd)
 
+    def truncate(self, name: str, size: int) -> None:
+        with open(self._inside(name), "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+
     def open(self, name: str) -> BinaryIO:
         return open(self._inside(name), "rb")
 
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
             return file.read()
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        with self.open(name) as file:
+            file.seek(offset)
+            return file.read(length)
 
     def remove(self, name: str) -> None:
         path = self._inside(name)

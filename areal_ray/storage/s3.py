@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from io import UnsupportedOperation
 from typing import Any, BinaryIO
 
-from areal_ray.storage.s3_client import ATTEMPTS, S3Client, with_environment
+from areal_ray.storage.s3_client import ATTEMPTS, EndOfObject, S3Client, with_environment
 
 _IN_FLIGHT = 64 << 20  # bytes of one upload that may be under way: pyarrow buffers without limit
 
@@ -61,6 +61,12 @@ class S3Storage:
     def names(self) -> list[str]:
         return sorted(info.base_name for info in self._list())
 
+    def directories(self) -> list[str]:
+        return sorted(info.base_name for info in self._list() if not info.is_file)
+
+    def stamp(self, name: str) -> None:
+        return None
+
     def sizes(self) -> dict[str, int]:
         return {info.base_name: int(info.size) for info in self._list() if info.is_file}
 
@@ -107,6 +113,9 @@ class S3Storage:
     def append(self, name: str, data: bytes) -> None:
         raise UnsupportedOperation(f"{self.location}/{name}: objects cannot be appended to")
 
+    def truncate(self, name: str, size: int) -> None:
+        raise UnsupportedOperation(f"{self.location}/{name}: objects cannot be cut off")
+
     def open(self, name: str) -> BinaryIO:
         with self._client.plain_errors(self.location):
             return _Download(self._files.open_input_file(self._inside(name)), self, name)  # type: ignore[return-value]
@@ -114,6 +123,13 @@ class S3Storage:
     def read(self, name: str) -> bytes:
         # In one request: pyarrow asks for the size first, and what is replaced in between would be torn.
         return bytes(self._client.request("get_object", self._inside(name))["Body"].read())
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        part = f"bytes={offset}-{offset + length - 1}"
+        try:
+            return bytes(self._client.request("get_object", self._inside(name), Range=part)["Body"].read())
+        except EndOfObject:
+            return b""
 
     def remove(self, name: str) -> None:
         with self._client.plain_errors(self.location):

@@ -23,10 +23,15 @@ _ENVIRONMENT = {
 }
 
 
+class EndOfObject(OSError):
+    """A range begins behind the end of its object."""
+
+
 _KINDS: dict[str, type[OSError]] = {
     "PreconditionFailed": FileExistsError,
     "ConditionalRequestConflict": FileExistsError,
     "NoSuchKey": FileNotFoundError,
+    "InvalidRange": EndOfObject,
 }
 
 

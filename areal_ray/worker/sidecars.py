@@ -51,7 +51,8 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
         say(f"worker {ranks.rank} is stuck for {what.seconds:.1f} s at {what.where}{waits}: ending it")
         attempt = 0
         with suppress(OSError):
-            attempt = max((event["attempt"] for event in run.events("attempt")), default=0)
+            newest = run.newest("attempt")
+            attempt = newest["attempt"] if newest else 0
         name = f"stacks.a{attempt}.rank{ranks.rank}.txt"
         fields: dict[str, Any] = {
             "phase": what.phase,

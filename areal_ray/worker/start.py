@@ -35,8 +35,9 @@ class Start:
 
     def left_out_steps(self) -> list[int]:
         """Steps that earlier attempts did not take: this one, which may begin before them, does not either."""
-        bad = [event["step"] for event in self.run.events("bad_step") if event["action"] != "stop"]
-        return bad + [event["step"] for event in self.run.events("poison_step")]
+        events = self.run.turning_points()
+        bad = [event["step"] for event in events if event["event"] == "bad_step" and event["action"] != "stop"]
+        return bad + [event["step"] for event in events if event["event"] == "poison_step"]
 
     def record_samples(self, first: int, ids: list[int]) -> None:
         """Write down the numbers of a global batch's sequences."""

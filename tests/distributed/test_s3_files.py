@@ -22,6 +22,7 @@ def test_a_directory_says_what_is_directly_in_it(storage: Storage) -> None:
         write(storage, name, name.encode() * 3)
     write(storage.sub("d"), "deep", b"12345")
     assert storage.names() == [".c", "a", "b", "d"]
+    assert (storage.directories(), storage.stamp("d")) == (["d"], None)
     assert storage.sizes() == {".c": 6, "a": 3, "b": 3}
     assert (storage.size("a"), storage.size("d/deep")) == (3, 5)
     assert (storage.size("d"), storage.size("nothing")) == (None, None)
@@ -53,6 +54,15 @@ def test_a_created_file_holds_what_was_written(storage: Storage) -> None:
         file.write(b"one ")
         file.write(memoryview(b"two"))
     assert storage.read("a") == b"one two"
+
+
+def test_a_part_of_an_object_is_one_request(proxied: Storage, proxy: S3Proxy) -> None:
+    write(proxied, "a", b"0123456789")
+    proxy.methods.clear()
+    assert [proxied.read_range("a", *part) for part in ((2, 3), (8, 5), (20, 1))] == [b"234", b"89", b""]
+    assert proxy.methods == ["GET"] * 3
+    with pytest.raises(FileNotFoundError):
+        proxied.read_range("nothing", 0, 1)
 
 
 def test_create_is_exclusive(storage: Storage) -> None:

@@ -171,3 +171,40 @@ def test_a_line_that_did_not_fit_is_taken_back(tmp_path, monkeypatch):
         storage.append("log", b"two\nthree\n")
     monkeypatch.undo()
     assert storage.read("log") == b"one\n"
+
+
+def test_directories_are_listed_apart_from_files(storage):
+    write(storage, "a", b"")
+    storage.sub("d").make()
+    storage.sub("c").make()
+    assert (storage.directories(), storage.sub("nothing").directories()) == (["c", "d"], [])
+
+
+def test_a_stamp_changes_with_what_is_in_a_directory(storage):
+    assert storage.stamp("d") is None
+    storage.sub("d").make()
+    stamps = [storage.stamp("d"), storage.stamp("d")]
+    for change in (lambda: storage.append("d/a", b"1"), lambda: storage.replace("d/a", b"2")):
+        os.utime(f"{storage.location}/d", (1, 1))  # clocks of file systems may tick slowly
+        change()
+        stamps.append(storage.stamp("d"))
+    os.utime(f"{storage.location}/d", (1, 1))
+    storage.remove("d/a")
+    stamps.append(storage.stamp("d"))
+    assert stamps[0] == stamps[1]
+    assert all(stamp > 10**9 for stamp in stamps)
+
+
+def test_a_part_of_a_file_is_read(storage):
+    write(storage, "a", b"0123456789")
+    assert [storage.read_range("a", *part) for part in ((2, 3), (8, 5), (10, 1), (20, 1))] == [b"234", b"89", b"", b""]
+    with pytest.raises(FileNotFoundError):
+        storage.read_range("nothing", 0, 1)
+
+
+def test_a_file_is_cut_off_durably(storage, monkeypatch):
+    write(storage, "a", b"0123456789")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    storage.truncate("a", 4)
+    assert (storage.read("a"), synced) == (b"0123", [f"{storage.location}/a"])
