@@ -216,8 +216,7 @@ class Config:
         """Fill in what is null because it depends on another key, so that everybody sees it."""
         gpu, watchdog = self.cluster.use_gpu, self.cluster.watchdog
         if self.engine.precision is None:
-            engine = replace(self.engine, precision="bfloat16" if gpu else "float32")
-            object.__setattr__(self, "engine", engine)
+            object.__setattr__(self, "engine", replace(self.engine, precision="bfloat16" if gpu else "float32"))
         if watchdog is not None and watchdog.floor_s is None:
             limits = replace(watchdog, floor_s=60.0 if gpu else 10.0)
             object.__setattr__(self, "cluster", replace(self.cluster, watchdog=limits))

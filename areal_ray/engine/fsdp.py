@@ -14,11 +14,10 @@ from areal_ray.distributed import Ranks
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
 from areal_ray.engine import save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
-from areal_ray.engine.determinism import set_process_switches
 from areal_ray.engine.metric_sums import MetricSums
 from areal_ray.engine.objectives import Batch, FunctionObjective, LossFn, LossWeightFn, Objective, text_inputs
 from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm, skips_on_device
-from areal_ray.engine.randomness import reseed
+from areal_ray.engine.reproducibility import reseed, set_process_switches
 from areal_ray.engine.scalars import positive_or_one, scalar_on
 from areal_ray.engine.sharded_model import ShardedModel
 from areal_ray.engine.state import DCPState, plain_group_values

@@ -45,9 +45,9 @@ def _fill_up(engine: Any, ranks: Ranks, writer: CheckpointWriter, root: str) -> 
     seen: dict[str, Any] = {}
     train(engine, seed=0, fence=writer.fence)
     first = snapshot(engine)
-    size = begin(GOOD, 1).result(60).total_bytes
+    good = begin(GOOD, 1).result(60)
     # Less than what any rank is going to write.
-    ranks.on_rank_zero(lambda: SmallDisk(Path(root)).leave(size // 2 // ranks.size))
+    ranks.on_rank_zero(lambda: SmallDisk(Path(root)).leave(good.total_bytes // 2 // ranks.size))
     train(engine, seed=1, fence=writer.fence)
     error = begin(NO_ROOM, 2).exception(60)
     if isinstance(error, RankError):

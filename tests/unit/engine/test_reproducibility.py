@@ -9,14 +9,14 @@ import torch
 
 from areal_ray.config import Config, EngineConfig
 from areal_ray.engine import fsdp
-from areal_ray.engine.determinism import set_process_switches
+from areal_ray.engine.reproducibility import set_process_switches
 
 pytestmark = pytest.mark.unit
 
 SHOW = """
 import os, torch
 from areal_ray.config import EngineConfig
-from areal_ray.engine.determinism import set_process_switches
+from areal_ray.engine.reproducibility import set_process_switches
 set_process_switches(EngineConfig({how}))
 print(
     torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory,

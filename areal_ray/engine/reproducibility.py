@@ -1,9 +1,12 @@
-"""Switches of the computation on a GPU that torch keeps for a whole process: the same bits each time, TF32."""
+"""Reproducible steps: randomness that is counted instead of stored, and torch's switches of a whole process."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 
+import numpy as np
 import torch
 
 from areal_ray.config import EngineConfig
@@ -43,3 +46,15 @@ def _compile_without_timing() -> None:
 
     if hasattr(config, "deterministic"):
         config.deterministic = True
+
+
+def reseed(seed: int, step: int, dp_rank: int) -> None:
+    """Make all randomness of a step a function of (seed, step, data-parallel rank), so that none needs to be saved.
+
+    The ranks of a tensor group draw the same: what they hold whole, they must drop out alike. (So heads at the same
+    place in two ranks' parts have the same attention dropout.)
+    """
+    value = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{dp_rank}".encode()).digest()[:8], "big") >> 1
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
