@@ -97,8 +97,8 @@ class Catalog:
         An attempt goes on from what it restored, so what it saved is newer than anything that an earlier one left,
         whatever the step.
         """
-        found = [name for name in self._run.directories() if _NAME.fullmatch(name)]
-        return sorted(((*self.version(name), name) for name in found), reverse=True)
+        matches = (_NAME.fullmatch(name) for name in self._run.directories("step-"))
+        return sorted(((int(match[2]), int(match[1]), match[0]) for match in matches if match), reverse=True)
 
     def last_attempt(self) -> int:
         """The highest attempt that has saved, or begun to; 0 if none has."""
@@ -189,14 +189,15 @@ class Catalog:
             return {
                 name: Summary(
                     name,
-                    *self.version(name)[::-1],
+                    int(match[1]),
+                    int(match[2]),
                     info=dict(row["info"]),
                     size=int(row["bytes"]),
                     stamp=row["stamp"],
                     indexed=True,
                 )
                 for name, row in found["checkpoints"].items()
-                if _NAME.fullmatch(name)
+                if (match := _NAME.fullmatch(name))
             }
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return {}

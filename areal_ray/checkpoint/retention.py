@@ -164,10 +164,12 @@ def _counted(entries: Sequence[Entry | Summary], keep: KeepConfig) -> list[Entry
     """The good checkpoints that are kept because they are among so many: one that is no good would cost another."""
     assert keep.last is not None
     good = [entry for entry in entries if entry.problem is None]
+    last = good[: max(1, keep.last)]
+    if not keep.best:
+        return last
     sign = 1 if keep.mode == "min" else -1
     scored = [(sign * value, -entry.step, entry) for entry in good if (value := _metric(entry, keep)) is not None]
-    best = sorted(scored, key=lambda item: item[:2])[: keep.best] if keep.best else []
-    return good[: max(1, keep.last)] + [entry for *_, entry in best]
+    return last + [entry for *_, entry in sorted(scored, key=lambda item: item[:2])[: keep.best]]
 
 
 def remove(catalog: Catalog, name: str) -> bool:

@@ -57,16 +57,23 @@ def _ckpt(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespac
 def _at(path: str) -> Storage:
     from areal_ray.storage import storage_at
 
-    storage = storage_at(path)
+    return _not_empty(storage_at(path))
+
+
+def _not_empty(storage: Storage) -> Storage:
     if not storage.names():
         raise ValueError(f"{storage.location}: nothing there")
     return storage
 
 
 def _ls(arguments: argparse.Namespace) -> int:
+    from areal_ray.storage import storage_at
     from areal_ray.tools import checkpoints
 
-    rows = checkpoints.listing(_at(arguments.run_dir))
+    run = storage_at(arguments.run_dir)
+    rows = checkpoints.listing(run)
+    if not rows:
+        _not_empty(run)
     if arguments.json:
         _print_json(rows)
         return 0

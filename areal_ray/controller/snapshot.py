@@ -25,8 +25,9 @@ def rebuild(run: Storage) -> list[str]:
     """
     catalog = Catalog(run)
     found = catalog.summaries()
-    catalog.write_index(found)
     good = [each for each in found if each.problem is None][::-1]
+    if not all(each.indexed for each in good):
+        catalog.write_index(found)
     results = [
         _TrainingResultState(checkpoint_dir_name=each.name, metrics={"step": each.step, **each.info.get("metrics", {})})
         for each in good

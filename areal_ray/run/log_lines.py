@@ -55,24 +55,29 @@ def scan(storage: Storage, name: str, begin: int, end: int, wanted: re.Pattern[b
     left for the next time.
     """
     lines: list[Line] = []
-    at, rest = begin, b""
-    while at < end and (data := storage.read_range(name, at, min(_SCAN_BYTES, end - at))):
-        at += len(data)
-        whole, newline, rest = (rest + data).rpartition(b"\n")
-        lines += _matching(whole + newline, wanted)
-    if rest and decode_one(rest) is not None:  # it lacks nothing but its end
-        lines, rest = lines + _matching(rest, wanted), b""
-    return lines, at - len(rest)
+    at, length = begin, _SCAN_BYTES
+    last = begin == end
+    while not last:
+        data = storage.read_range(name, at, min(length, end - at))
+        last = len(data) < length
+        whole = data.rfind(b"\n") + 1
+        if last and decode_one(data[whole:]) is not None:  # it lacks nothing but its end
+            whole = len(data)
+        lines += _matching(data, whole, wanted)
+        at += whole
+        length = length if whole else 2 * length  # a line longer than that
+    return lines, at
 
 
-def _matching(data: bytes, wanted: re.Pattern[bytes]) -> list[Line]:
+def _matching(data: bytes, size: int, wanted: re.Pattern[bytes]) -> list[Line]:
+    """The lines among the first `size` bytes in which the pattern is found."""
     lines, end = [], 0
-    for match in wanted.finditer(data):
+    for match in wanted.finditer(data, 0, size):
         if match.start() < end:  # a second time in the same line
             continue
         begin = data.rfind(b"\n", 0, match.start()) + 1
-        end = data.find(b"\n", match.end())
-        end = len(data) if end < 0 else end
+        end = data.find(b"\n", match.end(), size)
+        end = size if end < 0 else end
         if (line := decode_one(data[begin:end])) is not None:
             lines.append(line)
     return lines

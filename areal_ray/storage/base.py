@@ -46,8 +46,11 @@ class Storage(Protocol):
         """Names of the entries directly in here, sorted; empty if there is no such directory."""
         ...
 
-    def directories(self) -> list[str]:
-        """Names of the directories directly in here, sorted, with one look; empty if there is no such directory."""
+    def directories(self, prefix: str) -> list[str]:
+        """Names of the directories directly in here that begin with `prefix`; empty if there is no such directory.
+
+        One look; on object storage a request for every thousand of them.
+        """
         ...
 
     def stamp(self, name: str) -> int | None:

@@ -38,10 +38,10 @@ class LocalStorage:
         except FileNotFoundError:
             return []
 
-    def directories(self) -> list[str]:
+    def directories(self, prefix: str) -> list[str]:
         try:
             with os.scandir(self._path) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir())
+                return [entry.name for entry in entries if entry.name.startswith(prefix) and entry.is_dir()]
         except FileNotFoundError:
             return []
 

@@ -90,11 +90,26 @@ class S3Client:
         Raises:
             OSError: with the server's words; FileNotFoundError, FileExistsError, PermissionError where it is that.
         """
+        bucket, _, key = path.partition("/")
+        return self._answer(operation, path, Bucket=bucket, Key=key, **arguments)
+
+    def prefixes(self, path: str) -> list[str]:
+        """The bucket and keys up to their next `/`, with it, of all objects whose begin with `path` (OSError)."""
+        bucket, _, key = path.partition("/")
+        found: list[str] = []
+        more: dict[str, str] = {}
+        while True:  # botocore's paginator, with its errors as everywhere
+            page = self._answer("list_objects_v2", path, Bucket=bucket, Prefix=key, Delimiter="/", **more)
+            found += [f"{bucket}/{each['Prefix']}" for each in page.get("CommonPrefixes", ())]
+            if not page.get("IsTruncated"):
+                return found
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _answer(self, operation: str, path: str, **arguments: Any) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
 
-        bucket, _, key = path.partition("/")
         try:
-            return getattr(self._botocore, operation)(Bucket=bucket, Key=key, **arguments)
+            return getattr(self._botocore, operation)(**arguments)
         except ClientError as error:
             code, text = error.response.get("Error", {}).get("Code", ""), self._redacted(f"s3://{path}: {error}")
             raise _KINDS.get(code, _kind(code))(text) from None

@@ -21,6 +21,7 @@ PARTS = {
     "restart": "SIGKILL (and SIGSTOP) of a worker to the next finished step; steps lost",
     "nodes": "a node with a worker removed to the next finished step",
     "goodput": "tokens that count per second under a Poisson schedule of kills",
+    "long": "start, restart, list and save with 10 and 1,000 checkpoints, and after 100 and 10^6 lines of logs",
     "memory": "peak proportional set size, /dev/shm included",
 }
 

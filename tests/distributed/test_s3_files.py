@@ -22,7 +22,7 @@ def test_a_directory_says_what_is_directly_in_it(storage: Storage) -> None:
         write(storage, name, name.encode() * 3)
     write(storage.sub("d"), "deep", b"12345")
     assert storage.names() == [".c", "a", "b", "d"]
-    assert (storage.directories(), storage.stamp("d")) == (["d"], None)
+    assert (storage.directories("d"), storage.directories("a"), storage.stamp("d")) == (["d"], [], None)
     assert storage.sizes() == {".c": 6, "a": 3, "b": 3}
     assert (storage.size("a"), storage.size("d/deep")) == (3, 5)
     assert (storage.size("d"), storage.size("nothing")) == (None, None)
