@@ -17,6 +17,7 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.failures import Cause, root_cause, step_of
 from areal_ray.cluster.requests import StoppedWhileWaiting, is_planned
+from areal_ray.controller.early_deaths import EarlyDeaths
 from areal_ray.controller.worker_count import WorkerCount
 from areal_ray.run import RunDir
 from areal_ray.train.bad_steps import BadStepError
@@ -24,6 +25,7 @@ from areal_ray.train.recovery import TooManyFailedSaves
 
 _FINAL = (BadStepError, TooManyFailedSaves)  # exceptions of a worker that say that the run is to stop
 _NOT_STARTED = {"WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError"}  # Ray Train's, by name
+_DIED_WHILE_STARTING = {"WorkerGroupStartupFailedError"}
 _TWICE = 2  # so often an error of the code at one step ends the run
 _THRICE = 3  # so often a death of workers at one step counts as the step's own fault, if such steps may be skipped
 _LONGEST_WAIT_S = 60.0
@@ -70,6 +72,7 @@ class RestartPolicy:
         self._count, self._run, self._bad_nodes, self._say = count, run, bad_nodes, say
         self._max_failures, self._skip = max_failures, skip_poison_steps
         self._max_controller_failures, self._rapid_s, self._clock = max_controller_failures, rapid_s, clock
+        self._early_deaths = EarlyDeaths(run, say)
         self._seen: Counter[_Failure] = Counter()  # since the newest checkpoint
         self._last_controller_error = ""
         self._rapid_failures = self._controller_failures = self._worker_failures = 0
@@ -91,7 +94,7 @@ class RestartPolicy:
             return True
         if any(isinstance(each, _FINAL) for each in workers.values()) or isinstance(error, StoppedWhileWaiting):
             return False
-        self._look_for_progress()
+        storage_answers = self._look_for_progress()
         bad_device = self._bad_nodes.record(workers.values())
         if workers and not bad_device:
             if self._is_final(root_cause(workers), step_of(workers, lambda: self._run)):
@@ -100,20 +103,37 @@ class RestartPolicy:
             self._not_started(error)
         elif error is not None and not self._retry_controller_error(error):
             return False
+        if storage_answers and not bad_device and self._is_early_death_too_many(workers, error):
+            return False
         self._wait_if_rapid()
         if not workers or bad_device or any(map(_is_preempted, workers.values())):
             return True
         self._worker_failures += 1
         return self._max_failures == -1 or self._worker_failures <= self._max_failures
 
-    def _look_for_progress(self) -> None:
+    def _look_for_progress(self) -> bool:
+        """Whether the storage answers; else nothing new is known."""
         try:
             newest = Catalog(self._run.storage).last_committed()
-        except OSError:  # then nothing new is known
-            return
+        except OSError:
+            return False
         if newest != self._checkpoint:
             self._checkpoint, self._rapid_failures, self._controller_failures = newest, 0, 0
             self._seen.clear()
+            self._early_deaths.progressed()
+        return True
+
+    def _is_early_death_too_many(self, workers: dict[int, Exception], error: Exception | None) -> bool:
+        """Count a death before the first step, unless a node was taken away, or there was no room."""
+        if workers:
+            died, cause = not any(map(_is_preempted, workers.values())), root_cause(workers)
+        else:
+            died = type(error).__name__ in _DIED_WHILE_STARTING
+            cause = Cause(None, type(error).__name__, " ".join(str(error).split()))
+        try:
+            return died and self._early_deaths.is_enough(cause, started=bool(workers))
+        except OSError:  # storage that is away is no death
+            return False
 
     def _is_final(self, cause: Cause, step: int | None) -> bool:
         """Whether this is the code's own doing, and comes again whenever it is tried."""

@@ -120,7 +120,7 @@ class FileLog:
             yield from (line for raw in file if (line := decode_one(raw)) is not None)
 
     def tail(self) -> list[Line]:
-        size = self._storage.size(self._name) or 0
+        size = self._size()
         found: list[Line] = []
         for offset, raw in backwards(self._storage, self._name, size):
             if found and offset < size - _TAIL_BYTES:
@@ -132,7 +132,7 @@ class FileLog:
     def keep(self, wanted: Callable[[Line], bool]) -> None:
         with self._lock:
             self._unwritten = b"".join(encode(line) for line in decode(self._unwritten) if wanted(line))
-            size = self._storage.size(self._name) or 0
+            size = self._size()
             cut, staying, after_cut, quiet = size, list[bytes](), 0, 0
             for offset, raw in backwards(self._storage, self._name, size):
                 if (line := decode_one(raw)) is None:
@@ -152,7 +152,7 @@ class FileLog:
                 self._storage.truncate(self._name, cut)
 
     def since(self, seen: dict[str, Any], wanted: re.Pattern[bytes]) -> tuple[list[Line], dict[str, Any]] | None:
-        begin, size = seen.get("bytes", 0), self._storage.size(self._name) or 0
+        begin, size = seen.get("bytes", 0), self._size()
         if size < begin or (begin and self._check(begin) != seen["check"]):
             return None
         lines, end = scan(self._storage, self._name, begin, size, wanted)
@@ -160,6 +160,13 @@ class FileLog:
 
     def sort(self, lines: list[Line]) -> list[Line]:
         return lines
+
+    def _size(self) -> int:
+        try:
+            with self._storage.open(self._name) as file:  # opened: what NFS has cached of a file's size may be old
+                return file.seek(0, 2)
+        except FileNotFoundError:
+            return 0
 
     def _check(self, size: int) -> str:
         """What tells this log from another one, or from itself after somebody has edited it."""
