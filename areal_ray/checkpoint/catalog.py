@@ -144,13 +144,20 @@ class Catalog:
         """The newest one that is committed and complete."""
         return next((entry for entry in self.entries() if entry.problem is None), None)
 
-    def summary(self, name: str, found: Manifest | Entry) -> Summary:
-        """The summary of a checkpoint that was looked at or committed just now."""
-        attempt, step = self.version(name)
-        manifest, problem = (found.manifest, found.problem) if isinstance(found, Entry) else (found, None)
-        info = {key: manifest.info[key] for key in _INFO if key in manifest.info} if manifest else {}
-        size = manifest.total_bytes if manifest else None
-        return Summary(name, step, attempt, info, size, self._run.stamp(name), problem)
+    def committed(self, name: str, manifest: Manifest) -> Summary:
+        """The summary of a checkpoint that was committed just now."""
+        return self._summary(Entry(name, *self.version(name)[::-1], manifest), self._run.stamp(name))
+
+    def look(self, name: str) -> Summary:
+        """The summary of a directory, from its manifest and sizes."""
+        stamp = self._run.stamp(name)  # before: what changes meanwhile is looked at again
+        return self._summary(self.entry(name), stamp)
+
+    @staticmethod
+    def _summary(entry: Entry, stamp: int | None) -> Summary:
+        info = {key: entry.info[key] for key in _INFO if key in entry.info}
+        size = entry.manifest.total_bytes if entry.manifest else None
+        return Summary(entry.name, entry.step, entry.attempt, info, size, stamp, entry.problem)
 
     def summaries(self, at_most: int | None = None) -> list[Summary]:
         """Every directory, newest first: one listing, one file, and `entry` of those that the index does not have.
@@ -165,11 +172,8 @@ class Catalog:
         rows = self._rows()
         known = {name: self._current(rows, name) for *_, name in self.names()}
         unknown = [name for name, row in known.items() if row is None][:at_most]
-        known |= {each.name: each for each in read_ahead((0, partial(self._look, name)) for name in unknown)}
+        known |= {each.name: each for each in read_ahead((0, partial(self.look, name)) for name in unknown)}
         return [each for each in known.values() if each is not None]
-
-    def _look(self, name: str) -> Summary:
-        return self.summary(name, self.entry(name))
 
     def write_index(self, summaries: Iterable[Summary]) -> None:
         """Make these the index, but for those with a problem (OSError).

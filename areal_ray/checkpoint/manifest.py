@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import xxhash
 
-from areal_ray.storage import Storage, read_ahead
+from areal_ray.storage import Storage
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
 STATE = "state.json"
-_BLOCK_BYTES = 8 << 20
 
 
 class CheckpointDamaged(RuntimeError):
@@ -96,15 +94,10 @@ def verify(directory: Storage) -> Manifest:
     """
     manifest = read_manifest(directory)
     check_sizes(directory, manifest)
-    blocks = read_ahead(
-        (_BLOCK_BYTES, partial(directory.read_range, name, offset, _BLOCK_BYTES))
-        for name, record in manifest.files.items()
-        for offset in range(0, record.size, _BLOCK_BYTES)
-    )
     for name, record in manifest.files.items():
         digest = xxhash.xxh3_128()
-        for _ in range(0, record.size, _BLOCK_BYTES):
-            digest.update(next(blocks))
+        for block in directory.read_blocks(name, record.size):
+            digest.update(block)
         if digest.hexdigest() != record.xxh3_128:
             raise CheckpointDamaged(f"{name}: the checksum does not match")
     return manifest

@@ -26,6 +26,7 @@ from areal_ray.distributed.device import Uploads
 from areal_ray.storage import Storage, read_ahead
 
 _READ_BYTES = 16 << 20  # of neighbouring chunks that are read in one piece
+_PART_BYTES = 4 << 20  # of tensors that are read ahead in one go, and take three times as much while they are
 Checksums = dict[tuple[str, int], tuple[int, str]]  # length and checksum of the chunk at an offset of a file
 
 
@@ -178,7 +179,7 @@ class StoredState:
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors by name, in this order; those that come next are read meanwhile, a bounded number of bytes."""
-        for read in read_ahead((size, partial(self._read, part)) for size, part in self._parts(names)):
+        for read in read_ahead((3 * size, partial(self._read, part)) for size, part in self._parts(names)):
             yield from read.items()
 
     def _parts(self, names: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
@@ -186,7 +187,7 @@ class StoredState:
         part, size = list[str](), 0
         for name in names:
             more = torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
-            if part and size + more > _READ_BYTES:
+            if part and size + more > _PART_BYTES:
                 yield size, part
                 part, size = [], 0
             part.append(name)

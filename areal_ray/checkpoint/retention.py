@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 from areal_ray.checkpoint.catalog import Catalog, Entry, Summary
 from areal_ray.checkpoint.manifest import MANIFEST, Manifest
 from areal_ray.checkpoint.read_lock import has_readers
 from areal_ray.config import KeepConfig
 
+E = TypeVar("E", Entry, Summary)
 _INDEX_EVERY = 8  # saves: a start reads the manifests of those that are not in the index
 
 
@@ -43,7 +45,7 @@ class Retention:
         try:
             known = self._load()
             if name not in known:
-                self._known = {name: self._catalog.summary(name, manifest), **known}
+                self._known = {name: self._catalog.committed(name, manifest), **known}
                 self._not_indexed += 1
             if self._not_indexed >= _INDEX_EVERY:
                 self._write_index()
@@ -102,19 +104,17 @@ class Retention:
             self._not_indexed = sum(each.problem is None and not each.indexed for each in found)
         return self._known
 
-    def _gone(self, known: dict[str, Summary]) -> list[Entry | Summary]:
+    def _gone(self, known: dict[str, Summary]) -> list[Summary]:
         """The checkpoints that no rule keeps. Those that are counted in their place are looked at: the index, or what
         was known, may be wrong about them."""
-        found: dict[str, Entry | Summary] = {n: each for n, each in known.items() if n not in self._passed_over}
+        found = {name: each for name, each in known.items() if name not in self._passed_over}
         looked_at: set[str] = set()
         while gone := deletable(list(found.values()), self._keep):
             counted = {each.name for each in _counted(list(found.values()), self._keep)} - looked_at
             if not counted:
                 break
             for name in counted:
-                found[name] = entry = self._catalog.entry(name)
-                if entry.problem is not None:
-                    known[name] = self._catalog.summary(name, entry)
+                found[name] = known[name] = self._catalog.look(name)
             looked_at |= counted
         return gone
 
@@ -144,7 +144,7 @@ class Retention:
             return False
 
 
-def deletable(entries: Sequence[Entry | Summary], keep: KeepConfig) -> list[Entry | Summary]:
+def deletable(entries: Sequence[E], keep: KeepConfig) -> list[E]:
     """The good checkpoints among `entries` (newest first) that no rule keeps. The newest good one is never among them.
 
     What is not good is not counted, so damage does not push good ones out.
@@ -160,7 +160,7 @@ def deletable(entries: Sequence[Entry | Summary], keep: KeepConfig) -> list[Entr
     ]
 
 
-def _counted(entries: Sequence[Entry | Summary], keep: KeepConfig) -> list[Entry | Summary]:
+def _counted(entries: Sequence[E], keep: KeepConfig) -> list[E]:
     """The good checkpoints that are kept because they are among so many: one that is no good would cost another."""
     assert keep.last is not None
     good = [entry for entry in entries if entry.problem is None]

@@ -112,6 +112,10 @@ class Storage(Protocol):
         """
         ...
 
+    def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
+        """The `size` bytes of `name`, in order (FileNotFoundError); on object storage several requests at a time."""
+        ...
+
     def remove(self, name: str) -> None:
         """Remove the file `name` (FileNotFoundError), durably."""
         ...

@@ -134,6 +134,11 @@ class LocalStorage:
             file.seek(offset)
             return file.read(length)
 
+    def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
+        with self.open(name) as file:
+            while block := file.read(1 << 20):
+                yield block
+
     def remove(self, name: str) -> None:
         path = self._inside(name)
         os.remove(path)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
-_IN_FLIGHT = 16
+_IN_FLIGHT = 8
 _BYTES = 128 << 20
 
 
 def read_ahead(
     reads: Iterable[tuple[int, Callable[[], T]]], in_flight: int = _IN_FLIGHT, limit: int = _BYTES
-) -> Iterator[T]:
+) -> Generator[T]:
     """The results of reads, in their order, while those that come next are under way.
 
     Args:

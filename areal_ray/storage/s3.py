@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import UnsupportedOperation
 from typing import Any, BinaryIO
 
+from areal_ray.storage.read_ahead import read_ahead
 from areal_ray.storage.s3_client import ATTEMPTS, EndOfObject, S3Client, with_environment
 
+_BLOCK = 8 << 20  # of a large object that is read in several requests
 _IN_FLIGHT = 64 << 20  # bytes of one upload that may be under way: pyarrow buffers without limit
 
 
@@ -131,6 +134,10 @@ class S3Storage:
             return bytes(self._client.request("get_object", self._inside(name), Range=part)["Body"].read())
         except EndOfObject:
             return b""
+
+    def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
+        offsets = range(0, size, _BLOCK)
+        return read_ahead((_BLOCK, partial(self.read_range, name, offset, _BLOCK)) for offset in offsets)
 
     def remove(self, name: str) -> None:
         with self._client.plain_errors(self.location):

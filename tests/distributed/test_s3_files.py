@@ -65,6 +65,19 @@ def test_a_part_of_an_object_is_one_request(proxied: Storage, proxy: S3Proxy) ->
         proxied.read_range("nothing", 0, 1)
 
 
+def test_a_large_object_comes_in_order_from_several_requests(
+    proxied: Storage, proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 5
+    write(proxied, "a", data)
+    monkeypatch.setattr(s3, "_BLOCK", 100)
+    proxy.methods.clear()
+    assert b"".join(proxied.read_blocks("a", len(data))) == data
+    assert proxy.methods == ["GET"] * 13
+    with pytest.raises(FileNotFoundError):
+        list(proxied.read_blocks("nothing", 1))
+
+
 def test_create_is_exclusive(storage: Storage) -> None:
     write(storage, "a", b"first")
     with pytest.raises(FileExistsError, match="/a exists"):

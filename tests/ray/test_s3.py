@@ -116,6 +116,6 @@ def test_wrong_keys_are_a_config_error(ray_cluster, server, capfd):
     said = capfd.readouterr().err
     assert said.startswith("config error: ")
     assert "run.storage_path" in said
-    assert "SIGNATURE_DOES_NOT_MATCH" in said
+    assert "SignatureDoesNotMatch" in said
     assert "hidden" not in said
     assert ACCESS_KEY not in said

@@ -24,7 +24,7 @@ def directory(tmp_path):
 def test_tensors_read_ahead_are_those_read_alone(directory, monkeypatch, part):
     state = StoredState(directory)
     alone = {name: bits(state.tensor(name)) for name in state.names}
-    monkeypatch.setattr(reader, "_READ_BYTES", part)
+    monkeypatch.setattr(reader, "_PART_BYTES", part)
     assert {name: bits(tensor) for name, tensor in state.tensors(state.names)} == alone
     some = [state.names[5], state.names[2]]
     assert [name for name, _ in state.tensors(some)] == some
@@ -32,14 +32,14 @@ def test_tensors_read_ahead_are_those_read_alone(directory, monkeypatch, part):
 
 def test_damage_is_found_in_its_place(directory, monkeypatch):
     do_damage(directory, "last bit of the shard")
-    monkeypatch.setattr(reader, "_READ_BYTES", 1)
+    monkeypatch.setattr(reader, "_PART_BYTES", 1)
     state = StoredState(directory)
     with pytest.raises(CheckpointDamaged, match="checksum"):
         list(state.tensors(state.names))
 
 
 def test_a_part_is_no_larger_than_it_may_be(directory, monkeypatch):
-    monkeypatch.setattr(reader, "_READ_BYTES", 2100)
+    monkeypatch.setattr(reader, "_PART_BYTES", 2100)
     state = StoredState(directory)
     parts = list(state._parts(state.names))
     assert [name for _, names in parts for name in names] == state.names

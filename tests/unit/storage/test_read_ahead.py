@@ -39,7 +39,7 @@ class Reads:
 def test_results_come_in_order_whatever_comes_first():
     reads = Reads()
     assert reads.all([1] * 100) == list(range(100))
-    assert 1 < reads.most <= 16
+    assert 1 < reads.most <= 8
 
 
 def test_no_more_are_under_way_than_allowed():
