@@ -14,6 +14,7 @@ from typing import Any
 from areal_ray.cluster.nodes import node_name
 from areal_ray.run import RunDir
 
+UUID_UNKNOWN = "UUID unknown"
 _ENOUGH = 2  # failures of a node, or of one device, after which its node is left out
 _NODE_LABEL = "ray.io/node-id"  # Ray gives it to every node
 
@@ -70,15 +71,20 @@ def left_out(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
             failures.append(event)
         elif event["event"] == "readmitted":
             # And what its devices did elsewhere, or one that has moved would still count.
-            uuids = {failure["uuid"] for failure in failures if failure["node"] == event["node"]}
-            failures = [each for each in failures if each["node"] != event["node"] and each["uuid"] not in uuids]
-    last = {failure["uuid"]: failure for failure in failures}
+            devices = {_device(failure) for failure in failures if failure["node"] == event["node"]}
+            failures = [each for each in failures if each["node"] != event["node"] and _device(each) not in devices]
+    last = {_device(failure): failure for failure in failures}
     # Several devices of a node that fail at one start are one failure of the node.
     of_nodes = Counter(node for node, _ in {(each["node"], each["failure"]) for each in failures})
-    of_devices = Counter(uuid for uuid, _ in {(each["uuid"], each["failure"]) for each in failures})
+    of_devices = Counter(device for device, _ in {(_device(each), each["failure"]) for each in failures})
     found = {node for node, times in of_nodes.items() if times >= _ENOUGH}
-    found |= {last[uuid]["node"] for uuid, times in of_devices.items() if times >= _ENOUGH}
+    found |= {last[device]["node"] for device, times in of_devices.items() if times >= _ENOUGH}
     return {node: _why(node, failures) for node in sorted(found)}
+
+
+def _device(failure: Mapping[str, Any]) -> str:
+    """What tells the device from all others: one that failed before it could be asked has no UUID."""
+    return failure["uuid"] if failure["uuid"] != UUID_UNKNOWN else f"{failure['node']} {failure['index']}"
 
 
 def _why(node: str, failures: Sequence[Mapping[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from importlib import import_module
 
 from areal_ray.cluster.ray_internals import SYNC_ACTOR, unseeded_actor_classes
 from areal_ray.config import ConfigError, ModelConfig
+from areal_ray.processes.hidden_devices import hidden_devices
 
 _BEFORE = (
     "torch.distributed.checkpoint",
@@ -49,12 +50,13 @@ _AFTER = (
 
 def prepare(model: ModelConfig | None) -> None:
     """Import and warm up, once for all forks, everything but Ray."""
-    _import(_BEFORE)
-    # A factory's module may import Ray, and a name on the hub may be asked for over the network.
-    if model is not None and not model.factory and (not model.path or os.path.isdir(model.path)):
-        with suppress(ConfigError):  # said elsewhere, to the user
-            import_module("areal_ray.models").build_model(model)
-    _warm_up()
+    with hidden_devices():
+        _import(_BEFORE)
+        # A factory's module may import Ray, and a name on the hub may be asked for over the network.
+        if model is not None and not model.factory and (not model.path or os.path.isdir(model.path)):
+            with suppress(ConfigError):  # said elsewhere, to the user
+                import_module("areal_ray.models").build_model(model)
+        _warm_up()
     assert "ray" not in sys.modules, "something imports Ray before it knows the job"
 
 
@@ -69,9 +71,9 @@ def _warm_up() -> None:
 
 def import_ray() -> None:
     """Import Ray as a process of a job does, after that process has shown its environment."""
-    import ray
+    import ray  # in sight of the devices: it keeps what is visible now, and would give the forks none of them
 
-    with unseeded_actor_classes():
+    with hidden_devices(), unseeded_actor_classes():
         _import(_AFTER)
     drawn = [_in_a_fork(lambda: bytes(ray.WorkerID.from_random().binary())) for _ in range(2)]
     if drawn[0] == drawn[1]:

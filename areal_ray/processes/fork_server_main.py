@@ -24,7 +24,7 @@ if __name__ == "__main__":  # of whatever Python path
 
 from areal_ray.config import ModelConfig
 from areal_ray.processes import fork_checks, launch
-from areal_ray.processes.hidden_devices import hidden_devices, touched
+from areal_ray.processes.hidden_devices import touched
 
 IDLE_S = 60.0  # without a process of the job on this node the server is not needed
 _ANSWER_S = 5.0  # for a request that has begun
@@ -85,8 +85,7 @@ class Server:
 
     def _try(self, work: Callable[[], None]) -> None:
         try:
-            with hidden_devices():
-                work()
+            work()
         except Exception:  # noqa: BLE001  (whatever a model's code raises; the others will say so again, at its place)
             traceback.print_exc()
             self._broken = True

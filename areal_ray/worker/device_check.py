@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from areal_ray.cluster.bad_devices import BadDevice, DeviceName
+from areal_ray.cluster.bad_devices import UUID_UNKNOWN, BadDevice, DeviceName
 from areal_ray.worker.nvml import HARDWARE_XIDS, Health, Unknown, open_health
 
 _LIMIT_S = 60.0  # with the CUDA context, which takes seconds when all processes of a node make theirs at once
@@ -76,7 +76,7 @@ class CudaDevice:
     def __init__(self, node: Callable[[], tuple[str, str]], open_health: Callable[[str], Health] = open_health) -> None:
         self._node, self._open_health = node, open_health
         self._index = torch.cuda.current_device()  # a new thread's would be the first
-        self._uuid = "UUID unknown"
+        self._uuid = UUID_UNKNOWN
         self._health: Health | None = None
 
     def select(self) -> None:

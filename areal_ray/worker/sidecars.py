@@ -60,14 +60,19 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
             "seconds": round(what.seconds, 2),
             "where": what.where,
         }
-        trace = flight_recorder.dump() if config.cluster.use_gpu else None
-        if trace is not None:
-            fields["collectives"] = flight_recorder.entered(trace)
-        run.note("stuck", say, attempt=attempt, rank=ranks.rank, **fields, waiting=what.waiting, stacks=name)
+        fields |= {"waiting": what.waiting, "stacks": name}
+        run.note("stuck", say, attempt=attempt, rank=ranks.rank, **fields)
         with suppress(OSError):  # it is in the log, too
             run.storage.replace(name, what.stacks.encode())
-            if trace is not None:
+        if not config.cluster.use_gpu:
+            return
+        try:  # after all else: where CUDA hangs the recorder may, too, and it is PyTorch's private part
+            if (trace := flight_recorder.dump()) is not None:
+                fields["collectives"] = flight_recorder.entered(trace)
+                run.note("stuck", say, attempt=attempt, rank=ranks.rank, **fields)
                 run.storage.replace(f"collectives.a{attempt}.rank{ranks.rank}.pickle", trace)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the process is to be ended)
+            log(f"no collectives from the flight recorder: {type(error).__name__}: {error}")
 
     return Watchdog(config.cluster.watchdog, stuck)
 

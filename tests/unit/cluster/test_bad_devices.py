@@ -2,7 +2,7 @@
 
 import pytest
 
-from areal_ray.cluster.bad_devices import BadDevice, BadNodes, DeviceName, left_out, readmit
+from areal_ray.cluster.bad_devices import UUID_UNKNOWN, BadDevice, BadNodes, DeviceName, left_out, readmit
 from areal_ray.cluster.nodes import node_name
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
@@ -27,6 +27,8 @@ def again(node):
         ([failed("a", "1", 1), failed("a", "2", 2)], ["a"]),  # the node fails, whichever device it is
         ([failed("a", "1", 1), failed("a", "2", 1)], []),  # at one start
         ([failed("a", "1", 1), failed("b", "2", 2)], []),
+        ([failed("a", UUID_UNKNOWN, 1), failed("b", UUID_UNKNOWN, 2)], []),  # two devices
+        ([failed("a", UUID_UNKNOWN, 1), failed("a", UUID_UNKNOWN, 2), again("b")], ["a"]),
         ([failed("a", "1", 1), failed("b", "1", 2)], ["b"]),  # the device under another host name
         ([failed("a", "1", 1), failed("a", "1", 2), again("a")], []),
         ([failed("a", "1", 1), failed("a", "1", 2), again("b")], ["a"]),

@@ -45,6 +45,12 @@ assert not server._broken
 from areal_ray.engine.warmup import warm_up
 assert warm_up.cache_info().currsize == 1
 """
+RAY = """
+from areal_ray.driver import fork_preparation
+fork_preparation.import_ray()
+import ray
+assert ray._private.worker.global_worker.original_visible_accelerator_ids["GPU"] == ["4", "5", "6", "7"]
+"""
 STANDBY = """
 import threading
 from areal_ray.driver import warm_start
@@ -55,7 +61,7 @@ assert os.listdir(os.environ["FOLDER"]) == [str(os.getpid())]
 """
 
 
-@pytest.mark.parametrize("work", [WARM_UP, PREPARE, STANDBY], ids=["warm-up", "fork server", "standby"])
+@pytest.mark.parametrize("work", [WARM_UP, PREPARE, RAY, STANDBY], ids=["warm-up", "fork server", "Ray", "standby"])
 def test_whatever_prepares_a_process_never_enters_cuda(work, tmp_path):
     command = [sys.executable, "-c", FAKE.replace("{work}", work)]
     done = subprocess.run(
