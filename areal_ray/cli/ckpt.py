@@ -173,9 +173,12 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
+    from areal_ray.checkpoint.catalog import INDEX
     from areal_ray.run.directory import SNAPSHOT
 
     run = _at(arguments.run_dir)
+    with suppress(FileNotFoundError):  # it may be what is wrong
+        run.remove(INDEX)
     try:
         from areal_ray.controller.snapshot import rebuild
     except ImportError as error:  # there is no Ray here, or one with another list; it starts without a list as well

@@ -153,7 +153,7 @@ class FileLog:
 
     def since(self, seen: dict[str, Any], wanted: re.Pattern[bytes]) -> tuple[list[Line], dict[str, Any]] | None:
         begin, size = seen.get("bytes", 0), self._size()
-        if size < begin or (begin and self._check(begin) != seen["check"]):
+        if seen and not (isinstance(begin, int) and 0 < begin <= size and self._check(begin) == seen.get("check")):
             return None
         lines, end = scan(self._storage, self._name, begin, size, wanted)
         return lines, {"bytes": end, "check": self._check(end)} if end else {}

@@ -58,7 +58,7 @@ def history(run: RunDir) -> History:
             told.append(event)
         if event["event"] == "saved":
             saves += event["blocked_s"]
-        last = event["time"]
+        last = event.get("time", last)
     wall += 0.0 if submitted is None else last - submitted
     timed: list[tuple[int, float]] = []
     held_out: list[tuple[int, float]] = []

@@ -95,7 +95,7 @@ class ObjectLog:
 
     def since(self, seen: dict[str, Any], wanted: re.Pattern[bytes]) -> tuple[list[Line], dict[str, Any]] | None:
         sizes = self._storage.sizes()
-        if any(sizes.get(name, 0) < size for name, size in seen.items()):
+        if not all(isinstance(size, int) and 0 <= size <= sizes.get(name, -1) for name, size in seen.items()):
             return None
         lines: list[Line] = []
         now = dict(seen)

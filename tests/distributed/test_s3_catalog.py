@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from areal_ray.checkpoint import Catalog, read_manifest
 from areal_ray.checkpoint.retention import Retention
+from areal_ray.cli.main import main as run_cli
 from areal_ray.config import KeepConfig
 from areal_ray.controller import snapshot
 from areal_ray.distributed import Ranks
@@ -98,3 +100,15 @@ def test_what_a_deletion_that_broke_off_left_is_found_and_cleaned_up(storage: St
     assert [row["state"] == "good" for row in checkpoints.listing(storage)] == [False, False, True]
     Retention(Catalog(storage), KeepConfig(last=1), list, said.append, said.append).clean_up(2)
     assert [row["step"] for row in checkpoints.listing(storage)] == [3]
+
+
+def test_repair_does_not_believe_the_index(storage: Storage, environment: dict[str, str], capfd: Any) -> None:
+    for step in (1, 2, 3):
+        save_box(storage, step)
+    snapshot.rebuild(storage)
+    storage.sub("step-00000002.a1").remove("shard-00000.distcp")
+    assert [row["state"] for row in checkpoints.listing(storage)] == ["good"] * 3
+    for _ in range(2):  # once with an index, once without one of its own making
+        assert run_cli(["ckpt", "repair", storage.location]) == 0
+        assert capfd.readouterr().out == "2 checkpoints: step-00000001.a1, step-00000003.a1\n"
+    assert [row["state"] == "good" for row in checkpoints.listing(storage)] == [True, False, True]

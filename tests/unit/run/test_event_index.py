@@ -61,7 +61,14 @@ def test_an_index_of_the_beginning_is_read_on_from(storage):
     assert RunDir(storage).turning_points() == run.turning_points() == expected(run)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"12", b'{"seen": {}}', b'{"seen": 3, "events": [{}]}', b"\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"{", b"[]", b"12", b'{"seen": {}}', b'{"seen": 3, "events": [{}]}', b"\xff"),
+        *(b'{"seen": {"bytes": 9}, "events": []}', b'{"seen": {"bytes": "9", "check": 3}, "events": []}'),
+        *(b'{"seen": {"bytes": 0, "check": ""}, "events": [{"event": "fault"}]}', b'{"seen": {"a": 1}, "events": []}'),
+    ],
+)
 def test_a_torn_index_does_not_matter(storage, text):
     run = RunDir(storage)
     tell(run)
