@@ -94,7 +94,7 @@ class MemoryCopies:
         mine = {name: local(tensor).detach() for name, tensor in tensors.items()}
         if any(tensor.is_cuda for tensor in mine.values()):
             self._count_neighbours()
-            self._laid_out = self._thread.submit(self._lay_out, mine)
+            self._laid_out = self._thread.submit(self._lay_out, mine, free_memory())
 
     def save(self, version: Version, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> None:
         """Copy the state as it is now. A collective.
@@ -203,14 +203,14 @@ class MemoryCopies:
             if laid_out is not None:
                 laid_out.result()
             else:
-                self._lay_out(mine)
+                self._lay_out(mine, free_memory())
         except (OSError, RuntimeError, MemoryError) as error:
             self._complain(f"no copies in memory for now: {error}")
             return _OFF
         return _WHOLE
 
-    def _lay_out(self, mine: Mapping[str, torch.Tensor]) -> None:
-        items, free, total = _items(mine), *free_memory()
+    def _lay_out(self, mine: Mapping[str, torch.Tensor], memory: tuple[int, int]) -> None:
+        items, (free, total) = _items(mine), memory  # as it was before any rank of the node took some
         new = self._kept.missing(ShardImage.size_of(items))
         if new and free - self._neighbours * new < _FREE * total:
             needed = f"{new / 1e9:.1f} GB beside each of {self._neighbours} ranks"

@@ -16,6 +16,7 @@ import xxhash
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from areal_ray.distributed.device import call_runtime
 from areal_ray.processes.memory_keeper import MemoryKeeper, claim
 
 
@@ -170,7 +171,7 @@ class ShardImage:
         try:
             if self._stream is not None:  # or the next memory at this address could not be registered
                 self._stream = None
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._address))
+                call_runtime(lambda cuda: cuda.cudaHostUnregister(self._address))
         finally:
             if self._owns:
                 self._owns = False
@@ -186,7 +187,7 @@ class ShardImage:
         """Register the memory with CUDA, so that copies into it are asynchronous."""
         self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         try:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._address, self.size, 0))
+            call_runtime(lambda cuda: cuda.cudaHostRegister(self._address, self.size, 0))
         except RuntimeError as error:  # of locked memory there is less than of any other, see `ulimit -l`
             self.not_pinned = f"CUDA cannot lock {self.size / 1e9:.1f} GB of memory ({error})"
         else:

@@ -104,6 +104,8 @@ def _check_env(config: Config) -> None:
             raise ConfigError("cluster.env", f"{name!r} is no name of a variable")
         if _OWNED.fullmatch(name):
             raise ConfigError(f"cluster.env.{name}", "is set by the job itself, for each of its processes")
+        if "$" in value:  # which Ray would replace on each node, and nobody else
+            raise ConfigError(f"cluster.env.{name}", "is taken as it is, without other variables in it: write $ out")
         if value in ("True", "False"):  # what YAML makes of true, yes or off
             raise ConfigError(f"cluster.env.{name}", f"must be text; is {value} meant as '1', '0' or in quotes?")
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from areal_ray.checkpoint import Catalog
 from areal_ray.cluster.bad_devices import BadNodes
+from areal_ray.cluster.early_deaths import EarlyDeaths
 from areal_ray.cluster.failures import Cause, root_cause, step_of
 from areal_ray.cluster.requests import StoppedWhileWaiting, is_planned
-from areal_ray.controller.early_deaths import EarlyDeaths
 from areal_ray.controller.worker_count import WorkerCount
 from areal_ray.run import RunDir
 from areal_ray.train.bad_steps import BadStepError

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -61,7 +63,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def device_thread(name: str) -> ThreadPoolExecutor:
-    """One thread that works on the GPU of the one that makes it; it knows of none if CUDA has not been started.
+    """A pool of one thread, on the GPU of its maker if CUDA has been started.
 
     CUDA has a present device for each thread, the first one to begin with: a thread of rank 1 that waits for an event
     would open a context on rank 0's GPU.
@@ -69,3 +71,15 @@ def device_thread(name: str) -> ThreadPoolExecutor:
     if not torch.cuda.is_initialized():
         return ThreadPoolExecutor(1, name)
     return ThreadPoolExecutor(1, name, torch.cuda.set_device, (torch.cuda.current_device(),))
+
+
+def call_runtime(call: Callable[[Any], Any]) -> None:
+    """Call CUDA's runtime (`torch.cuda.cudart()`) in a thread of its own.
+
+    CUDA remembers the last error of each thread, and the next kernel that this one starts would be blamed for it.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    with device_thread("runtime") as thread:
+        torch.cuda.check_error(thread.submit(call, torch.cuda.cudart()).result())

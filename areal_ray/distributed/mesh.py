@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,7 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from areal_ray.config import MeshConfig
 
 
-def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
+def init_distributed(
+    timeout_s: float, kind: str | None = None, entering: Callable[[str], None] = lambda _: None
+) -> torch.device:
     """Join the process group that the launcher (torchrun, Ray Train) describes; alone, make a group of one.
 
     A launcher that has made the group has chosen the device, too (Ray Train: `torch.cuda.set_device`), and it is kept.
@@ -23,6 +26,7 @@ def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     Args:
         timeout_s: longest wait for the other ranks.
         kind: "cpu" or "cuda"; None takes the GPU where there is one.
+        entering: told of the phase that begins, see `connect`.
 
     Returns:
         The device of this rank.
@@ -41,7 +45,7 @@ def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     if dist.is_initialized():
         world = dist.group.WORLD
         assert world is not None
-        connect("all ranks", world, device)
+        connect("all ranks", world, device, entering)
         if gpu is not None and world.bound_device_id is None:
             # Now that it is connected: groups of some ranks are split off its communicator, where they would otherwise
             # each find their members by themselves.
@@ -55,7 +59,7 @@ def init_distributed(timeout_s: float, kind: str | None = None) -> torch.device:
     else:
         method = f"tcp://127.0.0.1:{_free_port()}"
         dist.init_process_group(backend, init_method=method, rank=0, world_size=1, timeout=timeout, device_id=gpu)
-    connect("all ranks", dist.group.WORLD, device)
+    connect("all ranks", dist.group.WORLD, device, entering)
     return device
 
 
@@ -71,7 +75,9 @@ def _local_gpu() -> int:
     return local
 
 
-def connect(name: str, group: dist.ProcessGroup | None, device: torch.device) -> None:
+def connect(
+    name: str, group: dist.ProcessGroup | None, device: torch.device, entering: Callable[[str], None] = lambda _: None
+) -> None:
     """Sum a number over a group's ranks, so that its connections are made here and not in the first step.
 
     NCCL makes a communicator with the group's first collective, and that is where a network that is set up wrongly
@@ -81,10 +87,12 @@ def connect(name: str, group: dist.ProcessGroup | None, device: torch.device) ->
         name: of the group, for the message.
         group: the group.
         device: of this rank.
+        entering: told of the phase "connect NAME" before: with NCCL a hang ends the process without an exception.
 
     Raises:
-        RuntimeError: if it fails, or takes longer than the group's time limit.
+        RuntimeError: if it fails; over gloo also if it takes longer than the group's time limit.
     """
+    entering(f"connect {name}")
     try:
         total = torch.ones(1, device=device)
         dist.all_reduce(total, group=group)
@@ -114,13 +122,16 @@ class ParallelDims:
     batch_group: dist.ProcessGroup | None
 
     @staticmethod
-    def build(config: MeshConfig, device: torch.device, timeout_s: float) -> ParallelDims:
+    def build(
+        config: MeshConfig, device: torch.device, timeout_s: float, entering: Callable[[str], None] = lambda _: None
+    ) -> ParallelDims:
         """Lay a mesh over all ranks. The ranks of a tensor group are neighbours: they exchange the most.
 
         Args:
             config: sizes.
             device: of this rank.
             timeout_s: longest wait of a rank for the others of one dimension.
+            entering: told of the phase that begins, see `connect`.
 
         Raises:
             ValueError: if the world size is not replicate x shard x tensor.
@@ -137,9 +148,9 @@ class ParallelDims:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
         dims = ParallelDims(mesh, fsdp, tensor, batch_group)
         for name, size in dims.sizes().items():
-            connect(f"the {size} ranks of dimension {name}", mesh.get_group(name), device)
+            connect(f"the {size} ranks of dimension {name}", mesh.get_group(name), device, entering)
         if batch_group is not None:
-            connect("the ranks that share a batch", batch_group, device)
+            connect("the ranks that share a batch", batch_group, device, entering)
         return dims
 
     @property

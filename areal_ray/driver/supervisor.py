@@ -20,6 +20,7 @@ from areal_ray.config import Config
 from areal_ray.controller.failure_report import Reporter
 from areal_ray.driver.connect import BESIDE, resources
 from areal_ray.driver.stock_trainer import StockTrainer
+from areal_ray.processes.fork_server import process_environment
 from areal_ray.run.directory import RunDir
 from areal_ray.run.job_context import JobContext
 
@@ -75,7 +76,9 @@ def choose_fit(config: Config, context: JobContext) -> Callable[[], dict[str, An
     """
     if context.fast_restarts:
         return lambda: _fit_with_our_controller(config, context)
-    return StockTrainer(config, context, _train_function(config, context), _torch(config), _run(config, context)).fit
+    # The workers' own, too: of a connection that there was before, the job's processes have not heard of it.
+    options = {**_run(config, context), "worker_runtime_env": {"env_vars": process_environment(config)}}
+    return StockTrainer(config, context, _train_function(config, context), _torch(config), options).fit
 
 
 def _fit_with_our_controller(config: Config, context: JobContext) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def _fit_with_our_controller(config: Config, context: JobContext) -> dict[str, A
             **_run(config, context),
             failure_config=FailureConfig(max_failures=wanted.max_failures),
             callbacks=[Reporter(run), GroupLife(run, max(_START_S, wanted.collective_timeout_s), beside)],
-            worker_runtime_env={"env_vars": warm_start.worker_environment(config)},
+            worker_runtime_env={"env_vars": process_environment(config) | warm_start.worker_environment(config)},
         ),
         sizes=config.usable_sizes,
         requests=requests_to(context.submission, context.fast_restarts),

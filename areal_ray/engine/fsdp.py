@@ -49,18 +49,18 @@ class FSDPEngine:
         Args:
             weights: False leaves parameters undefined, for when a checkpoint is loaded next.
             references: names of frozen models beside it, each with the first weights; see `Objective.references`.
-            entering: told of the phase that begins: connect (all ranks and the groups of the mesh), then build.
+            entering: told of the phase that begins: "connect ..." for each group of ranks, then "build".
 
         Raises:
-            RuntimeError: if ranks do not reach each other; says in which dimension of the mesh.
+            RuntimeError: if ranks do not reach each other and are told so; says in which dimension of the mesh.
             RankError: on every rank, if weights cannot be read from model.path.
             ValueError: on every rank, if they are those of another model.
         """
         config = self._config
         self._owns_group = not dist.is_initialized()
-        entering("connect")
-        self.device = init_distributed(config.cluster.collective_timeout_s, self._kind)
-        self.dims = ParallelDims.build(config.engine.mesh, self.device, config.cluster.collective_timeout_s)
+        limit_s = config.cluster.collective_timeout_s
+        self.device = init_distributed(limit_s, self._kind, entering)
+        self.dims = ParallelDims.build(config.engine.mesh, self.device, limit_s, entering)
         self._ranks = Ranks()
         entering("build")
         self._sharded = self._build()
@@ -154,7 +154,7 @@ class FSDPEngine:
         summed = dist.all_reduce(loss_sum, group=self.dims.batch_group, async_op=True)
         grad_norm = gradient_norm(self.model.parameters())
         summed.wait()
-        if self.dims.tensor is not None:  # its ranks may differ in the last bit of what they sum, and must decide alike
+        if not self.dims.only_shards:  # groups may differ in the last bit of what they sum, and must decide alike
             numbers = torch.stack([loss_sum, grad_norm])
             dist.broadcast(numbers, src=0)
             loss_sum, grad_norm = numbers.unbind()

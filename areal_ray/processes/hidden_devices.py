@@ -23,15 +23,19 @@ def touched() -> bool:
 
 @contextmanager
 def hidden_devices() -> Iterator[None]:
-    """Hide all GPUs from what is done in the block, and see to it that CUDA is not started by it.
+    """Hide all GPUs from what is done in the block.
 
     A variable that somebody else sets meanwhile (Ray, which gives a process its GPU) stays as it was set.
+
+    Raises:
+        RuntimeError: if torch has started CUDA in the block all the same.
     """
     before, was_touched = {name: os.environ.get(name) for name in _HIDE}, touched()
     os.environ.update(_HIDE)
     try:
         yield
     finally:
+        hidden = all(os.environ.get(name) == value for name, value in _HIDE.items())  # and nobody has begun to train
         for name, value in before.items():
             if os.environ.get(name) != _HIDE[name]:
                 continue
@@ -39,4 +43,5 @@ def hidden_devices() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-    assert was_touched or not touched(), "the preparation has started CUDA: this process and its forks have no GPU"
+    if hidden and touched() and not was_touched:
+        raise RuntimeError("the preparation has started CUDA: this process and its forks could use no GPU")

@@ -22,8 +22,8 @@ class Receipt:
     Args:
         before, now: step, samples, epoch, lr, optimizer_step, global_batch, world_size, mesh.
         changed: [before, now] by key of the config, for the keys that differ.
-        promise: SAME_BITS, or SAME_STEPS where sums are taken in another order: after a change of the mesh, and on GPUs
-            without engine.deterministic.
+        promise: SAME_BITS, or SAME_STEPS where sums are taken in another order: after a change of the mesh, of the
+            device or of torch, and on GPUs without engine.deterministic.
     """
 
     before: dict[str, Any]
@@ -78,11 +78,15 @@ def receipt(
     # A key that the version which saved did not know had its default.
     was = {key: old.get(key, _DEFAULTS.get(key)) for key in keys}
     changed = {key: [was[key], new.get(key)] for key in keys if old and was[key] != new.get(key)}
-    return Receipt(before, now, changed, _promise(before, now, new))
+    return Receipt(before, now, changed, _promise(saved_info, live_info, new))
 
 
-def _promise(before: Mapping[str, Any], now: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    same_order = all(before[name] == now[name] for name in ("world_size", "mesh"))
+def _promise(saved: Mapping[str, Any], live: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    here = {**live, "torch": live.get("versions", {}).get("torch")}
+    there = {**saved, "torch": saved.get("versions", {}).get("torch")}
+    # What an older checkpoint does not say is taken to have been the same.
+    names = ("world_size", "mesh", "device", "torch")
+    same_order = all(there.get(name) in (None, here.get(name)) for name in names)
     fixed_order = not config.get("cluster.use_gpu") or config.get("engine.deterministic")
     return SAME_BITS if same_order and fixed_order else SAME_STEPS
 

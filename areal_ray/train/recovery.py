@@ -96,9 +96,9 @@ class RecoverHandler:
 
     def prepare(self) -> None:
         """To be called once before training: get ready for the first save and copy. A collective."""
-        self._writer.prepare(self._state)
-        if self._memory is not None:
+        if self._memory is not None:  # first: it looks whether there is room
             self._memory.prepare(self._state)
+        self._writer.prepare(self._state)
 
     def save(self, step: int, metrics: Mapping[str, float], must: bool = False) -> PendingSave | None:
         """Begin to save everything. A collective.

@@ -31,6 +31,12 @@ _NOT_THE_DEVICE = re.compile(
     re.I,
 )
 _CUBLAS = "CUBLAS_STATUS_"  # in a plain RuntimeError
+# Nor is it any other when CUDA does not start on a GPU that Ray has given out: fallen off the bus, or its driver is.
+_NO_START = re.compile(
+    r"No CUDA GPUs are available|CUDA unknown error|cudaGetDeviceCount|initialization (failed|error)"
+    r"|not yet initialized",
+    re.I,
+)
 
 
 class Device(Protocol):
@@ -68,14 +74,18 @@ class Device(Protocol):
 class CudaDevice:
     """The CUDA device that Ray Train has made this process's own.
 
+    To make it calls nothing of CUDA, which may be what does not work, or hang.
+
     Args:
+        index: of the device, among those that this process sees.
         node: finds name and id of this node; called when something has failed.
         open_health: opens the driver's view of the device with a UUID.
     """
 
-    def __init__(self, node: Callable[[], tuple[str, str]], open_health: Callable[[str], Health] = open_health) -> None:
-        self._node, self._open_health = node, open_health
-        self._index = torch.cuda.current_device()  # a new thread's would be the first
+    def __init__(
+        self, index: int, node: Callable[[], tuple[str, str]], open_health: Callable[[str], Health] = open_health
+    ) -> None:
+        self._index, self._node, self._open_health = index, node, open_health
         self._uuid = UUID_UNKNOWN
         self._health: Health | None = None
 
@@ -150,7 +160,7 @@ def find_problem(device: Device) -> str | None:
         device.release()
     except RuntimeError as error:
         text = " ".join(str(error).split())[:300]
-        ours = isinstance(error, torch.AcceleratorError) or _CUBLAS in text
+        ours = isinstance(error, torch.AcceleratorError) or _CUBLAS in text or _NO_START.search(text)
         if not ours or _NOT_THE_DEVICE.search(text):
             raise
         problem = f"the check failed: {type(error).__name__}: {text}"

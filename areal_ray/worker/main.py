@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from ray.train.torch import get_device
 
 from areal_ray.cluster import failures
 from areal_ray.cluster.console import say, say_end
@@ -42,7 +43,8 @@ def main(config: Config, context: JobContext) -> dict[str, Any]:
     # A standby has imported torch before Ray said how many cores it has; threads change speed and last bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     plugin.extend_path(context.search_path)
-    device = device_check.CudaDevice(this_node) if config.cluster.use_gpu else None
+    # Ray says which GPU; CUDA is not asked before the check, which has a limit.
+    device = device_check.CudaDevice(get_device().index or 0, this_node) if config.cluster.use_gpu else None
     try:
         return _train(config, context, device)
     except PlannedRestart:

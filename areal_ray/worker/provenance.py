@@ -15,7 +15,7 @@ from areal_ray.config import Config, RunConfig, dump, redact
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """Provenance for the manifest: config, its hash, model, tokenizer and versions."""
+    """Provenance for the manifest: config, its hash, model, tokenizer, versions and device."""
     # An experiment with another name, place, fault or end of this invocation has the same hash.
     lasting = dataclasses.replace(
         config,
@@ -32,4 +32,5 @@ def provenance(config: Config) -> dict[str, Any]:
         "tokenizer": config.data.tokenizer,
         "config_hash": hashlib.sha256(dump(lasting).encode()).hexdigest()[:16],
         "versions": {**versions, "transformers": transformers.__version__},
+        "device": torch.cuda.get_device_name() if config.cluster.use_gpu else "cpu",
     }

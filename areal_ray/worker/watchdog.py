@@ -119,7 +119,7 @@ class Watchdog:
     def limit(self) -> float:
         """Seconds without a beat after which the present phase counts as stuck."""
         usual, limits = self._usual[self._phase], self._limits
-        if self._phase == "connect":
+        if self._phase.startswith("connect"):
             return limits.connect_s
         if self._phase not in _REGULAR or not usual:
             # A save that was cut off would begin again, and never be finished.

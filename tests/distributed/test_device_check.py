@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 def check_twice(rank: int) -> list[float]:
     torch.cuda.init()
     torch.empty(1, device="cuda")  # the context, which training needs anyway
-    device, took = CudaDevice(lambda: ("host", "id")), []
+    device, took = CudaDevice(0, lambda: ("host", "id")), []
     for _ in range(2):
         begin = time.perf_counter()
         check(device)

@@ -50,6 +50,7 @@ WRONG_OVERRIDES = [
     ("cluster.env={CUDA_VISIBLE_DEVICES: '1'}", "cluster.env.CUDA_VISIBLE_DEVICES", "is set by the job itself"),
     ("cluster.env={RAY_ADDRESS: x}", "cluster.env.RAY_ADDRESS", "is set by the job itself"),
     ("cluster.env={NCCL_IB_DISABLE: true}", "cluster.env.NCCL_IB_DISABLE", "is True meant as '1', '0' or in quotes?"),
+    ("cluster.env={LD_LIBRARY_PATH: '/opt:$HOME'}", "cluster.env.LD_LIBRARY_PATH", "without other variables in it"),
     ("cluster.env={'a b': x}", "cluster.env", "'a b' is no name of a variable"),
     ("cluster.resources_per_worker={GPU: 1}", "cluster.resources_per_worker", "cluster.use_gpu=false does not use"),
     ("data.held_out=1", "data.held_out", "between 0 and 1"),

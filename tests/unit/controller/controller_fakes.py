@@ -1,14 +1,22 @@
-"""Stand-ins for a cluster, for the policies of Ray Train's controller."""
+"""Stand-ins for a cluster, and failures of workers, for the policies of Ray Train's controller."""
 
+import pickle
+from copy import copy
 from types import SimpleNamespace
 
-from ray.train import ScalingConfig
+from ray.exceptions import ActorDiedError
+from ray.train import ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.console import say
+from areal_ray.cluster.failures import annotate
 from areal_ray.controller.scaling_policy import ScalingPolicy
 from areal_ray.controller.worker_count import WorkerCount
+
+RETRY, RAISE = True, False
+RAPID_S = 60.0
+RESET = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4411")
 
 
 class Clock:
@@ -71,3 +79,22 @@ class Scaling(ScalingPolicy):
     def poll(self, running):
         state = SimpleNamespace(num_workers=running, start_time=float("-inf"))
         assert isinstance(self.make_decision_for_running_worker_group(state, None), NoopDecision)
+
+
+def raised(error, step):
+    """The exception as the controller gets it from a worker that computed `step`."""
+    try:
+        raise copy(error)  # some tests share one, and each raising would add to its notes
+    except type(error) as caught:
+        annotate(caught, step)
+        return pickle.loads(pickle.dumps(caught))  # noqa: S301
+
+
+def failed(*errors, step=6):
+    """What the controller decides on: the exceptions of the ranks, of which dead ones cannot say their step."""
+    seen = [error if isinstance(error, ActorDiedError) else raised(error, step) for error in errors]
+    return WorkerGroupError("failed", dict(enumerate(seen)))
+
+
+def decide(restarts, *failures):
+    return [restarts.should_restart(failure) for failure in failures]

@@ -12,8 +12,7 @@ from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
 from tests.unit.checkpoint.boxes import save_box
 
-from .controller_fakes import Clock, MemoryRequests, worker_count
-from .test_restart_policy import RAISE, RAPID_S, RESET, RETRY, decide, failed
+from .controller_fakes import RAISE, RAPID_S, RESET, RETRY, Clock, MemoryRequests, decide, failed, worker_count
 
 pytestmark = pytest.mark.unit
 

@@ -18,7 +18,7 @@ def cuda(monkeypatch):
     for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(f"set {device}"))
-    monkeypatch.setattr(mesh, "connect", lambda name, group, device: done.append(f"connect {name} on {device}"))
+    monkeypatch.setattr(mesh, "connect", lambda name, _, device, entering: done.append(f"connect {name} on {device}"))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **how: done.append(f"join with {how['device_id']}"))
     for name in ("LOCAL_RANK", "MASTER_ADDR"):
@@ -68,8 +68,11 @@ def test_a_process_that_is_shown_one_gpu_takes_it(cuda, monkeypatch):
 
 def test_a_group_that_cannot_connect_is_named(monkeypatch):
     def fail(*_, **__):
+        assert entered == ["connect the 4 ranks of dimension shard"]  # said before: with NCCL nothing may come after
         raise RuntimeError("NCCL error: unhandled system error")
+
+    entered = []
 
     monkeypatch.setattr(dist, "all_reduce", fail)
     with pytest.raises(RuntimeError, match="the 4 ranks of dimension shard of the mesh cannot reach each other: NCCL"):
-        mesh.connect("the 4 ranks of dimension shard", None, torch.device("cpu"))
+        mesh.connect("the 4 ranks of dimension shard", None, torch.device("cpu"), entered.append)

@@ -95,7 +95,14 @@ def test_a_gpu_that_ray_gives_the_process_meanwhile_stays_its_own(monkeypatch):
 
 
 def test_a_preparation_that_starts_cuda_is_refused(monkeypatch):
-    with pytest.raises(AssertionError, match="has started CUDA"), hidden_devices():
+    with pytest.raises(RuntimeError, match="has started CUDA"), hidden_devices():
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with hidden_devices():  # it had been started before: nothing to say
         pass
+
+
+def test_training_that_has_begun_beside_a_late_preparation_is_none(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with hidden_devices():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        os.environ["CUDA_VISIBLE_DEVICES"] = "1"

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_ray.config import BadStepConfig, Fault
@@ -109,17 +108,6 @@ def test_going_back_forgets_losses_and_not_what_was_left_out():
 
 
 losses = st.lists(st.floats(0.125, 10, width=32) | st.sampled_from([NAN, INF]), max_size=30)
-
-
-@given(losses, losses)
-def test_a_resumed_run_decides_as_the_undisturbed_one(before, after):
-    undisturbed, first, second = Steps(SPIKES), Steps(SPIKES), Steps(SPIKES)
-    expected = undisturbed.accepted(*before, *after)
-    decided = first.accepted(*before)
-    second.guard.load_state_dict(json.loads(json.dumps(first.guard.state_dict())))
-    second.step = len(before)
-    assert decided + second.accepted(*after) == expected
-    assert second.guard.state_dict() == undisturbed.guard.state_dict()
 
 
 def test_the_ledger_says_what_was_refused_in_numbers_that_can_be_read_back(tmp_path):

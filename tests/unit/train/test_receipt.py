@@ -62,10 +62,13 @@ def test_what_differs_is_shown_before_and_now():
         ({"cluster": {"use_gpu": True}, "engine": {"deterministic": False}}, {}, "weights to rounding"),
         ({}, {"world_size": 4}, "weights to rounding"),
         ({}, {"mesh": {"replicate": 2}}, "weights to rounding"),
+        ({}, {"device": "NVIDIA H200"}, "weights to rounding"),
+        ({}, {"versions": {"torch": "2.12.0"}}, "weights to rounding"),
     ],
 )
 def test_it_says_what_is_promised_from_here_on(config, layout, promise):
-    saved = {**INFO, "config": {**INFO["config"], **config}}
+    made = {"device": "NVIDIA H100", "versions": {"torch": "2.13.0", "ray": "2.60.0"}}
+    saved = {**INFO, **made, "config": {**INFO["config"], **config}}
     given = receipt(VALUES, saved, VALUES, {**saved, **layout})
     assert promise in given.event()["promise"]
     assert ("  from here on: " in given.text()) is (promise != "the same bits")

@@ -102,6 +102,8 @@ ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nS
         (FakeDevice(product=raising(ECC)), "the check failed: AcceleratorError: CUDA error: uncorrectable ECC"),
         (FakeDevice(select=raising(torch.AcceleratorError("CUDA error: unknown error"))), "unknown error"),
         (FakeDevice(product=raising(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))), "EXECUTION_FAILED"),
+        (FakeDevice(select=raising(RuntimeError("No CUDA GPUs are available"))), "No CUDA GPUs are available"),
+        (FakeDevice(select=raising(RuntimeError("CUDA unknown error - this may be due to"))), "CUDA unknown error"),
         (FakeDevice(Health(["2 uncorrected ECC errors", "a row"])), "2 uncorrected ECC errors; a row"),
     ],
 )
@@ -134,7 +136,7 @@ def test_a_device_that_does_not_answer_is_bad():
         torch.AcceleratorError("CUDA error: out of memory"),
         torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling cublasCreate"),
-        RuntimeError("No CUDA GPUs are available"),
+        RuntimeError("CUDA driver version is insufficient for CUDA runtime version"),
     ],
 )
 def test_what_is_not_the_devices_fault_stays_what_it_is(error):
@@ -259,7 +261,6 @@ def test_without_nvml_or_for_a_device_that_it_does_not_know_nothing_is_known():
 def test_the_device_that_ray_has_set_is_checked_and_selected_in_the_thread(monkeypatch):
     calls = []
     fakes = {
-        "current_device": lambda: 5,
         "set_device": lambda index: calls.append(("set_device", index, threading.current_thread().name)),
         "get_device_properties": lambda index: SimpleNamespace(uuid=f"uuid-of-{index}"),
         "synchronize": lambda index: calls.append(("synchronize", index)),
@@ -267,7 +268,7 @@ def test_the_device_that_ray_has_set_is_checked_and_selected_in_the_thread(monke
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    device = CudaDevice(lambda: ("host-7", "ab12"), lambda uuid: Health([f"{uuid} is bad"]))
+    device = CudaDevice(5, lambda: ("host-7", "ab12"), lambda uuid: Health([f"{uuid} is bad"]))
     monkeypatch.setattr(device, "upload", lambda tensor: tensor)
     with pytest.raises(BadDevice, match=r"GPU 5 .GPU-uuid-of-5.*GPU-uuid-of-5 is bad"):
         check(device)

@@ -40,7 +40,8 @@ def start(monkeypatch, tmp_path):
                 calls.append(("build",))
                 raise built or Built
 
-        monkeypatch.setattr(device_check, "CudaDevice", lambda node: "cuda")
+        monkeypatch.setattr(main, "get_device", lambda: torch.device("cuda", 3))
+        monkeypatch.setattr(device_check, "CudaDevice", lambda index, node: f"cuda:{index}")
         monkeypatch.setattr(device_check, "check", check)
         monkeypatch.setattr(wiring, "FSDPEngine", Engine)
         config = load(EXPERIMENT, [f"cluster.use_gpu={use_gpu}", "cluster.watchdog=null"])
@@ -55,14 +56,14 @@ def test_a_gpu_is_checked_before_anything_is_built(start):
     run, calls = start
     with pytest.raises(Built):
         run(True)
-    assert calls == [("settings",), ("check", "cuda"), ("build",)]
+    assert calls == [("settings",), ("check", "cuda:3"), ("build",)]
 
 
 def test_a_bad_gpu_ends_the_rank_before_and_is_told_to_the_controller(start):
     run, calls = start
     with pytest.raises(BadDevice) as caught:
         run(True, problem=BAD)
-    assert calls == [("settings",), ("check", "cuda")]
+    assert calls == [("settings",), ("check", "cuda:3")]
     assert caught.value.areal_ray["step"] is None
 
 

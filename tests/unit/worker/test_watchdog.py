@@ -50,7 +50,8 @@ def test_the_limit_follows_from_what_steps_have_taken(make, clock, durations, li
 
 
 @pytest.mark.parametrize(
-    ("phase", "limit"), [("start", 100.0), ("connect", 30.0), ("build", 100.0), ("save", 400.0), ("finish", 400.0)]
+    ("phase", "limit"),
+    [("start", 100.0), ("connect all ranks", 30.0), ("build", 100.0), ("save", 400.0), ("finish", 400.0)],
 )
 def test_of_what_waits_for_storage_nothing_is_learned(make, clock, phase, limit):
     dog = make(LIMITS, clock=clock)
