@@ -2,70 +2,64 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
-import xxhash
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
+from areal_ray.checkpoint.layout import LAYOUT
 from areal_ray.checkpoint.manifest import MANIFEST, METADATA, STATE, FileRecord, Manifest
+from areal_ray.checkpoint.plan import SavePlan
 from areal_ray.checkpoint.shard_file import ShardImage
+from areal_ray.checkpoint.sums import shard_name
 from areal_ray.checkpoint.tree import flatten, local, to_json
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.distributed.device import device_thread
+from areal_ray.processes.dcp_pickle import MetadataParts
+from areal_ray.processes.file_writer import Record, write_small
 from areal_ray.storage import Storage
 
-_Written = tuple[dict[Any, Any], FileRecord] | None
+
+class FilesWriter(Protocol):
+    """Writes what grows with the tensors, in this process or in another one."""
+
+    def write_image(self, directory: Storage, image: ShardImage) -> dict[str, Record]:
+        """Write a shard file and its table of checksums; the manifest's records of them."""
+        ...
+
+    def write_metadata(self, directory: Storage, name: str, parts: MetadataParts) -> Record:
+        """Write DCP's `.metadata`; the manifest's record of it."""
+        ...
 
 
-class _Plan:
-    """DCP's plan of a save: DTensors are written where they lie, replicated tensors once. A collective to make.
+class _Index:
+    """What rank 0 writes about the layout: made once for a plan, when it is first asked for, in the background."""
 
-    Attributes:
-        indices: of this rank's parts.
-        metadata: DCP's, of all parts, on rank 0; None elsewhere.
-    """
+    def __init__(self, plan: SavePlan) -> None:
+        self._plan = plan
 
-    def __init__(self, tensors: dict[str, torch.Tensor], ranks: Ranks) -> None:
-        self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._planner.set_up_planner(tensors, is_coordinator=ranks.rank == 0)
-        self._local = self._planner.create_local_plan()
-        gathered = ranks.gather_to_rank_zero(self._local)
-        plans, self.metadata = ranks.all_or_raise(lambda: self._plan_all(gathered))
-        self._mine: SavePlan = self._planner.finish_plan(ranks.scatter(plans))
-        self.indices = [item.index for item in self._mine.items]
+    @cached_property
+    def layout(self) -> bytes:
+        assert self._plan.layout is not None
+        return self._plan.layout.encode()
 
-    def _plan_all(self, gathered: list[SavePlan] | None) -> tuple[list[SavePlan] | None, Metadata | None]:
-        """On rank 0 only: with N ranks and T tensors there are N x T parts, and each rank needs to know its own."""
-        return (None, None) if gathered is None else self._planner.create_global_plan(gathered)
-
-    def fits(self, tensors: dict[str, torch.Tensor]) -> bool:
-        """Whether the plan is that of these tensors too; the same names and shapes, the same parts here."""
-        other = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        other.set_up_planner(tensors, is_coordinator=self._planner.is_coordinator)
-        return bool(other.create_local_plan().items == self._local.items)
-
-    def whole(self, tensors: dict[str, torch.Tensor]) -> list[bool]:
-        """Which of `parts` are whole tensors."""
-        return [not isinstance(tensors[index.fqn], DTensor) for index in self.indices]
-
-    def parts(self, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The parts of these tensors that this rank writes, in the order of `indices`."""
-        self._planner.state_dict = tensors
-        parts = []
-        for item in self._mine.items:
-            part = self._planner.resolve_data(item)
-            assert isinstance(part, torch.Tensor), item
-            parts.append(part.detach())
-        return parts
+    @cached_property
+    def parts(self) -> MetadataParts:
+        layout, places = self._plan.layout, self._plan.places
+        assert layout is not None
+        assert places is not None
+        cuts = {id(tensor.cut): tensor.cut for tensor in layout.tensors.values()}
+        numbers = {key: number for number, key in enumerate(cuts)}
+        tensors = [(name, t.dtype, t.shape, numbers[id(t.cut)]) for name, t in layout.tensors.items()]
+        files = [shard_name(number) for number in range(layout.shards)]
+        return MetadataParts(
+            tensors, [(cut.boxes, cut.shards) for cut in cuts.values()], files, places.offsets, places.sizes
+        )
 
 
 class Capture:
@@ -78,7 +72,8 @@ class Capture:
 
     def __init__(self, ranks: Ranks, complain: Callable[[str], None] = print) -> None:
         self._ranks, self._complain = ranks, complain
-        self._plan: _Plan | None = None
+        self._plan: SavePlan | None = None
+        self._index: _Index | None = None
         self._image: Future[ShardImage | None] = _done(None)
         self._new = False  # whether nothing was copied into it yet
         self._thread: ThreadPoolExecutor | None = None
@@ -120,8 +115,10 @@ class Capture:
         if self._new:
             self._tell(image.not_pinned if image is not None else None)
             self._new = False
-        copied = image.fill(plan.parts(tensors), plan.whole(tensors)) if image is not None else None
-        return Captured(directory, plan.metadata, image, copied, text, dict(info))
+        mine = [tensors[name] for name in plan.mine]
+        whole = [not isinstance(tensor, DTensor) for tensor in mine]
+        copied = image.fill([local(tensor).detach() for tensor in mine], whole) if image is not None else None
+        return Captured(directory, self._index, image, copied, text, dict(info))
 
     def close(self) -> None:
         """Give the memory back."""
@@ -135,14 +132,14 @@ class Capture:
     def _lay_out(self, tensors: dict[str, torch.Tensor]) -> None:
         thread, self._thread = self._thread, None
         self.close()
-        plan = _Plan(tensors, self._ranks)
+        plan = SavePlan(tensors, self._ranks)
+        mine = [local(tensors[name]).detach() for name in plan.mine]
 
         def allocate() -> ShardImage | None:
-            if not plan.indices:
-                return None
-            return ShardImage(_shard_name(self._ranks.rank), list(zip(plan.indices, plan.parts(tensors), strict=True)))
+            return ShardImage(shard_name(self._ranks.rank), mine) if mine else None
 
         self._plan, self._thread, self._new = plan, thread, True
+        self._index = _Index(plan) if self._ranks.rank == 0 else None
         self._image = thread.submit(allocate) if thread is not None else _attempt(allocate)
 
     def _tell(self, not_pinned: str | None) -> None:
@@ -177,7 +174,7 @@ class Captured:
 
     Args:
         directory: of the checkpoint.
-        metadata: DCP's, but for where the tensors lie, on rank 0.
+        index: about the layout, on rank 0.
         image: of this rank's shard file; None if it writes none.
         copied: after this event the image is complete; None: it is.
         text: state.json.
@@ -185,59 +182,42 @@ class Captured:
     """
 
     directory: Storage
-    metadata: Metadata | None
+    index: _Index | None
     image: ShardImage | None
     copied: torch.cuda.Event | None
     text: bytes
     info: dict[str, Any]
 
-    def finish(self, write: Callable[[ShardImage], dict[str, Any]], ranks: Ranks) -> Manifest | None:
+    def finish(self, files: FilesWriter, ranks: Ranks) -> Manifest | None:
         """Write and commit it; the manifest, on rank 0. A collective.
 
-        Args:
-            write: writes the image to the directory; a manifest's record of the file.
-            ranks: all ranks of the job.
+        Each rank sends the sums of its two files; what rank 0 does here grows with the ranks. What grows with the
+        tensors, too, is left to `files`.
 
         Raises:
             RankError: on every rank, if any of them could not write.
         """
 
-        def write_mine() -> _Written:
+        def write_mine() -> dict[str, Record]:
             if self.image is None:
-                return None
+                return {}
             if self.copied is not None:
                 self.copied.synchronize()
-            return self.image.where, FileRecord(**write(self.image))
+            return files.write_image(self.directory, self.image)
 
         written = ranks.gather_to_rank_zero(ranks.all_or_raise(write_mine))
         committed: list[Manifest] = []
-        # Its outcome is for all, but not the manifest, which grows with ranks and tensors.
-        ranks.on_rank_zero(lambda: committed.append(self._commit(written or [])))
+        # Its outcome is for all, but not the manifest.
+        ranks.on_rank_zero(lambda: committed.append(self._commit(files, written or [])))
         return committed[0] if committed else None
 
-    def _commit(self, written: list[_Written]) -> Manifest:
-        files: dict[str, FileRecord] = {}
-        storage_data: dict[Any, Any] = {}
-        for shard in filter(None, written):
-            where, record = shard
-            storage_data.update(where)
-            files[next(iter(where.values())).relative_path] = record
-        assert self.metadata is not None
-        metadata = replace(self.metadata, storage_data=storage_data, planner_data=None, storage_meta=StorageMeta())
-        files[STATE] = _write_small(self.directory, STATE, self.text)
-        files[METADATA] = _write_small(self.directory, METADATA, pickle.dumps(metadata))
-        manifest = Manifest(self.info, files)
+    def _commit(self, files: FilesWriter, written: list[dict[str, Record]]) -> Manifest:
+        assert self.index is not None
+        records = {name: record for each in written for name, record in each.items()}
+        records[STATE] = write_small(self.directory, STATE, self.text)
+        records[LAYOUT] = write_small(self.directory, LAYOUT, self.index.layout)
+        records[METADATA] = files.write_metadata(self.directory, METADATA, self.index.parts)
+        manifest = Manifest(self.info, {name: FileRecord(**record) for name, record in records.items()})
         # In one piece: a torn one is damage, not a save that was cut off.
         self.directory.publish(MANIFEST, manifest.encode())
         return manifest
-
-
-def _shard_name(rank: int) -> str:
-    return f"shard-{rank:05d}.distcp"  # a number among shards; nothing on loading depends on who wrote it
-
-
-def _write_small(directory: Storage, name: str, data: bytes) -> FileRecord:
-    """Write a small file that must not exist yet."""
-    with directory.create(name) as file:
-        file.write(data)
-    return FileRecord(len(data), xxhash.xxh3_128_hexdigest(data))

@@ -1,4 +1,7 @@
-"""Reader of DCP's `.metadata`, a pickle, which could run anything: names are checked against an allow-list."""
+"""Reader of checkpoints of format 1, which have their layout in DCP's `.metadata` and all checksums in the manifest.
+
+`.metadata` is a pickle, which could run anything: names are checked against an allow-list.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,18 @@ import io
 import pickle
 from typing import Any
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
-from areal_ray.checkpoint.manifest import METADATA, CheckpointDamaged
+from areal_ray.checkpoint.layout import Cut, Layout, StoredTensor
+from areal_ray.checkpoint.manifest import METADATA, CheckpointDamaged, Manifest
+from areal_ray.checkpoint.sums import Sums
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -58,3 +69,47 @@ def decode_metadata(data: bytes) -> Metadata:
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointDamaged(f"{METADATA}: {name!r} is of an unknown kind")
     return metadata
+
+
+def old_layout(manifest: Manifest, data: bytes) -> tuple[Layout, dict[str, Sums]]:
+    """The layout and the tables of checksums of a checkpoint of format 1.
+
+    Args:
+        manifest: with the checksums of all parts.
+        data: bytes of `.metadata`.
+
+    Returns:
+        The layout, and the table of each shard file, by its name, in the order of the layout's numbers.
+
+    Raises:
+        CheckpointDamaged: if they do not fit each other, or parts are not exactly the tensors.
+    """
+    metadata = decode_metadata(data)
+    names = sorted(name for name, record in manifest.files.items() if record.chunks)
+    numbers = {name: number for number, name in enumerate(names)}
+    rows: dict[str, list[tuple[int, int, str]]] = {name: [] for name in names}
+    tensors = {}
+    try:
+        sums = {
+            name: {offset: (length, digest) for offset, length, digest in manifest.files[name].chunks} for name in names
+        }
+        for tensor, entry in metadata.state_dict_metadata.items():
+            boxes, shards = [], []
+            for chunk in entry.chunks:  # type: ignore[union-attr]
+                place = metadata.storage_data[MetadataIndex(tensor, chunk.offsets)]
+                if place.relative_path not in manifest.files:
+                    raise CheckpointDamaged(f"{place.relative_path}: not in the manifest")
+                if place.offset not in sums.get(place.relative_path, {}):
+                    raise CheckpointDamaged(f"{place.relative_path}: no checksum for the bytes at {place.offset}")
+                if not all(chunk.sizes):
+                    continue
+                boxes.append([list(chunk.offsets), list(chunk.sizes)])
+                shards.append(numbers[place.relative_path])
+                rows[place.relative_path].append((place.offset, *sums[place.relative_path][place.offset]))
+            cut = Cut(np.array(boxes, np.int64).reshape(len(boxes), 2, len(entry.size)), np.array(shards, np.int64))  # type: ignore[union-attr]
+            dtype = str(entry.properties.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+            tensors[tensor] = StoredTensor(tuple(entry.size), dtype, cut)  # type: ignore[union-attr]
+        layout = Layout(tensors, len(names))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointDamaged(f"{METADATA}: not readable ({type(error).__name__}: {error})") from None
+    return layout, {name: Sums.of_format_1(rows[name]) for name in names}

@@ -1,9 +1,14 @@
-"""manifest.json: the last file of a checkpoint, which commits it."""
+"""manifest.json: the last file of a checkpoint, which commits it.
+
+In format 2, two files for each rank are listed, a shard and its table of checksums, so that what a commit does grows
+with the ranks and not with the tensors. In format 1 the checksums of all tensors' parts were in the manifest, and their
+places in `.metadata`; such checkpoints are read as before (old_format.py).
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
@@ -21,11 +26,15 @@ class CheckpointDamaged(RuntimeError):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file's size in bytes, checksum of the whole (xxh3_128), and of its parts: [offset, length, xxh3_64]."""
+    """A file's size in bytes and checksum (xxh3_128); in format 1 of its parts, too: [offset, length, xxh3_64]."""
 
     size: int
     xxh3_128: str
     chunks: list[list[Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        row = {"size": self.size, "xxh3_128": self.xxh3_128}
+        return {**row, "chunks": self.chunks} if self.chunks else row
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,15 @@ class Manifest:
 
     info: dict[str, Any]
     files: dict[str, FileRecord]
-    format: int = 1
+    format: int = 2
 
     @property
     def total_bytes(self) -> int:
         return sum(record.size for record in self.files.values())
 
     def encode(self) -> bytes:
-        body = asdict(self)
+        files = {name: record.as_json() for name, record in self.files.items()}
+        body = {"info": self.info, "files": files, "format": self.format}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True).encode()
 
 
@@ -57,17 +67,30 @@ def read_manifest(directory: Storage) -> Manifest:
         CheckpointDamaged: if it is missing, torn or changed.
     """
     try:
-        body = json.loads(directory.read(MANIFEST))
+        return decode_manifest(directory.read(MANIFEST))
+    except FileNotFoundError:
+        raise CheckpointDamaged(f"{MANIFEST}: missing, so the save was never finished") from None
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The manifest from the bytes of its file, its own checksum verified.
+
+    Raises:
+        CheckpointDamaged: if it is torn or changed.
+    """
+    body = parse_json(data, MANIFEST)
+    try:
         checksum = body.pop("checksum")
         if checksum != _checksum(body):
             raise CheckpointDamaged(f"{MANIFEST}: the checksum does not match")
-        if body["format"] != 1:
+        if body["format"] not in (1, 2):
             raise CheckpointDamaged(f"{MANIFEST}: format {body['format']} is not known to this version")
         if foreign := [name for name in body["files"] if "/" in name or name in ("", ".", "..")]:
             raise CheckpointDamaged(f"{MANIFEST}: {foreign[0]!r} is no name of a file in the checkpoint")
-        return Manifest(body["info"], {name: FileRecord(**record) for name, record in body["files"].items()})
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{MANIFEST}: missing, so the save was never finished") from None
+        files = {name: FileRecord(**record) for name, record in body["files"].items()}
+        if any(type(record.size) is not int or record.size < 0 for record in files.values()):
+            raise CheckpointDamaged(f"{MANIFEST}: a file of a size that there is not")
+        return Manifest(dict(body["info"]), files, body["format"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointDamaged(f"{MANIFEST}: not readable ({type(error).__name__}: {error})") from None
 
@@ -118,6 +141,18 @@ def read_checked(directory: Storage, name: str, manifest: Manifest) -> bytes:
     if xxhash.xxh3_128_hexdigest(data) != manifest.files[name].xxh3_128:
         raise CheckpointDamaged(f"{name}: the checksum does not match")
     return data
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """JSON from a file's bytes.
+
+    Raises:
+        CheckpointDamaged: if they are none, or nested so deep that Python gives up.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{name}: not readable ({type(error).__name__}: {error})") from None
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import xxhash
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
@@ -155,7 +154,7 @@ class MemoryCopies:
         """
         trees = {name: part.state_dict() for name, part in state.items()}
         mine = {name: local(tensor).detach() for name, tensor in flatten(trees)[0].items()}
-        size = ShardImage.size_of(_items(mine))
+        size = ShardImage.size_of(list(mine.values()))
         files = self._kept.claim(size)
         try:
             found = self._find(files, size, mine, info, attempt, newer_than)
@@ -210,7 +209,7 @@ class MemoryCopies:
         return _WHOLE
 
     def _lay_out(self, mine: Mapping[str, torch.Tensor], memory: tuple[int, int]) -> None:
-        items, (free, total) = _items(mine), memory  # as it was before any rank of the node took some
+        items, (free, total) = list(mine.values()), memory  # as it was before any rank of the node took some
         new = self._kept.missing(ShardImage.size_of(items))
         if new and free - self._neighbours * new < _FREE * total:
             needed = f"{new / 1e9:.1f} GB beside each of {self._neighbours} ranks"
@@ -246,7 +245,7 @@ class MemoryCopies:
         for file in files:
             record = read_record(file, size)
             if record and record["version"][0] == attempt and record["run"] == _digest(info, mine):
-                found[attempt, record["version"][1]] = ShardImage("", _items(mine), file), record
+                found[attempt, record["version"][1]] = ShardImage("", list(mine.values()), file), record
         common = set.intersection(*map(set, self._ranks.gather(list(found))))
         if not common or (newer_than is not None and max(common) <= newer_than):
             return None
@@ -269,10 +268,6 @@ class MemoryCopies:
 
 def _layout(mine: Mapping[str, torch.Tensor]) -> list[Any]:
     return [(name, list(tensor.shape), str(tensor.dtype)) for name, tensor in mine.items()]
-
-
-def _items(mine: Mapping[str, torch.Tensor]) -> list[tuple[MetadataIndex, torch.Tensor]]:
-    return [(MetadataIndex(name), tensor) for name, tensor in mine.items()]
 
 
 def _digest(info: Mapping[str, Any], mine: Mapping[str, torch.Tensor]) -> str:

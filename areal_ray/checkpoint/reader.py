@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import io
-import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
-import xxhash
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint.dcp_metadata import decode_metadata
-from areal_ray.checkpoint.manifest import METADATA, STATE, CheckpointDamaged, Manifest, read_checked, read_manifest
+from areal_ray.checkpoint.contents import Contents
+from areal_ray.checkpoint.layout import StoredTensor
+from areal_ray.checkpoint.manifest import Manifest
+from areal_ray.checkpoint.parts import read_tensors, torch_dtype
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.tree import flatten, merge
 from areal_ray.distributed import Ranks
-from areal_ray.distributed.device import Uploads
 from areal_ray.storage import Storage, read_ahead
 
-_READ_BYTES = 16 << 20  # of neighbouring chunks that are read in one piece
-_PART_BYTES = 4 << 20  # of tensors that are read ahead in one go, and take three times as much while they are
-Checksums = dict[tuple[str, int], tuple[int, str]]  # length and checksum of the chunk at an offset of a file
+_PART_BYTES = 4 << 20  # of tensors that tools read ahead in one go, and take three times as much while they are
 
 
 def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: bool = False) -> Manifest:
     """Bring objects to the state that a checkpoint holds, at any world size and mesh. A collective.
+
+    Rank 0 reads what the checkpoint says of itself and sends it to the others: it grows with the shard files and the
+    tensors, not with their product. Each rank reads the tables of the shards that it needs parts of (one, where nothing
+    has changed), and of these what overlaps its own.
 
     Args:
         directory: a committed checkpoint.
@@ -45,107 +40,18 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: 
         ValueError: if it holds other tensors, or of other shapes, than the objects have.
     """
     with read_lock(directory) if ranks.rank == 0 else nullcontext():
-        return _load(directory, state, ranks, part)
-
-
-def _load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: bool) -> Manifest:
-    ranks.agree(True)  # nobody reads the manifest before rank 0 has said that it is being read
-
-    def read_small_files() -> tuple[Manifest, Metadata, dict[str, Any]]:
-        manifest = read_manifest(directory)
-        metadata = decode_metadata(read_checked(directory, METADATA, manifest))
-        return manifest, metadata, json.loads(read_checked(directory, STATE, manifest))
-
-    manifest, metadata, values = ranks.all_or_raise(read_small_files)
-    for name, each in state.items():
-        if expect := getattr(each, "expect", None):
-            expect({key.removeprefix(f"{name}.") for key in metadata.state_dict_metadata if key.startswith(f"{name}.")})
-    trees = {name: each.state_dict() for name, each in state.items()}
-    tensors, _ = flatten(trees)
-    _check_keys(tensors, metadata, directory.location, part)
-    ranks.all_or_raise(lambda: _read_tensors(directory, manifest, metadata, tensors, _checksums(manifest)))
-    for name, each in state.items():
-        each.load_state_dict(merge(trees[name], values.get(name, {})))
-    return manifest
-
-
-def _checksums(manifest: Manifest) -> Checksums:
-    return {
-        (name, offset): (length, digest)
-        for name, record in manifest.files.items()
-        for offset, length, digest in record.chunks
-    }
-
-
-def _read_tensors(
-    directory: Storage, manifest: Manifest, metadata: Metadata, tensors: Mapping[str, torch.Tensor], sums: Checksums
-) -> None:
-    """Fill tensors in place: DCP plans which chunks this rank needs, each is verified before it is decoded.
-
-    No collective: a load plan needs nobody else's, and DCP's own `dcp.load` would wrap the error of a failing rank.
-    """
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), metadata, is_coordinator=False)
-    plan = planner.finish_plan(planner.create_local_plan())
-    uploads = Uploads()
-    wanted: dict[str, dict[int, list[ReadItem]]] = {}
-    for item in plan.items:
-        where = metadata.storage_data[item.storage_index]
-        wanted.setdefault(where.relative_path, {}).setdefault(where.offset, []).append(item)
-    for name, items_at in wanted.items():
-        if name not in manifest.files:
-            raise CheckpointDamaged(f"{name}: not in the manifest")
-        if unknown := [offset for offset in items_at if (name, offset) not in sums]:
-            raise CheckpointDamaged(f"{name}: no checksum for the bytes at {unknown[0]}")
-        chunks = [(offset, *sums[name, offset]) for offset in sorted(items_at)]
-        for offset, tensor in _read_chunks(directory, name, chunks):
-            for item in items_at[offset]:
-                part = tensor
-                for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    part = part.narrow(dim, start, length)
-                target = planner.resolve_tensor(item).detach()
-                uploads.copy(target, part)
-                planner.commit_tensor(item, target)
-    uploads.wait()
-
-
-def _read_chunks(
-    directory: Storage, name: str, chunks: list[tuple[int, int, str]]
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """The tensors at (offset, length, checksum), each verified. Neighbours are read in one piece: on object storage
-    every read is a request."""
-    try:
-        file = directory.open(name)
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{name}: missing") from None
-    with file:
-        while chunks:
-            start, end, count = chunks[0][0], chunks[0][0] + chunks[0][1], 1
-            while count < len(chunks) and chunks[count][0] == end and end + chunks[count][1] - start <= _READ_BYTES:
-                end += chunks[count][1]
-                count += 1
-            file.seek(start)
-            try:
-                data = memoryview(file.read(end - start))
-            except FileNotFoundError:  # on object storage an open file can be deleted
-                raise CheckpointDamaged(f"{name}: missing") from None
-            if len(data) != end - start:
-                raise CheckpointDamaged(f"{name}: ends after {start + len(data)} bytes, should have {end}")
-            for offset, length, digest in chunks[:count]:
-                yield offset, _decode(data[offset - start : offset - start + length], name, offset, digest)
-            chunks = chunks[count:]
-
-
-def _decode(data: memoryview, name: str, offset: int, digest: str) -> torch.Tensor:
-    if xxhash.xxh3_64_hexdigest(data) != digest:
-        raise CheckpointDamaged(f"{name}: the checksum of the bytes at {offset} does not match")
-    try:
-        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # written so, or the checksum would not match
-        raise CheckpointDamaged(f"{name}: the bytes at {offset} are no tensor ({type(error).__name__})") from None
-    if not isinstance(tensor, torch.Tensor):
-        raise CheckpointDamaged(f"{name}: the bytes at {offset} are a {type(tensor).__name__}, not a tensor")
-    return tensor
+        contents = Contents.decode(ranks.on_rank_zero(lambda: Contents.read(directory)))
+        stored = contents.layout.tensors
+        for name, each in state.items():
+            if expect := getattr(each, "expect", None):
+                expect({key.removeprefix(f"{name}.") for key in stored if key.startswith(f"{name}.")})
+        trees = {name: each.state_dict() for name, each in state.items()}
+        tensors, _ = flatten(trees)
+        _check_keys(tensors, stored, directory.location, part)
+        ranks.all_or_raise(lambda: read_tensors(directory, contents, tensors))
+        for name, each in state.items():
+            each.load_state_dict(merge(trees[name], contents.values.get(name, {})))
+    return contents.manifest
 
 
 class StoredState:
@@ -160,18 +66,16 @@ class StoredState:
 
     def __init__(self, directory: Storage) -> None:
         self._directory = directory
-        self.manifest = read_manifest(directory)
-        self._metadata = decode_metadata(read_checked(directory, METADATA, self.manifest))
-        self.values: dict[str, Any] = json.loads(read_checked(directory, STATE, self.manifest))
+        self._contents = Contents.decode(Contents.read(directory))
+        self.manifest, self.values = self._contents.manifest, self._contents.values
         self.info = self.manifest.info
-        self._sums = _checksums(self.manifest)
-        self.names = sorted(self._metadata.state_dict_metadata)
+        self.names = sorted(self._contents.layout.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._metadata.state_dict_metadata[name].size)  # type: ignore[union-attr]
+        return self._contents.layout.tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
+        return torch_dtype(self._contents.layout.tensors[name].dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, put together from all shards."""
@@ -197,23 +101,21 @@ class StoredState:
 
     def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         tensors = {name: torch.empty(self.shape(name), dtype=self.dtype(name)) for name in names}
-        _read_tensors(self._directory, self.manifest, self._metadata, tensors, self._sums)
+        read_tensors(self._directory, self._contents, tensors, one_by_one=True)
         return tensors
 
 
-def _check_keys(tensors: Mapping[str, torch.Tensor], metadata: Metadata, location: str, part: bool) -> None:
-    """DCP itself ignores what the checkpoint has too much; here both directions are errors."""
-    saved = metadata.state_dict_metadata
+def _check_keys(tensors: Mapping[str, torch.Tensor], saved: Mapping[str, StoredTensor], where: str, part: bool) -> None:
+    """What is too much or too little, in both directions."""
     problems = [f"missing in it: {name}" for name in sorted(set(tensors) - set(saved))]
     if not part:
         problems += [f"unknown here: {name}" for name in sorted(set(saved) - set(tensors))]
     for name in sorted(set(saved) & set(tensors)):
         entry, tensor = saved[name], tensors[name]
-        size = tuple(entry.size)  # type: ignore[union-attr]
-        if size != tuple(tensor.shape):
-            problems.append(f"{name} is {size} in it and {tuple(tensor.shape)} here")
-        elif entry.properties.dtype != tensor.dtype:  # type: ignore[union-attr]
-            problems.append(f"{name} is {entry.properties.dtype} in it and {tensor.dtype} here")  # type: ignore[union-attr]
+        if entry.shape != tuple(tensor.shape):
+            problems.append(f"{name} is {entry.shape} in it and {tuple(tensor.shape)} here")
+        elif torch_dtype(entry.dtype) != tensor.dtype:
+            problems.append(f"{name} is torch.{entry.dtype} in it and {tensor.dtype} here")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"checkpoint {location} does not fit this model: {'; '.join(problems[:8])}{more}")
+        raise ValueError(f"checkpoint {where} does not fit this model: {'; '.join(problems[:8])}{more}")

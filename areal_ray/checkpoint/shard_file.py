@@ -13,8 +13,6 @@ from functools import lru_cache
 
 import torch
 import xxhash
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from areal_ray.distributed.device import call_runtime
 from areal_ray.processes.memory_keeper import MemoryKeeper, claim
@@ -45,6 +43,12 @@ def frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     return blob[: file.gap], b"" if file.gap is None else blob[file.gap :]
 
 
+def framed_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a contiguous tensor in a file of `torch.save`."""
+    before, after = frame(shape, dtype)
+    return len(before) + torch.Size(shape).numel() * dtype.itemsize + len(after)
+
+
 class ShardImage:
     """The image of a shard file in shared memory, laid out once and refilled at every save.
 
@@ -54,7 +58,7 @@ class ShardImage:
 
     Args:
         file_name: under which the image will be stored.
-        items: the name of each tensor in DCP's metadata, with an example of its shape, type and device.
+        items: for each tensor an example of its shape, type and device.
         filled: such memory, filled with the same items by another process, which may have ended; to be read only. The
             file descriptor stays the caller's.
         reused: memory of this size that an image had before; the file descriptor is the image's from now on.
@@ -66,20 +70,17 @@ class ShardImage:
     def __init__(
         self,
         file_name: str,
-        items: Sequence[tuple[MetadataIndex, torch.Tensor]],
+        items: Sequence[torch.Tensor],
         filled: int | None = None,
         reused: int | None = None,
     ) -> None:
-        frames = [frame(tuple(tensor.shape), tensor.dtype) for _, tensor in items]
+        frames = [frame(tuple(tensor.shape), tensor.dtype) for tensor in items]
         self.file_name = file_name
-        self.where: dict[MetadataIndex, _StorageInfo] = {}
-        self.chunks: list[tuple[int, int]] = []
+        self.chunks: list[tuple[int, int]] = []  # bytes of each tensor with its frame, and of what is before its data
         self.size = 0
-        for (index, tensor), (before, after) in zip(items, frames, strict=True):
-            length = len(before) + tensor.nbytes + len(after)
-            self.where[index] = _StorageInfo(file_name, self.size, length)
-            self.chunks.append((self.size, length))
-            self.size += length
+        for tensor, (before, after) in zip(items, frames, strict=True):
+            self.chunks.append((len(before) + tensor.nbytes + len(after), len(before)))
+            self.size += self.chunks[-1][0]
         self.tensors: list[torch.Tensor] = []
         self.not_pinned: str | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -91,41 +92,36 @@ class ShardImage:
                 os.ftruncate(self.fd, self.size)
             self._memory = mmap.mmap(self.fd, self.size)
             self._lay_out(items, frames, write=filled is None)
-            if filled is None and any(tensor.is_cuda for _, tensor in items):
+            if filled is None and any(tensor.is_cuda for tensor in items):
                 self._pin()
         except BaseException:
             self.close()
             raise
 
-    def _lay_out(
-        self,
-        items: Sequence[tuple[MetadataIndex, torch.Tensor]],
-        frames: Sequence[tuple[bytes, bytes]],
-        write: bool,
-    ) -> None:
-        for (offset, length), (_, tensor), (before, after) in zip(self.chunks, items, frames, strict=True):
+    def _lay_out(self, items: Sequence[torch.Tensor], frames: Sequence[tuple[bytes, bytes]], write: bool) -> None:
+        start = 0
+        for tensor, (before, after), (length, _) in zip(items, frames, self.chunks, strict=True):
+            end = start + length
             if write:
-                self._memory[offset : offset + len(before)] = before
-                self._memory[offset + length - len(after) : offset + length] = after
-            self.tensors.append(self._tensor(offset + len(before), tensor))
+                self._memory[start : start + len(before)] = before
+                self._memory[end - len(after) : end] = after
+            self.tensors.append(self._tensor(start + len(before), tensor))
+            start = end
 
     @staticmethod
-    def size_of(items: Sequence[tuple[MetadataIndex, torch.Tensor]]) -> int:
+    def size_of(items: Sequence[torch.Tensor]) -> int:
         """Bytes of the image of these items."""
-        frames = [frame(tuple(tensor.shape), tensor.dtype) for _, tensor in items]
-        return sum(
-            len(before) + tensor.nbytes + len(after) for (_, tensor), (before, after) in zip(items, frames, strict=True)
-        )
+        return sum(framed_size(tuple(tensor.shape), tensor.dtype) for tensor in items)
 
     @property
     def path(self) -> str:
         """The path under which a child process can open the memory."""
         return f"/proc/{os.getpid()}/fd/{self.fd}"
 
-    def parts(self) -> list[memoryview]:
-        """The bytes of each chunk, not copied."""
-        whole = memoryview(self._memory)
-        return [whole[offset : offset + length] for offset, length in self.chunks]
+    @property
+    def content(self) -> memoryview:
+        """All bytes, not copied."""
+        return memoryview(self._memory)
 
     def fill(self, tensors: Sequence[torch.Tensor], whole: Sequence[bool]) -> torch.cuda.Event | None:
         """Copy the tensors, in the order of the items.
@@ -221,7 +217,7 @@ class KeptImages:
         """Bytes of new memory that `lay_out` will take for two images of that size."""
         return (2 - len(self._claimed or self.claim(size))) * size
 
-    def lay_out(self, items: Sequence[tuple[MetadataIndex, torch.Tensor]]) -> None:
+    def lay_out(self, items: Sequence[torch.Tensor]) -> None:
         """Make both, in claimed memory where there is some, and have it kept.
 
         Raises:

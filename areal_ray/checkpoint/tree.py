@@ -15,6 +15,23 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_here(tensor: torch.Tensor) -> bool:
+    """Whether this rank is one of those that the tensor is spread over."""
+    return not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is not None
+
+
+def box_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and length of this rank's part of a DTensor, in each dimension; of any other tensor the whole.
+
+    Raises:
+        ValueError: if the DTensor is a sum that was not made yet.
+    """
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim, tuple(tensor.shape)
+    (chunk,) = tensor.__create_chunk_list__()  # DCP's protocol
+    return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Split a tree of nested dicts into its tensors, by dotted path, and the rest, nested as it was."""
     tensors: dict[str, torch.Tensor] = {}

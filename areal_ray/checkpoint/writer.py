@@ -1,7 +1,7 @@
 """Saving: the state is copied to host memory, every rank writes its image, rank 0 commits.
 
-The order makes it safe to be killed at any moment: the directory is new, shards are made durable, then `.metadata`,
-then the manifest, without which a directory is not a checkpoint.
+The order makes it safe to be killed at any moment: the directory is new, shards are made durable, then what describes
+them, then the manifest, without which a directory is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from areal_ray.checkpoint.manifest import Manifest
 from areal_ray.checkpoint.shard_file import ShardImage
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.distributed.device import device_thread
-from areal_ray.processes.file_writer import FileWriter, write_summed
+from areal_ray.processes.dcp_pickle import MetadataParts, encode
+from areal_ray.processes.file_writer import FileWriter, Record, write_small, write_summed
 from areal_ray.storage import Storage
 
 
@@ -69,7 +70,7 @@ class SyncWriter:
     """
 
     def __init__(self, ranks: Ranks, complain: Callable[[str], None] = print) -> None:
-        self._ranks, self._capture = ranks, Capture(ranks, complain)
+        self._ranks, self._capture, self._files = ranks, Capture(ranks, complain), _Here()
 
     def prepare(self, state: Mapping[str, Stateful]) -> None:
         self._capture.prepare(state)
@@ -77,10 +78,7 @@ class SyncWriter:
     def begin(
         self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]
     ) -> Future[Manifest | None]:
-        def write(image: ShardImage) -> dict[str, Any]:
-            return write_summed(directory, image.file_name, image.parts())
-
-        return _outcome(lambda: self._capture.take(directory, state, info).finish(write, self._ranks))
+        return _outcome(lambda: self._capture.take(directory, state, info).finish(self._files, self._ranks))
 
     def fence(self) -> None: ...
 
@@ -120,10 +118,7 @@ class AsyncWriter:
             return captured
         self._copied = captured.result().copied
 
-        def write(image: ShardImage) -> dict[str, Any]:
-            return self._file_writer.write(directory, image.file_name, image.path, image.size, image.chunks)
-
-        self._last = self._thread.submit(captured.result().finish, write, self._background)
+        self._last = self._thread.submit(captured.result().finish, _Beside(self._file_writer), self._background)
         return self._last
 
     def fence(self) -> None:
@@ -145,6 +140,35 @@ def save(directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, A
     """
     with closing(SyncWriter(ranks)) as writer:
         return writer.begin(directory, state, info).result()
+
+
+class _Here:
+    """Writes files in this process."""
+
+    def __init__(self) -> None:
+        self._parts: MetadataParts | None = None
+        self._metadata = b""
+
+    def write_image(self, directory: Storage, image: ShardImage) -> dict[str, Record]:
+        return write_summed(directory, image.file_name, image.content, image.chunks)
+
+    def write_metadata(self, directory: Storage, name: str, parts: MetadataParts) -> Record:
+        if parts is not self._parts:
+            self._parts, self._metadata = parts, encode(parts)
+        return write_small(directory, name, self._metadata)
+
+
+class _Beside:
+    """Has files written by the process beside this one."""
+
+    def __init__(self, file_writer: FileWriter) -> None:
+        self._file_writer = file_writer
+
+    def write_image(self, directory: Storage, image: ShardImage) -> dict[str, Record]:
+        return self._file_writer.write(directory, image.file_name, image.path, image.size, image.chunks)
+
+    def write_metadata(self, directory: Storage, name: str, parts: MetadataParts) -> Record:
+        return self._file_writer.write_metadata(directory, name, parts)
 
 
 def _outcome(work: Callable[[], Any]) -> Future[Any]:

@@ -13,40 +13,63 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import xxhash
 
+from areal_ray.processes.dcp_pickle import MetadataParts, encode
 from areal_ray.storage import Storage
 
-_PIECE = 8 << 20  # bytes hashed and written at a time: they stay in the processor's cache in between
+PIECE = 1 << 20  # bytes that get a checksum of their own: nothing smaller can be read and verified
+SUMS = ".sums"
+Record = dict[str, Any]  # of a file in a manifest: size in bytes, xxh3_128
 
 
-def write_summed(storage: Storage, name: str, chunks: Iterable[memoryview]) -> dict[str, Any]:
-    """Write the new file `name`, summing while writing.
+def sums_name(name: str) -> str:
+    """The name of the table of checksums of a shard file."""
+    return name.removesuffix(".distcp") + SUMS
+
+
+def write_summed(
+    storage: Storage, name: str, content: memoryview, chunks: Sequence[tuple[int, int]]
+) -> dict[str, Record]:
+    """Write a shard file, summing while writing, then its table of checksums.
+
+    The table is text: a first line with its format and PIECE, then for each tensor its bytes with its frame, of these
+    the ones before its data, and an xxh3_64 for every PIECE of them (the last one is shorter).
 
     Args:
         storage: an existing directory.
         name: must not exist yet.
-        chunks: the content, in parts of which each gets a checksum of its own.
+        content: all bytes.
+        chunks: for each tensor its bytes, of these the ones before its data; they cover the content without gaps.
 
     Returns:
-        size, xxh3_128 of the whole, chunks as [offset, length, xxh3_64]: a manifest's record of the file.
+        The manifest's records of both files, by name.
     """
-    whole, size = xxhash.xxh3_128(), 0
-    sums: list[list[Any]] = []
+    whole, start = xxhash.xxh3_128(), 0
+    lines = [f"sums 1 {PIECE}"]
     with storage.create(name) as file:
-        for chunk in chunks:
-            part = xxhash.xxh3_64()
-            for start in range(0, len(chunk), _PIECE):
-                piece = chunk[start : start + _PIECE]
+        for length, before in chunks:
+            line = [f"{length} {before}"]
+            for at in range(start, start + length, PIECE):
+                piece = content[at : min(at + PIECE, start + length)]
                 whole.update(piece)
-                part.update(piece)
+                line.append(xxhash.xxh3_64_hexdigest(piece))
                 file.write(piece)
-            sums.append([size, len(chunk), part.hexdigest()])
-            size += len(chunk)
-    return {"size": size, "xxh3_128": whole.hexdigest(), "chunks": sums}
+            lines.append(" ".join(line))
+            start += length
+    table = "\n".join([*lines, ""]).encode()
+    shard = {"size": start, "xxh3_128": whole.hexdigest()}
+    return {name: shard, sums_name(name): write_small(storage, sums_name(name), table)}
+
+
+def write_small(storage: Storage, name: str, data: bytes) -> Record:
+    """Write a small file that must not exist yet; the manifest's record of it."""
+    with storage.create(name) as file:
+        file.write(data)
+    return {"size": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
 class FileWriter:
@@ -54,10 +77,12 @@ class FileWriter:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[str] | None = None
+        self._encoded: MetadataParts | None = None  # what the child has the bytes of
 
     def start(self) -> None:
         """Start the child now, so that the first save need not wait for it."""
         if self._child is None or self._child.poll() is not None:
+            self._encoded = None
             command = [sys.executable, "-m", "areal_ray.processes.file_writer"]
             # A session of its own: Ctrl-C is for the driver, which lets the last save finish.
             self._child = subprocess.Popen(
@@ -65,33 +90,49 @@ class FileWriter:
             )
 
     def write(
-        self, directory: Storage, name: str, memory: str, size: int, chunks: list[tuple[int, int]]
-    ) -> dict[str, Any]:
-        """Have a file written; waits without holding the interpreter's lock.
+        self, directory: Storage, name: str, memory: str, size: int, chunks: Sequence[tuple[int, int]]
+    ) -> dict[str, Record]:
+        """Have a shard file and its table written, see `write_summed`; waits without holding the interpreter's lock.
 
         Args:
             directory: an existing directory.
             name: of the new file.
             memory: path of the memory to write, one that the child can open.
             size: bytes to write.
-            chunks: (offset, length) of the parts that get a checksum of their own; they cover the memory without gaps.
+            chunks: as for `write_summed`.
 
         Raises:
-            OSError: if the file could not be written, or the child is gone.
+            OSError: if they could not be written, or the child is gone.
         """
+        return self._ask(directory, name, memory=memory, size=size, chunks=chunks)
+
+    def write_metadata(self, directory: Storage, name: str, parts: MetadataParts) -> Record:
+        """Have DCP's `.metadata` encoded and written; the child keeps what it has encoded for the next time.
+
+        Raises:
+            OSError: as `write`.
+        """
+        self.start()
+        if self._encoded is parts:
+            return dict(self._ask(directory, name, parts=None)[name])
+        memory = os.memfd_create("areal_ray metadata")
+        try:
+            with open(memory, "wb", closefd=False) as file:
+                pickle.dump(parts, file)
+            records = self._ask(directory, name, parts=f"/proc/{os.getpid()}/fd/{memory}")
+        finally:
+            os.close(memory)
+        self._encoded = parts
+        return records[name]
+
+    def _ask(self, directory: Storage, name: str, **request: Any) -> dict[str, Record]:
         self.start()
         assert self._child is not None
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        request = {
-            "storage": base64.b64encode(pickle.dumps(directory)).decode(),
-            "name": name,
-            "memory": memory,
-            "size": size,
-            "chunks": chunks,
-        }
+        storage = base64.b64encode(pickle.dumps(directory)).decode()
         try:
-            self._child.stdin.write(json.dumps(request) + "\n")
+            self._child.stdin.write(json.dumps({"storage": storage, "name": name, **request}) + "\n")
             self._child.stdin.flush()
             answer = self._child.stdout.readline()
         except BrokenPipeError:
@@ -101,7 +142,8 @@ class FileWriter:
         reply = json.loads(answer)
         if "error" in reply:
             raise OSError(*reply["error"])
-        return dict(reply)
+        records: dict[str, Record] = reply["written"]
+        return records
 
     def close(self) -> None:
         """End the child, after the request that it is at."""
@@ -132,15 +174,32 @@ class _Memory:
         return self._image
 
 
+class _Metadata:
+    """What was encoded last, for the saves that follow."""
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def data(self, path: str | None) -> bytes:
+        if path is not None:
+            with open(path, "rb") as file:
+                self._data = encode(pickle.load(file))  # noqa: S301  (of its parent)
+        return self._data
+
+
 def _serve() -> None:
-    memory = _Memory()
+    memory, metadata = _Memory(), _Metadata()
     for line in sys.stdin:
         request = json.loads(line)
+        name = request["name"]
         try:
-            image = memory.image(request["memory"], request["size"])
-            chunks = (image[start : start + length] for start, length in request["chunks"])
             directory = pickle.loads(base64.b64decode(request["storage"]))  # noqa: S301  (of its parent)
-            reply = write_summed(directory, request["name"], chunks)
+            if "memory" in request:
+                image = memory.image(request["memory"], request["size"])
+                written = write_summed(directory, name, image, request["chunks"])
+            else:
+                written = {name: write_small(directory, name, metadata.data(request["parts"]))}
+            reply: dict[str, Any] = {"written": written}
         except OSError as error:
             reply = {"error": [error.errno, error.strerror, error.filename] if error.errno else [str(error)]}
         print(json.dumps(reply), flush=True)

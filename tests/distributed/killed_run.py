@@ -25,6 +25,7 @@ from tests.distributed.ranks import RankFailed, run_ranks
 from tests.distributed.traps import (
     MANIFEST,
     SHARDS,
+    SUMS,
     Notes,
     Stage,
     Trap,
@@ -33,31 +34,33 @@ from tests.distributed.traps import (
     trap_the_manifest,
 )
 
-FILES = {".metadata", MANIFEST, "state.json", *SHARDS}
-ONE_OF_TWO = Stage(f"after {SHARDS[0]}", {SHARDS[0]}, waiting=f"before {SHARDS[1]}")
+PARTS = {*SHARDS, *SUMS}
+FILES = {".metadata", "layout.json", MANIFEST, "state.json", *PARTS}
+LATE = [
+    Stage("before .metadata", FILES - {MANIFEST, ".metadata"}),
+    Stage("before manifest.json", FILES - {MANIFEST}),
+    Stage("in manifest.json", FILES - {MANIFEST}),
+    Stage("after manifest.json", FILES),
+    Stage("an older manifest gone", FILES),
+]
 STAGES = {
     "at once": [
         Stage("before manifest.json", FILES - {MANIFEST}, first=True),
         Stage("directory made", set(), waiting=f"before {SHARDS[1]}"),
         Stage(f"in {SHARDS[0]}", {SHARDS[0]}, waiting=f"before {SHARDS[1]}"),
         Stage(f"in {SHARDS[1]}", None, rank=1),
-        ONE_OF_TWO,
-        Stage("before state.json", {*SHARDS}),
-        Stage("before .metadata", {*SHARDS, "state.json"}),
-        Stage("before manifest.json", FILES - {MANIFEST}),
-        Stage("in manifest.json", FILES - {MANIFEST}),
-        Stage("after manifest.json", FILES),
-        Stage("an older manifest gone", FILES),
+        Stage(f"before {SUMS[0]}", {SHARDS[0]}, waiting=f"before {SHARDS[1]}"),
+        Stage(f"after {SUMS[0]}", {SHARDS[0], SUMS[0]}, waiting=f"before {SHARDS[1]}"),
+        Stage("before state.json", PARTS),
+        Stage("before layout.json", {*PARTS, "state.json"}),
+        *LATE,
         Stage("an older shard gone", FILES),
     ],
     "beside the training": [
         Stage("directory made", set()),
         Stage(f"in {SHARDS[0]}", {SHARDS[0]}, waiting=f"before {SHARDS[1]}"),
-        ONE_OF_TWO,
-        Stage("before manifest.json", FILES - {MANIFEST}),
-        Stage("in manifest.json", FILES - {MANIFEST}),
-        Stage("after manifest.json", FILES),
-        Stage("an older manifest gone", FILES),
+        Stage(f"after {SHARDS[0]}", {SHARDS[0], SUMS[0]}, waiting=f"before {SHARDS[1]}"),
+        *LATE,
     ],
 }
 

@@ -72,7 +72,7 @@ def recover(rank: int, parent: str) -> dict[str, Any]:
 
     other = Run(root, attempt=4, data_seed=1)
     seen["other data"] = attempt(other.recover.load)
-    spoil(root, "step-00000002.a1", ".metadata")
+    spoil(root, "step-00000002.a1", "layout.json")
     lost = Run(root, attempt=5)
     seen["all damaged"] = attempt(lost.recover.load), [name for name, _ in lost.heard.passed]
     if rank == 0:

@@ -140,7 +140,9 @@ def test_the_digest_does_not_depend_on_who_wrote(root: Path, of_two_read_by_one:
 def test_a_checkpoint_holds_tensors_and_json_and_no_pickled_objects(root: Path, by_two: Any) -> None:
     directory = root / "of 2" / "dcp-optim"
     shards = {"shard-00000.distcp", "shard-00001.distcp"}
-    assert {path.name for path in directory.iterdir()} == shards | {".metadata", "manifest.json", "state.json"}
+    sums = {"shard-00000.sums", "shard-00001.sums"}
+    described = {".metadata", "layout.json", "manifest.json", "state.json"}
+    assert {path.name for path in directory.iterdir()} == shards | sums | described
     metadata = pickle.loads((directory / ".metadata").read_bytes())  # noqa: S301  (written a moment ago)
     assert {type(entry) for entry in metadata.state_dict_metadata.values()} == {TensorStorageMetadata}
     assert {info.relative_path for info in metadata.storage_data.values()} == shards

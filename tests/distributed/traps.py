@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from areal_ray.processes.file_writer import FileWriter
+from areal_ray.processes.dcp_pickle import MetadataParts
+from areal_ray.processes.file_writer import FileWriter, Record, sums_name
 from areal_ray.storage import LocalStorage, Sink, Storage
 
 MANIFEST, SHARDS = "manifest.json", ("shard-00000.distcp", "shard-00001.distcp")
+SUMS = tuple(map(sums_name, SHARDS))
 
 
 @dataclass(frozen=True)
@@ -147,13 +149,20 @@ class TrappedFileWriter(FileWriter):
     trap: Trap
 
     def write(
-        self, directory: Storage, name: str, memory: str, size: int, chunks: list[tuple[int, int]]
-    ) -> dict[str, Any]:
+        self, directory: Storage, name: str, memory: str, size: int, chunks: Sequence[tuple[int, int]]
+    ) -> dict[str, Record]:
         self.trap.at(f"before {name}")
         if self.trap.set and self.trap._stage is not None and self.trap._stage.moment == f"in {name}":
             super().write(directory, name, memory, size, chunks[: len(chunks) // 2])
+            directory.remove(sums_name(name))
             self.trap.at(f"in {name}")
         record = super().write(directory, name, memory, size, chunks)
+        self.trap.at(f"after {name}")
+        return record
+
+    def write_metadata(self, directory: Storage, name: str, parts: MetadataParts) -> Record:
+        self.trap.at(f"before {name}")
+        record = super().write_metadata(directory, name, parts)
         self.trap.at(f"after {name}")
         return record
 

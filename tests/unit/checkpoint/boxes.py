@@ -1,6 +1,7 @@
 """Small checkpoints for the tests: a Stateful that is nothing but a tree, and ways to damage what it is saved as."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -64,7 +65,24 @@ def forge(directory, name, data, chunks=()):
     Path(directory.location, name).write_bytes(data)
     manifest = read_manifest(directory)
     files = {**manifest.files, name: FileRecord(len(data), xxhash.xxh3_128_hexdigest(data), list(chunks))}
-    Path(directory.location, "manifest.json").write_bytes(Manifest(manifest.info, files).encode())
+    Path(directory.location, "manifest.json").write_bytes(Manifest(manifest.info, files, manifest.format).encode())
+
+
+def of_format_1(run):
+    """A copy of a checkpoint as they were written before format 2, by two ranks; its Storage."""
+    shutil.copytree(Path(__file__).parent / "format_1", run, dirs_exist_ok=True)
+    return LocalStorage(run).sub("step-00000001.a1")
+
+
+OF_FORMAT_1 = {
+    "rows": torch.arange(20.0).reshape(5, 4),
+    "columns": torch.arange(10.0).reshape(2, 5).bfloat16(),
+    "replicated": torch.arange(6).reshape(2, 3),
+    "one": torch.tensor([7.0]),
+    "bias": torch.arange(4.0),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.empty(0, 3),
+}  # and count: 7
 
 
 # What can happen to a checkpoint: the file that must be named, what is done to it, and whether sizes tell.
@@ -75,8 +93,10 @@ DAMAGE = {
     "shard cut short": ("shard-00000.distcp", lambda path: cut(path, 0.7), True),
     "shard lost its last byte": ("shard-00000.distcp", lambda path: os.truncate(path, path.stat().st_size - 1), True),
     "shard deleted": ("shard-00000.distcp", os.remove, True),
-    "metadata deleted": (".metadata", os.remove, True),
-    "bit in the metadata": (".metadata", lambda path: flip(path, 50), False),
+    "checksums deleted": ("shard-00000.sums", os.remove, True),
+    "bit in the checksums": ("shard-00000.sums", lambda path: flip(path, 20), False),
+    "layout deleted": ("layout.json", os.remove, True),
+    "bit in the layout": ("layout.json", lambda path: flip(path, 50), False),
     "state deleted": ("state.json", os.remove, True),
     "bit in the state": ("state.json", lambda path: flip(path, 0), False),
     "manifest torn": ("manifest.json", lambda path: cut(path, 0.5), True),

@@ -86,8 +86,14 @@ def test_the_manifest_sums_every_file_and_says_what_it_was_told(tmp_path):
     directory = save_box(tmp_path, step=12, attempt=3)
     manifest = read_manifest(directory)
     assert manifest.info == {"step": 12, "attempt": 3}
-    assert sorted(manifest.files) == [".metadata", "shard-00000.distcp", "state.json"]
-    assert directory.names() == [".metadata", "manifest.json", "shard-00000.distcp", "state.json"]
+    assert sorted(manifest.files) == [
+        ".metadata",
+        "layout.json",
+        "shard-00000.distcp",
+        "shard-00000.sums",
+        "state.json",
+    ]
+    assert directory.names() == sorted([*manifest.files, "manifest.json"])
     assert {name: record.size for name, record in manifest.files.items()} == {
         name: directory.size(name) for name in manifest.files
     }

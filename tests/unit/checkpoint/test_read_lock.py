@@ -18,7 +18,7 @@ from .boxes import Box, save_box, weights
 pytestmark = pytest.mark.unit
 
 NAME = "step-00000001.a1"
-FILES = [".metadata", "manifest.json", "shard-00000.distcp", "state.json"]
+FILES = [".metadata", "layout.json", "manifest.json", "shard-00000.distcp", "shard-00000.sums", "state.json"]
 
 
 @pytest.fixture

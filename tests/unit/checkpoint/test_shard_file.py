@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from areal_ray.checkpoint.shard_file import ShardImage
 
@@ -59,7 +58,7 @@ def cuda(request, monkeypatch):
 
 
 def items(*values):
-    return [(MetadataIndex(str(i)), torch.full((4,), value).as_subclass(OnGpu)) for i, value in enumerate(values)]
+    return [torch.full((4,), value).as_subclass(OnGpu) for value in values]
 
 
 def descriptors():
@@ -86,7 +85,7 @@ def test_where_nothing_can_be_pinned_the_copy_is_waited_for(cuda):
     before = descriptors(), mappings()
     image = ShardImage("x", items(1.0, 2.0))
     assert "CUDA cannot lock 0.0 GB of memory (CUDA error: out of memory)" in image.not_pinned
-    assert image.fill([tensor for _, tensor in items(3.0, 4.0)], [True, False]) is None
+    assert image.fill([*items(3.0, 4.0)], [True, False]) is None
     assert [tensor.tolist() for tensor in image.tensors] == [[3.0] * 4, [4.0] * 4]
     image.close()
     assert "unregister" not in cuda.done
@@ -114,7 +113,7 @@ def test_what_a_forward_pass_may_change_is_copied_before_it_on_its_own_stream(cu
     image.tensors = [
         SimpleNamespace(copy_=lambda tensor, non_blocking, name=name: cuda.done.append(name)) for name in "abc"
     ]
-    image.fill([tensor for _, tensor in items(1.0, 2.0, 3.0)], [False, True, False])
+    image.fill([*items(1.0, 2.0, 3.0)], [False, True, False])
     assert cuda.done == ["b", "wait for main", "side stream", "a", "c", "event"]
 
 

@@ -1,11 +1,10 @@
 """Reading whole tensors of a checkpoint, ahead and in parts."""
 
-import threading
-
 import pytest
 import torch
 
 from areal_ray.checkpoint import CheckpointDamaged, StoredState, reader
+from areal_ray.checkpoint.sums import Sums
 
 from .boxes import bits, do_damage, save_box
 
@@ -47,10 +46,11 @@ def test_a_part_is_no_larger_than_it_may_be(directory, monkeypatch):
     assert len(parts) < len(state.names)
 
 
-def test_the_table_of_checksums_is_made_once(directory, monkeypatch):
-    made = []
-    table = reader._checksums
-    monkeypatch.setattr(reader, "_checksums", lambda manifest: made.append(threading.get_ident()) or table(manifest))
+def test_the_table_of_checksums_is_read_once_by_all_threads(directory, monkeypatch):
+    read = []
+    decode = Sums.decode
+    monkeypatch.setattr(Sums, "decode", lambda *args: read.append(args[1]) or decode(*args))
+    monkeypatch.setattr(reader, "_PART_BYTES", 1)
     state = StoredState(directory)
     assert len(list(state.tensors(state.names))) == len(state.names)
-    assert len(made) == 1
+    assert read == ["shard-00000.sums"]
