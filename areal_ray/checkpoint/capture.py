@@ -12,11 +12,11 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from areal_ray.checkpoint.layout import LAYOUT
-from areal_ray.checkpoint.manifest import MANIFEST, METADATA, STATE, FileRecord, Manifest
-from areal_ray.checkpoint.plan import SavePlan
-from areal_ray.checkpoint.shard_file import ShardImage
-from areal_ray.checkpoint.sums import shard_name
+from areal_ray.checkpoint.format.layout import LAYOUT, Layout
+from areal_ray.checkpoint.format.manifest import MANIFEST, METADATA, STATE, FileRecord, Manifest
+from areal_ray.checkpoint.format.shard_file import ShardImage
+from areal_ray.checkpoint.format.sums import shard_name
+from areal_ray.checkpoint.plan import Places, SavePlan
 from areal_ray.checkpoint.tree import flatten, local, to_json
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.distributed.device import device_thread
@@ -37,29 +37,26 @@ class FilesWriter(Protocol):
         ...
 
 
-class _Index:
-    """What rank 0 writes about the layout: made once for a plan, when it is first asked for, in the background."""
+class Index:
+    """What rank 0 writes about a layout: made once, when it is first asked for, in the background."""
 
-    def __init__(self, plan: SavePlan) -> None:
-        self._plan = plan
+    def __init__(self, layout: Layout, places: Places) -> None:
+        self._layout, self._places = layout, places
 
     @cached_property
     def layout(self) -> bytes:
-        assert self._plan.layout is not None
-        return self._plan.layout.encode()
+        """layout.json."""
+        return self._layout.encode()
 
     @cached_property
     def parts(self) -> MetadataParts:
-        layout, places = self._plan.layout, self._plan.places
-        assert layout is not None
-        assert places is not None
-        cuts = {id(tensor.cut): tensor.cut for tensor in layout.tensors.values()}
+        """For DCP's `.metadata`."""
+        cuts = {id(tensor.cut): tensor.cut for tensor in self._layout.tensors.values()}
         numbers = {key: number for number, key in enumerate(cuts)}
-        tensors = [(name, t.dtype, t.shape, numbers[id(t.cut)]) for name, t in layout.tensors.items()]
-        files = [shard_name(number) for number in range(layout.shards)]
-        return MetadataParts(
-            tensors, [(cut.boxes, cut.shards) for cut in cuts.values()], files, places.offsets, places.sizes
-        )
+        tensors = [(name, t.dtype, t.shape, numbers[id(t.cut)]) for name, t in self._layout.tensors.items()]
+        files = [shard_name(number) for number in range(self._layout.shards)]
+        columns = [(cut.boxes, cut.shards) for cut in cuts.values()]
+        return MetadataParts(tensors, columns, files, self._places.offsets, self._places.sizes)
 
 
 class Capture:
@@ -73,7 +70,7 @@ class Capture:
     def __init__(self, ranks: Ranks, complain: Callable[[str], None] = print) -> None:
         self._ranks, self._complain = ranks, complain
         self._plan: SavePlan | None = None
-        self._index: _Index | None = None
+        self._index: Index | None = None
         self._image: Future[ShardImage | None] = _done(None)
         self._new = False  # whether nothing was copied into it yet
         self._thread: ThreadPoolExecutor | None = None
@@ -139,7 +136,7 @@ class Capture:
             return ShardImage(shard_name(self._ranks.rank), mine) if mine else None
 
         self._plan, self._thread, self._new = plan, thread, True
-        self._index = _Index(plan) if self._ranks.rank == 0 else None
+        self._index = Index(*plan.planned) if plan.planned is not None else None
         self._image = thread.submit(allocate) if thread is not None else _attempt(allocate)
 
     def _tell(self, not_pinned: str | None) -> None:
@@ -182,7 +179,7 @@ class Captured:
     """
 
     directory: Storage
-    index: _Index | None
+    index: Index | None
     image: ShardImage | None
     copied: torch.cuda.Event | None
     text: bytes

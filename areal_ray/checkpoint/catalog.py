@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from areal_ray.checkpoint.manifest import MANIFEST, CheckpointDamaged, Manifest, check_sizes, read_manifest
+from areal_ray.checkpoint.format.manifest import MANIFEST, CheckpointDamaged, Manifest, check_sizes, read_manifest
 from areal_ray.storage import Storage, read_ahead
 
 INDEX = "checkpoints.json"

@@ -21,8 +21,8 @@ import xxhash
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from areal_ray.checkpoint.manifest import CheckpointDamaged
-from areal_ray.checkpoint.shard_file import KeptImages, ShardImage
+from areal_ray.checkpoint.format.manifest import CheckpointDamaged
+from areal_ray.checkpoint.format.shard_file import KeptImages, ShardImage
 from areal_ray.checkpoint.tree import flatten, local, merge, to_json
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.distributed.device import Uploads, device_thread

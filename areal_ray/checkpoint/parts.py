@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from areal_ray.checkpoint.contents import Contents
-from areal_ray.checkpoint.layout import LAYOUT, Cut
-from areal_ray.checkpoint.manifest import CheckpointDamaged
-from areal_ray.checkpoint.sums import Sums
+from areal_ray.checkpoint.format.contents import Contents
+from areal_ray.checkpoint.format.layout import LAYOUT, Cut
+from areal_ray.checkpoint.format.manifest import CheckpointDamaged
+from areal_ray.checkpoint.format.sums import Sums
 from areal_ray.checkpoint.tree import box_of, is_here, local
 from areal_ray.distributed.device import Uploads
 from areal_ray.storage import Storage, read_ahead

@@ -20,8 +20,8 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from areal_ray.checkpoint.layout import Cut, Ints, Layout, StoredTensor
-from areal_ray.checkpoint.shard_file import framed_size
+from areal_ray.checkpoint.format.layout import Cut, Ints, Layout, StoredTensor
+from areal_ray.checkpoint.format.shard_file import framed_size
 from areal_ray.checkpoint.tree import box_of, is_here, local
 from areal_ray.distributed import Ranks
 
@@ -84,7 +84,7 @@ class SavePlan:
 
     Attributes:
         mine: names of the tensors of which this rank writes its part.
-        layout, places: of all parts, on rank 0; None elsewhere.
+        planned: layout and places of all parts, on rank 0; None elsewhere.
 
     Raises:
         RankError: on every rank, if the parts are not exactly the tensors, or ranks disagree on a shape or type.
@@ -95,12 +95,12 @@ class SavePlan:
         self._signature = _signature(tensors)
         packed = ranks.gather_to_rank_zero(held.pack(ranks.broadcast(held.digest)))
 
-        def plan() -> tuple[list[bytes] | None, Layout | None, Places | None]:
-            if packed is None:
-                return None, None, None
-            return plan_all([_Held.unpack(each, held.table) for each in packed])
+        def plan() -> tuple[list[bytes], Layout, Places] | None:
+            return None if packed is None else plan_all([_Held.unpack(each, held.table) for each in packed])
 
-        shares, self.layout, self.places = ranks.all_or_raise(plan)
+        planned = ranks.all_or_raise(plan)
+        shares = planned[0] if planned is not None else None
+        self.planned = planned[1:] if planned is not None else None
         mine = np.frombuffer(zlib.decompress(ranks.scatter(shares)), np.int32)
         self.mine = [held.table[i][0] for i in mine]
 

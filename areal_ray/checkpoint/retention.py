@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from areal_ray.checkpoint.catalog import Catalog, Entry, Summary
-from areal_ray.checkpoint.manifest import MANIFEST, Manifest
+from areal_ray.checkpoint.format.manifest import MANIFEST, Manifest
 from areal_ray.checkpoint.read_lock import has_readers
 from areal_ray.config import KeepConfig
 

@@ -15,8 +15,8 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint.capture import Capture
-from areal_ray.checkpoint.manifest import Manifest
-from areal_ray.checkpoint.shard_file import ShardImage
+from areal_ray.checkpoint.format.manifest import Manifest
+from areal_ray.checkpoint.format.shard_file import ShardImage
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.distributed.device import device_thread
 from areal_ray.processes.dcp_pickle import MetadataParts, encode

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from areal_ray.checkpoint import Catalog
-from areal_ray.checkpoint.manifest import verify
+from areal_ray.checkpoint.format.manifest import verify
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.reader import StoredState
 from areal_ray.storage import Storage

@@ -21,6 +21,8 @@ PARTS = {
     "restart": "SIGKILL (and SIGSTOP) of a worker to the next finished step; steps lost",
     "nodes": "a node with a worker removed to the next finished step",
     "goodput": "tokens that count per second under a Poisson schedule of kills",
+    "metadata": "CPU, bytes and peak of a load and a save beside their tensors, 2 to 32 ranks",
+    "scale": "simulated: planning, commit and metadata of a restore for 64, 256 and 1,024 ranks of a 70B model",
     "long": "start, restart, list and save with 10 and 1,000 checkpoints, and after 100 and 10^6 lines of logs",
     "memory": "peak proportional set size, /dev/shm included",
 }

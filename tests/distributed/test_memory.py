@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from areal_ray.checkpoint import MemoryCopies, shard_file
-from areal_ray.checkpoint.shard_file import ShardImage
+from areal_ray.checkpoint import MemoryCopies
+from areal_ray.checkpoint.format import shard_file
+from areal_ray.checkpoint.format.shard_file import ShardImage
 from tests.distributed.killed_run import Numbers
 from tests.distributed.memory_attempts import INFO, LAST, Attempt, after, die, leave, to_be_killed
 from tests.distributed.ranks import RankFailed, run_ranks

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from areal_ray.checkpoint import Catalog, SyncWriter, memory_copies, shard_file
+from areal_ray.checkpoint import Catalog, SyncWriter, memory_copies
+from areal_ray.checkpoint.format import shard_file
 from areal_ray.distributed import RankError
 from areal_ray.processes.memory_keeper import read_record
 from areal_ray.storage import LocalStorage

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-from areal_ray.checkpoint.manifest import MANIFEST
+from areal_ray.checkpoint.format.manifest import MANIFEST
 from areal_ray.tools.chaos.world import World
 
 _AWAY_S = 5.0  # how long storage stays away

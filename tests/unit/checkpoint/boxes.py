@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from areal_ray.checkpoint import Catalog, Manifest, read_manifest, save
-from areal_ray.checkpoint.manifest import FileRecord
+from areal_ray.checkpoint.format.manifest import FileRecord
 from areal_ray.distributed import Ranks
 from areal_ray.storage import LocalStorage
 

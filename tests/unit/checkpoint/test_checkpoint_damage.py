@@ -12,8 +12,8 @@ import xxhash
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from areal_ray.checkpoint import Catalog, CheckpointDamaged, Manifest, StoredState, load, read_manifest
-from areal_ray.checkpoint.dcp_metadata import decode_metadata
-from areal_ray.checkpoint.manifest import verify
+from areal_ray.checkpoint.format.format_1 import decode_metadata
+from areal_ray.checkpoint.format.manifest import verify
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import LocalStorage
 

@@ -13,7 +13,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from areal_ray.checkpoint import load, read_manifest, save
-from areal_ray.checkpoint.shard_file import frame
+from areal_ray.checkpoint.format.shard_file import frame
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import LocalStorage
 

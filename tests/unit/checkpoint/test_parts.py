@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from areal_ray.checkpoint import CheckpointDamaged, parts
-from areal_ray.checkpoint.contents import Contents
-from areal_ray.checkpoint.layout import LAYOUT, Cut, Layout, StoredTensor
-from areal_ray.checkpoint.manifest import MANIFEST, STATE, FileRecord, Manifest
-from areal_ray.checkpoint.shard_file import ShardImage
-from areal_ray.checkpoint.sums import shard_name
+from areal_ray.checkpoint.format.contents import Contents
+from areal_ray.checkpoint.format.layout import LAYOUT, Cut, Layout, StoredTensor
+from areal_ray.checkpoint.format.manifest import MANIFEST, STATE, FileRecord, Manifest
+from areal_ray.checkpoint.format.shard_file import ShardImage
+from areal_ray.checkpoint.format.sums import shard_name
 from areal_ray.processes import file_writer
 from areal_ray.storage import LocalStorage
 

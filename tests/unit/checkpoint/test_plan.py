@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_ray.checkpoint.layout import Layout
+from areal_ray.checkpoint.format.layout import Layout
+from areal_ray.checkpoint.format.shard_file import framed_size
 from areal_ray.checkpoint.plan import SavePlan, _Held, plan_all
-from areal_ray.checkpoint.shard_file import framed_size
 from areal_ray.distributed import RankError, Ranks
 
 pytestmark = pytest.mark.unit

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from areal_ray.checkpoint.shard_file import ShardImage
+from areal_ray.checkpoint.format.shard_file import ShardImage
 
 pytestmark = pytest.mark.unit
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from areal_ray.checkpoint import CheckpointDamaged, StoredState, reader
-from areal_ray.checkpoint.sums import Sums
+from areal_ray.checkpoint.format.sums import Sums
 
 from .boxes import bits, do_damage, save_box
 

@@ -4,7 +4,7 @@ from contextlib import closing
 
 import pytest
 
-from areal_ray.checkpoint.shard_file import ShardImage
+from areal_ray.checkpoint.format.shard_file import ShardImage
 from areal_ray.checkpoint.writer import AsyncWriter, SyncWriter
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import LocalStorage

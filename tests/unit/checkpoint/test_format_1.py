@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from areal_ray.checkpoint import Catalog, CheckpointDamaged, StoredState, load, save
-from areal_ray.checkpoint.manifest import verify
+from areal_ray.checkpoint.format.manifest import verify
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import LocalStorage
 

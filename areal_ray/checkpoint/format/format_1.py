@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from areal_ray.checkpoint.layout import Cut, Layout, StoredTensor
-from areal_ray.checkpoint.manifest import METADATA, CheckpointDamaged, Manifest
-from areal_ray.checkpoint.sums import Sums
+from areal_ray.checkpoint.format.layout import Cut, Layout, StoredTensor
+from areal_ray.checkpoint.format.manifest import METADATA, CheckpointDamaged, Manifest
+from areal_ray.checkpoint.format.sums import Sums
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {

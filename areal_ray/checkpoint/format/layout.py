@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from areal_ray.checkpoint.manifest import CheckpointDamaged, parse_json
+from areal_ray.checkpoint.format.manifest import CheckpointDamaged, parse_json
 
 LAYOUT = "layout.json"
 _FORMAT = 1

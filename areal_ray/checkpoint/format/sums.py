@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from areal_ray.checkpoint.layout import Ints
-from areal_ray.checkpoint.manifest import CheckpointDamaged
+from areal_ray.checkpoint.format.layout import Ints
+from areal_ray.checkpoint.format.manifest import CheckpointDamaged
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 In format 2, two files for each rank are listed, a shard and its table of checksums, so that what a commit does grows
 with the ranks and not with the tensors. In format 1 the checksums of all tensors' parts were in the manifest, and their
-places in `.metadata`; such checkpoints are read as before (old_format.py).
+places in `.metadata`; such checkpoints are read as before (format_1.py).
 """
 
 from __future__ import annotations

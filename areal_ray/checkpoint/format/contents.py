@@ -8,9 +8,9 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
-from areal_ray.checkpoint.dcp_metadata import old_layout
-from areal_ray.checkpoint.layout import LAYOUT, Layout
-from areal_ray.checkpoint.manifest import (
+from areal_ray.checkpoint.format.format_1 import old_layout
+from areal_ray.checkpoint.format.layout import LAYOUT, Layout
+from areal_ray.checkpoint.format.manifest import (
     METADATA,
     STATE,
     CheckpointDamaged,
@@ -20,7 +20,7 @@ from areal_ray.checkpoint.manifest import (
     read_checked,
     read_manifest,
 )
-from areal_ray.checkpoint.sums import Sums, shard_name
+from areal_ray.checkpoint.format.sums import Sums, shard_name
 from areal_ray.processes.file_writer import sums_name
 from areal_ray.storage import Storage, read_ahead
 
