@@ -19,7 +19,7 @@ from areal_ray.checkpoint.format.sums import shard_name
 from areal_ray.checkpoint.plan import Places, SavePlan
 from areal_ray.checkpoint.tree import flatten, local, to_json
 from areal_ray.distributed import RankError, Ranks
-from areal_ray.distributed.device import device_thread
+from areal_ray.distributed.device import device_thread, give_way
 from areal_ray.processes.dcp_pickle import MetadataParts
 from areal_ray.processes.file_writer import Record, write_small
 from areal_ray.storage import Storage
@@ -76,15 +76,13 @@ class Capture:
         self._thread: ThreadPoolExecutor | None = None
 
     def prepare(self, state: Mapping[str, Stateful]) -> None:
-        """Make plan and image ahead of the first save, beside the first steps. A collective, if there is a GPU.
+        """Make plan and image ahead of the first save, beside the first steps. A collective.
 
-        To pin new memory takes several times as long as to copy into it. On a CPU it would take the cores that train,
-        and nothing is done.
+        To make new memory, and for a GPU to pin it, takes several times as long as to copy into it.
         """
         tensors, _ = flatten({name: part.state_dict() for name, part in state.items()})
-        if any(local(tensor).is_cuda for tensor in tensors.values()):
-            self._thread = device_thread("checkpoint memory")
-            self._lay_out(tensors)
+        self._thread = device_thread("checkpoint memory")
+        self._lay_out(tensors)
 
     def take(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Captured:
         """Make the directory and copy the state. A collective; arguments as for `CheckpointWriter.begin`.
@@ -133,6 +131,8 @@ class Capture:
         mine = [local(tensors[name]).detach() for name in plan.mine]
 
         def allocate() -> ShardImage | None:
+            if thread is not None:
+                give_way()
             return ShardImage(shard_name(self._ranks.rank), mine) if mine else None
 
         self._plan, self._thread, self._new = plan, thread, True

@@ -85,15 +85,11 @@ class MemoryCopies:
         self._copied: torch.cuda.Event | None = None
 
     def prepare(self, state: Mapping[str, Stateful]) -> None:
-        """To be called once before training: make the memory beside the first steps, if it is to be pinned for a GPU.
-
-        A collective, as the first `save` is.
-        """
+        """To be called once before training: make the memory beside the first steps. A collective."""
         tensors, _ = flatten({name: part.state_dict() for name, part in state.items()})
         mine = {name: local(tensor).detach() for name, tensor in tensors.items()}
-        if any(tensor.is_cuda for tensor in mine.values()):
-            self._count_neighbours()
-            self._laid_out = self._thread.submit(self._lay_out, mine, free_memory())
+        self._count_neighbours()
+        self._laid_out = self._thread.submit(self._lay_out, mine, free_memory())
 
     def save(self, version: Version, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> None:
         """Copy the state as it is now. A collective.

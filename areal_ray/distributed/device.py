@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -71,6 +73,11 @@ def device_thread(name: str) -> ThreadPoolExecutor:
     if not torch.cuda.is_initialized():
         return ThreadPoolExecutor(1, name)
     return ThreadPoolExecutor(1, name, torch.cuda.set_device, (torch.cuda.current_device(),))
+
+
+def give_way() -> None:
+    """Let this thread have what the others of the machine leave of the cores."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of Linux: a thread has a priority of its own
 
 
 def call_runtime(call: Callable[[Any], Any]) -> None:

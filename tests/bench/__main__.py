@@ -18,6 +18,7 @@ PARTS = {
     "start": "command to first finished step on a running cluster",
     "saves": "blocked and effective time per save; staged to committed",
     "loads": "load time at the same and another world size",
+    "first": "the first save after a restart beside later ones, 30M parameters",
     "restart": "SIGKILL (and SIGSTOP) of a worker to the next finished step; steps lost",
     "nodes": "a node with a worker removed to the next finished step",
     "goodput": "tokens that count per second under a Poisson schedule of kills",

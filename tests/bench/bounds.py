@@ -19,8 +19,27 @@ BLOCKED = "blocked time per save"
 STALL = "effective stall per save: (time with - time without) / saves"
 COMMITTED = "staged to committed, while training"
 
+FIRST_SAVE = "time that the first save after a restart blocks, 30M parameters"
+SECOND, LOAD = "second save", "load"  # of the part `metadata`
+CPU, BUSIEST, SENT, PEAK = (
+    "CPU of a rank, mean",
+    "CPU of a rank, the busiest",
+    "sent for each rank",
+    "memory beyond that before, the most of any rank",
+)
+
 PLAIN_WRITE = "one file and fsync, idle"
 STOPPED_ARM = "areal_ray, SIGSTOP"
+
+
+def metadata_of(work: str, what: str, ranks: int) -> str:
+    """The title of a table of the part `metadata`."""
+    return f"{work}, 100 tensors, {ranks} ranks: {what}"
+
+
+def simulated(what: str) -> str:
+    """The title of a table of the part `scale`."""
+    return f"simulated, 70B: {what}"
 
 
 def goodput_beside(peer: str) -> str:
@@ -48,6 +67,23 @@ def _stopped(tables: Tables) -> float | None:
     """Seconds, beyond what a SIGKILL takes."""
     killed = tables[KILLED]["arms"].get("areal_ray") if KILLED in tables else None
     return tables[STOPPED]["arms"][STOPPED_ARM]["median"] - killed["median"] if killed else None
+
+
+def _growth(work: str, most: int, few: int) -> Callable[[Tables], float | None]:
+    """Memory with more ranks beside that with fewer."""
+
+    def measured(tables: Tables) -> float | None:
+        one, other = (tables[metadata_of(work, PEAK, ranks)]["arms"]["areal_ray"]["median"] for ranks in (most, few))
+        return one / other if other else None
+
+    return measured
+
+
+def _at_1024(what: str, limit: float) -> Bound:
+    def measured(tables: Tables) -> float | None:
+        return float(tables[simulated(what)]["arms"]["1024 ranks"]["median"])
+
+    return Bound(f"1,024 ranks: {what}", simulated(what), measured, "<=", limit)
 
 
 @dataclass(frozen=True)
@@ -86,6 +122,22 @@ BOUNDS = (
     _bound("blocked per save", BLOCKED, "areal_ray", "tutorial", "<=", 0.15),
     _bound("effective stall per save", STALL, "areal_ray", "tutorial", "<=", 0.35),
     _bound("staged to committed", COMMITTED, "areal_ray", PLAIN_WRITE, ">=", 0.6),
+    _bound("first save after a restart", FIRST_SAVE, "first", "later, median", "<=", 2.0),
+    *(
+        _bound(f"{work}, 32 ranks, {what}", metadata_of(work, what, 32), "areal_ray", "dcp", "<=", 1.2)
+        for work in (SECOND, LOAD)
+        for what in (CPU, BUSIEST, SENT)
+    ),
+    *(
+        Bound(f"{work}, memory at 16 ranks / at 8", metadata_of(work, PEAK, 16), _growth(work, 16, 8), "<=", 1.3)
+        for work in (SECOND, LOAD)
+    ),
+    _at_1024("first save, rank 0: planning, s", 10.0),
+    _at_1024("first save, other ranks: planning, s", 1.0),
+    _at_1024("later save, every rank: whether the plan fits, s", 1.0),
+    _at_1024("later save, rank 0: commit, s", 1.0),
+    _at_1024("restore, every rank: metadata, s", 5.0),
+    _at_1024("restore, every rank: MB of metadata", 200.0),
 )
 
 

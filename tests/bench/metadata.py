@@ -32,23 +32,15 @@ from areal_ray.storage import LocalStorage
 
 from ..distributed.ranks import run_ranks
 from . import report
+from .bounds import BUSIEST, CPU, LOAD, PEAK, SECOND, SENT, metadata_of
 from .options import Options
 
 RANKS = (2, 4, 8, 16, 32)
-TENSORS = 100
+TENSORS = 100  # as the titles of the tables say
 COLUMNS = 16  # of each tensor; the rows are 4 for each rank
-WORK = ("first save", "second save", "load")
+WORK = ("first save", SECOND, LOAD)
 ARMS = ("dcp", "areal_ray")
-FIGURES = {
-    "CPU of a rank, mean": ("s", 1),
-    "CPU of a rank, the busiest": ("s", 1),
-    "sent for each rank": ("KB", 1e3),
-    "memory beyond that before, the most of any rank": ("MB", 1e6),
-}
-
-
-def title(work: str, what: str, ranks: int) -> str:
-    return f"{work}, {TENSORS} tensors, {ranks} ranks: {what}"
+FIGURES = {CPU: ("s", 1), BUSIEST: ("s", 1), SENT: ("KB", 1e3), PEAK: ("MB", 1e6)}
 
 
 class _Box:
@@ -115,13 +107,13 @@ def of_a_rank(rank: int, arm: str, folder: str) -> dict[str, dict[str, float]]:
 
     def restore() -> None:
         if arm == "dcp":
-            dcp.load(targets, checkpoint_id=f"{folder}/second save")
+            dcp.load(targets, checkpoint_id=f"{folder}/{SECOND}")
         else:
-            load(LocalStorage(f"{folder}/second save"), box, ranks)
+            load(LocalStorage(f"{folder}/{SECOND}"), box, ranks)
 
     dist.barrier()
-    found = {name: _measured(lambda name=name: save(name)) for name in ("first save", "second save")}  # type: ignore[misc]
-    found["load"] = _measured(restore)
+    found = {name: _measured(lambda name=name: save(name)) for name in ("first save", SECOND)}  # type: ignore[misc]
+    found[LOAD] = _measured(restore)
     writer.close()
     return found
 
@@ -152,7 +144,7 @@ def run(options: Options) -> list[dict]:
         for what, (unit, scale) in FIGURES.items():
             for count, arms in rounds.items():
                 rows = {arm: [each[work][what] / scale for each in of_arm] for arm, of_arm in arms.items()}
-                tables.append(report.show(title(work, what, count), unit, rows, "dcp"))
+                tables.append(report.show(metadata_of(work, what, count), unit, rows, "dcp"))
     return tables
 
 

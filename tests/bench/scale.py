@@ -43,6 +43,7 @@ from areal_ray.storage import LocalStorage
 
 from . import report
 from .arms import EXPERIMENT
+from .bounds import simulated
 from .launch import ROOT
 from .options import Options
 
@@ -249,7 +250,7 @@ def run(options: Options) -> list[dict]:
             subprocess.run([sys.executable, "-c", code], check=True)
             found[ranks] = json.load(result)
     rows = {name: {f"{ranks} ranks": [found[ranks][name]] for ranks in RANKS} for name in found[RANKS[0]]}
-    return [report.show(f"simulated, 70B: {name}", "", row, "64 ranks", report.NEITHER) for name, row in rows.items()]
+    return [report.show(simulated(name), "", row, "64 ranks", report.NEITHER) for name, row in rows.items()]
 
 
 def main(ranks: int, path: str) -> None:

@@ -5,6 +5,8 @@ That is DCP's own file format (torch.distributed.checkpoint.filesystem), so that
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import io
 import mmap
 import os
@@ -16,6 +18,10 @@ import xxhash
 
 from areal_ray.distributed.device import call_runtime
 from areal_ray.processes.memory_keeper import MemoryKeeper, claim
+
+_MADV_POPULATE_WRITE = 23  # <linux/mman.h>; Python's mmap.madvise would hold the interpreter's lock
+_POPULATED = 64 << 20  # bytes in one call
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _WithoutData(io.BytesIO):
@@ -91,6 +97,8 @@ class ShardImage:
             if filled is None:
                 os.ftruncate(self.fd, self.size)
             self._memory = mmap.mmap(self.fd, self.size)
+            if filled is None:
+                _populate(self._memory)
             self._lay_out(items, frames, write=filled is None)
             if filled is None and any(tensor.is_cuda for tensor in items):
                 self._pin()
@@ -188,6 +196,24 @@ class ShardImage:
             self.not_pinned = f"CUDA cannot lock {self.size / 1e9:.1f} GB of memory ({error})"
         else:
             self._stream = torch.cuda.Stream()
+
+
+def _populate(memory: mmap.mmap) -> None:
+    """Have the kernel make all pages of the memory now, in a few calls that hold no lock of the interpreter.
+
+    Otherwise the first copy into it makes them one by one, and takes several times as long as the second.
+
+    Raises:
+        OSError: if there is not enough memory.
+    """
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    for start in range(0, len(memory), _POPULATED):
+        length = min(_POPULATED, len(memory) - start)
+        if _libc.madvise(ctypes.c_void_p(address + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) != 0:
+            error = ctypes.get_errno()
+            if error == errno.EINVAL:  # a kernel before 5.14: the first copy it is
+                return
+            raise OSError(error, f"no memory for {len(memory) / 1e9:.1f} GB: {os.strerror(error)}")
 
 
 class KeptImages:

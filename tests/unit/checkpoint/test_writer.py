@@ -1,8 +1,10 @@
 """Failures of `begin`: what all ranks agreed on is the outcome of the save, everything else is raised at once."""
 
+import resource
 from contextlib import closing
 
 import pytest
+import torch
 
 from areal_ray.checkpoint.format.shard_file import ShardImage
 from areal_ray.checkpoint.writer import AsyncWriter, SyncWriter
@@ -58,3 +60,19 @@ def test_that_memory_is_not_pinned_is_said_with_the_first_save_only(tmp_path, mo
         for name in ("one", "two"):
             assert begin(writer, tmp_path / name, **weights()).result(60).files
     assert said == ["saves keep training waiting while they copy: rank 0: CUDA cannot lock 1.0 GB of memory"]
+
+
+def faults():
+    """Pages that this thread had to wait for."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+
+def test_the_first_save_that_was_prepared_finds_its_memory_made(tmp_path):
+    tree = {"weight": torch.ones(8 << 20, dtype=torch.uint8)}  # 2,048 pages
+    with closing(AsyncWriter(Ranks(), Ranks())) as writer:
+        writer.prepare({"box": Box(**tree)})
+        writer._capture._image.result(60)
+        before = faults()
+        saved = begin(writer, tmp_path / "one", **tree)
+        assert faults() - before < 512
+        assert saved.result(60).files
