@@ -57,9 +57,9 @@ test-gpu:
 	@# strict-config would stumble over the options of absent plugins
 	@$(PYTHON) -m tests.gpu_probe; probe=$$?; $(PYTHON) -m pytest $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py') -m gpu -o addopts="-q --strict-markers" -W ignore::pytest.PytestConfigWarning && exit $$probe
 
-# make bench ARMS="saves restart" ROUNDS=5 ONLY="tutorial areal_ray"
+# make bench ARMS="saves restart" ROUNDS=5 ONLY="tutorial areal_ray" MODEL=120M
 bench: install
-	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5) $(if $(ONLY),--only $(ONLY))
+	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5) $(if $(ONLY),--only $(ONLY)) $(if $(MODEL),--model $(MODEL))
 
 # As test-gpu.
 bench-gpu:

@@ -160,7 +160,7 @@ def _drive(
 
 
 def _with_config(arguments: argparse.Namespace, run: Callable[[Any], int]) -> int:
-    from areal_ray.config import ConfigError, dump, load, plugin
+    from areal_ray.config import Config, ConfigError, dump, load, plugin
 
     plugin.extend_path(plugin.search_path(arguments.config))
     try:
@@ -173,7 +173,7 @@ def _with_config(arguments: argparse.Namespace, run: Callable[[Any], int]) -> in
         except ConfigError as error:  # found while looking at files, models and the run directory
             from areal_ray.config.layers import read_layers, source_of
 
-            layers = read_layers(arguments.config, arguments.overrides)
+            layers = read_layers(arguments.config, arguments.overrides, Config)
             raise ConfigError(error.key, error.message, source_of(error.key, layers)) from None
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.text import hint_at, keep_text
 
 T = TypeVar("T")
 ALIASES = {"optim.factory": "optim.name"}  # other names of keys, accepted wherever these are
@@ -27,12 +28,13 @@ class Layer:
     values: DictConfig
 
 
-def read_layers(path: str, overrides: Sequence[str]) -> list[Layer]:
+def read_layers(path: str, overrides: Sequence[str], schema: type) -> list[Layer]:
     """The groups that the experiment at `path` names, the experiment, the overrides: later ones win.
 
-    `model=small` among the overrides picks conf/model/small.yaml instead of the experiment's own choice.
+    Where the dataclass `schema` wants text, the text counts, see `keep_text`. `model=small` among the overrides picks
+    conf/model/small.yaml instead of the experiment's own choice.
     """
-    experiment = _read_yaml(Path(path))
+    experiment = _read_yaml(Path(path), schema)
     chosen = _default_groups(experiment.values.pop("defaults", []), experiment.source)
     groups = {group: (name, experiment.source) for group, name in chosen.items()}
     assignments = []
@@ -45,10 +47,9 @@ def read_layers(path: str, overrides: Sequence[str]) -> list[Layer]:
         else:
             assignments.append(text)
     folder = _conf_folder(Path(path))
-    layers = [_group_layer(folder, group, *choice) for group, choice in groups.items()]
-    return [
-        _plain_names(layer) for layer in (*layers, experiment, Layer("command line", _read_assignments(assignments)))
-    ]
+    layers = [_group_layer(folder, group, *choice, schema) for group, choice in groups.items()]
+    typed = Layer("command line", _read_assignments(assignments, schema))
+    return [_plain_names(layer) for layer in (*layers, experiment, typed)]
 
 
 def _plain_names(layer: Layer) -> Layer:
@@ -74,9 +75,9 @@ def compose(schema: type[T], layers: Sequence[Layer]) -> T:
             merged = OmegaConf.merge(merged, layer.values)
         except (OmegaConfBaseException, TypeError) as error:
             raise _explained(error, _culprit(merged, layer.values), layer.source, merged) from None
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(key, "this value must be given", source_of(key, layers))
     try:
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(key, "this value must be given", source_of(key, layers))
         config = OmegaConf.to_object(merged)  # resolves interpolations
     except OmegaConfBaseException as error:
         key = error.full_key or ""
@@ -108,9 +109,11 @@ def _depth(value: Any, key: str) -> int:
     return depth
 
 
-def _read_yaml(path: Path) -> Layer:
+def _read_yaml(path: Path, schema: Any) -> Layer:
     try:
-        values = OmegaConf.load(path)
+        values = OmegaConf.create(keep_text(path.read_text("utf-8"), schema) or "{}")
+    except ConfigError as error:
+        raise ConfigError(error.key, error.message, str(path)) from None
     except FileNotFoundError:
         raise ConfigError("", f"no such file{_suggest(path.stem, _stems(path.parent))}", str(path)) from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -120,12 +123,15 @@ def _read_yaml(path: Path) -> Layer:
     return Layer(str(path), values)
 
 
-def _read_assignments(assignments: list[str]) -> DictConfig:
+def _read_assignments(assignments: list[str], schema: type) -> DictConfig:
     values: Any = OmegaConf.create()
     for text in assignments:
-        key = text.partition("=")[0]
+        key, _, value = text.partition("=")
         try:
-            values = OmegaConf.merge(values, OmegaConf.from_dotlist([text]))
+            value = keep_text(value, hint_at(schema, ALIASES.get(key, key)), key)
+            values = OmegaConf.merge(values, OmegaConf.from_dotlist([f"{key}={value}"]))
+        except ConfigError as error:
+            raise ConfigError(error.key, error.message, "command line") from None
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
             raise ConfigError(key, _one_line(str(error)), "command line") from None
     assert isinstance(values, DictConfig)
@@ -145,11 +151,11 @@ def _default_groups(defaults: Any, source: str) -> dict[str, str]:
     return groups
 
 
-def _group_layer(folder: Path, group: str, name: str, source: str) -> Layer:
+def _group_layer(folder: Path, group: str, name: str, source: str, schema: type) -> Layer:
     path = folder / group / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(group, f"there is no {path}{_suggest(name, _stems(path.parent))}", source)
-    layer = _read_yaml(path)
+    layer = _read_yaml(path, hint_at(schema, group))
     if "defaults" in layer.values:
         raise ConfigError("defaults", "only an experiment may have a defaults list", layer.source)
     return Layer(layer.source, OmegaConf.create({group: layer.values}))

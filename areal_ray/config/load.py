@@ -28,7 +28,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: one line that names the file (or "command line"), the key and what would be right.
     """
-    layers = read_layers(path, overrides)
+    layers = read_layers(path, overrides, Config)
     config = compose(Config, layers)
     try:
         check(config)

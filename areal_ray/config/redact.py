@@ -8,16 +8,25 @@ from typing import Any
 
 import yaml
 
-_SECRET = re.compile(r"(^|_)(secret|password|passwd|token|credential|api_key|access_key|secret_key)s?$", re.I)
+# The last words of a name, as in WANDB_API_KEY, secretKey or http-bearer.
+_SECRET = re.compile(
+    r"(^|_)(secret|password|passwd|pwd|passphrase|token|credential|auth|authorization|bearer|cookie|dsn"
+    r"|(api|access|secret|private|signing|encryption)_?key)s?$"
+)
+_NO_SECRET = re.compile(r"(^|_)(bos|eos|pad|unk|sep|cls|mask)_token$")
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
 
 
-_NO_SECRET = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)_token$", re.I)
+def names_a_secret(key: str) -> bool:
+    """Whether a key, by its name, has a value that is to be shown nowhere."""
+    words = _WORDS.sub("_", key).lower()
+    return bool(_SECRET.search(words)) and not _NO_SECRET.search(words)
 
 
 def redact(value: Any, key: str = "") -> Any:
     """A tree of plain values with `***` for whatever stands under a key that names a secret."""
     counted = isinstance(value, int | float) and key.lower().endswith(("token", "tokens"))  # a number of tokens
-    if value not in (None, "", {}, []) and _SECRET.search(key) and not _NO_SECRET.search(key) and not counted:
+    if value not in (None, "", {}, []) and names_a_secret(key) and not counted:
         return "***"
     if isinstance(value, dict):
         return {k: redact(v, str(k)) for k, v in value.items()}

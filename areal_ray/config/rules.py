@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from areal_ray.config.errors import ConfigError
@@ -52,6 +54,7 @@ _POSITIVE = (
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first rule that the config breaks."""
+    _check_numbers(config, "")
     for key in _POSITIVE:
         value = _get(config, key)
         if value is not None and not value > 0:
@@ -66,9 +69,32 @@ def check(config: Config) -> None:
     _check_keep(config)
 
 
+def _check_numbers(value: Any, key: str) -> None:
+    if is_dataclass(value):
+        for field in fields(value):
+            _check_numbers(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+    elif isinstance(value, dict):
+        for name, below in value.items():
+            _check_numbers(below, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, below in enumerate(value):
+            _check_numbers(below, f"{key}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, f"must be a number, not {value}")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(key, f"must be less than 2**63, not {value}")
+
+
 def _check_run(config: Config) -> None:
     if not _NAME.fullmatch(config.run.name) or ".." in config.run.name:
         raise ConfigError("run.name", f"{config.run.name!r} must be letters, digits, '.', '_' or '-', without '..'")
+    path = config.run.storage_path
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", path):
+        meant = "s3://" + path[scheme.end() :] if scheme[1] == "s3" else "/" + path[scheme.end() :]
+        if scheme[0] != "s3://" and scheme[1] in ("s3", "file"):
+            raise ConfigError(
+                "run.storage_path", f"must be a path that every node sees, or s3://bucket/prefix: {meant}?"
+            )
     s3 = config.run.s3
     if bool(s3.access_key) != bool(s3.secret_key):
         raise ConfigError("run.s3", "access_key and secret_key go together; or neither, for those of the environment")
@@ -106,8 +132,6 @@ def _check_env(config: Config) -> None:
             raise ConfigError(f"cluster.env.{name}", "is set by the job itself, for each of its processes")
         if "$" in value:  # which Ray would replace on each node, and nobody else
             raise ConfigError(f"cluster.env.{name}", "is taken as it is, without other variables in it: write $ out")
-        if value in ("True", "False"):  # what YAML makes of true, yes or off
-            raise ConfigError(f"cluster.env.{name}", f"must be text; is {value} meant as '1', '0' or in quotes?")
 
 
 def _check_plugins(config: Config) -> None:

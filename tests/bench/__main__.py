@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 from . import bounds, report
+from .arms import MODELS
 from .launch import environment
 from .options import Options, arm_and_steps
 
@@ -46,6 +47,7 @@ def main() -> int:
         metavar="ARM=STEPS",
         help="steps between two saves (goodput)",
     )
+    parser.add_argument("--model", choices=MODELS, default="tiny", help="of restart and saves")
     parser.add_argument("--json", default=report.DEFAULT_PATH, metavar="FILE")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
@@ -63,7 +65,7 @@ def main() -> int:
     if unknown := [arm for arm in (*arguments.only, *saves) if arm not in known]:
         parser.error(f"no arm {', '.join(unknown)}; these parts have {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    options = Options(arguments.rounds, tuple(arguments.only), arguments.seconds, saves)
+    options = Options(arguments.rounds, tuple(arguments.only), arguments.seconds, saves, MODELS[arguments.model])
     return measure(parts, options, arguments.json)
 
 

@@ -28,6 +28,19 @@ LARGER = [  # 20.7M parameters: 248 MB of state, so that a save is something
     "train.global_batch_size=4",
     "train.micro_batch_size=2",
 ]
+MODELS: dict[str, tuple[str, ...]] = {
+    "tiny": (),
+    "120M": (  # 1.4 GB of state
+        "model.config.hidden_size=896",
+        "model.config.intermediate_size=3136",
+        "model.config.num_hidden_layers=11",
+        "model.config.num_attention_heads=14",
+        "model.config.num_key_value_heads=7",
+        "train.seq_len=32",
+        "train.global_batch_size=2",
+        "train.micro_batch_size=1",
+    ),
+}
 FOR_EVER = 1_000_000  # steps: until it is stopped
 RESTARTS = "100000"
 NAME = "ours"  # of areal_ray's run

@@ -14,12 +14,14 @@ class Options:
     only: names of arms, if not all.
     seconds: how long a run under kills lasts (goodput).
     saves: steps between two saves of arms that do not save as often as the others (goodput).
+    model: overrides of the experiment that make it larger (restart, saves); none: what the part has otherwise.
     """
 
     rounds: int
     only: tuple[str, ...] = ()
     seconds: float = 300.0
     saves: Mapping[str, int] = field(default_factory=dict)
+    model: tuple[str, ...] = ()
 
     @staticmethod
     def order(names: Sequence[str], number: int) -> list[str]:

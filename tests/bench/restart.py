@@ -18,8 +18,9 @@ ARMS = (
 )  # fmt: skip
 EVERY = 25  # steps between saves
 PHASE_S = (8.0, 25.0)  # from the last recovery to the next kill
+FIRST_S = 600.0  # until there is a checkpoint
 KILLS = 2  # per round and arm
-LIMIT_S = {signal.SIGKILL: 180.0, signal.SIGSTOP: 400.0}
+LIMIT_S = {signal.SIGKILL: 400.0, signal.SIGSTOP: 400.0}
 
 
 def measure(job: Job, rank: int, phase_s: float, number: int = signal.SIGKILL) -> tuple[float, int]:
@@ -42,7 +43,7 @@ def has_checkpoint(job: Job) -> bool:
 
 def run(options: Options) -> list[dict]:
     names = arms.available(ARMS, options.only)
-    task = arms.Task(every=EVERY)
+    task = arms.Task(every=EVERY, overrides=options.model)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     lost: dict[str, list[float]] = {name: [] for name in names}
     stopped: list[float] = []
@@ -50,7 +51,7 @@ def run(options: Options) -> list[dict]:
         for name in options.order(names, number):
             draw = random.Random(number)
             with arms.started(name, task) as job:
-                job.wait(lambda job=job: has_checkpoint(job))
+                job.wait(lambda job=job: has_checkpoint(job), FIRST_S)
                 for _ in range(KILLS):
                     took, again = measure(job, draw.randrange(task.workers), draw.uniform(*PHASE_S))
                     seconds[name].append(took)

@@ -43,7 +43,7 @@ from .peers.savers import MODES, AppState, Sync
 from .steps import step_of
 
 ROOT = Path(__file__).parents[2]
-MODEL = [*LARGER, "train.steps=1000000"]
+LENGTH = ["train.steps=1000000"]
 STEPS, SAVE_AT = 24, (2, 10, 18)
 ARMS = ("none", "tutorial", "tutorial-async", *MODES, "areal_ray")
 
@@ -181,6 +181,12 @@ def measure(settings: dict) -> dict | None:
         },
         "areal_ray": Ours(engine, ranks, config),
     }
+    own = sum(p.to_local().nbytes for p in engine.model.parameters())
+    own += sum(
+        (v.to_local() if hasattr(v, "to_local") else v).nbytes
+        for s in engine.optimizer.state.values()
+        for v in s.values()
+    )
     arms = settings["arms"]
     times, blocked, plain = {a: [] for a in arms}, {a: [] for a in arms if a != "none"}, []
     step = on_disk = 0
@@ -198,15 +204,9 @@ def measure(settings: dict) -> dict | None:
                 if saver is not None:
                     blocked[arm].append(statistics.median(stalls))
         if ranks.rank == 0:
-            plain.append(plain_write(Path(config.run.storage_path), settings["bytes"]))
+            plain.append(plain_write(Path(config.run.storage_path), ranks.size * own))
         dist.barrier()
     staging = savers["areal_ray"]._recover._writer._capture._image.result()
-    own = sum(p.to_local().nbytes for p in engine.model.parameters())
-    own += sum(
-        (v.to_local() if hasattr(v, "to_local") else v).nbytes
-        for s in engine.optimizer.state.values()
-        for v in s.values()
-    )
     sizes = {"staging": staging.size, "own": own, "on_disk": on_disk}
     return {"segment": times, "blocked": blocked, "plain": plain[1:], **sizes}
 
@@ -219,8 +219,8 @@ def run(options: Options) -> list[dict]:
         where = [f"run.storage_path={folder}", "run.name=saves"]
         if has_standbys():
             where.append("cluster.standbys=off")  # nothing is started again here
-        config = load(str(ROOT / "conf/experiments/tiny.yaml"), [*MODEL, *where])
-        settings = {"config": config, "rounds": options.rounds, "bytes": 20_700_000 * 12, "arms": arms}
+        config = load(str(ROOT / "conf/experiments/tiny.yaml"), [*(options.model or LARGER), *LENGTH, *where])
+        settings = {"config": config, "rounds": options.rounds, "arms": arms}
         with Console(), cluster(config):
             result = TorchTrainer(
                 measure,
