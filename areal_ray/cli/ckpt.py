@@ -35,7 +35,7 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--json", action="store_true", help="print JSON")
         if run is _export:
             command.add_argument("--shard-size", default="5GB", help="largest file, for example 200MB (default 5GB)")
-            command.add_argument("--tokenizer", help="as data.tokenizer; default that of the run; none for none")
+            command.add_argument("--tokenizer", help="as data.tokenizer; default that of the run, if of bytes; none for none")
         command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
 
 

@@ -54,7 +54,7 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError("data.tokenizer", f"cannot load {path!r}: {' '.join(str(error).split())[:200]}") from None
         if self._tokenizer.eos_token_id is None:

@@ -68,7 +68,7 @@ def _transformers_config(config: ModelConfig) -> Any:
 
     if config.path:
         try:
-            found = AutoConfig.from_pretrained(config.path)
+            found = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             text = " ".join(str(error).split())[:200]
             raise ConfigError("model.path", f"no Hugging Face model in {config.path!r}: {text}") from None
@@ -93,7 +93,9 @@ def _from_transformers(config: ModelConfig) -> nn.Module:
     transformers_config = _transformers_config(config)
     try:
         # float32 whatever the files are in: these are the weights that the optimizer changes.
-        model = AutoModelForCausalLM.from_config(transformers_config, attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            transformers_config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+        )
     except ValueError as error:
         key = "model.path" if config.path else "model.config.model_type"
         raise ConfigError(key, " ".join(str(error).split())[:300]) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 
@@ -50,11 +51,12 @@ def export(checkpoint: Storage, out: Storage, shard_bytes: int = 5 << 30, tokeni
         checkpoint: a committed checkpoint.
         out: a directory with nothing in it.
         shard_bytes: largest file, unless one tensor is larger.
-        tokenizer: as data.tokenizer of the config; default that of the run, "none" for none.
+        tokenizer: as data.tokenizer of the config, "none" for none. Default that of the run if it is the one of bytes:
+            what a checkpoint names is nothing to load from a hub or a path unasked.
 
     Raises:
         FileExistsError: if there is something in `out`.
-        ValueError: if the checkpoint is not of a transformers model, or its tokenizer cannot be loaded.
+        ValueError: if the checkpoint is not of a transformers model, or its tokenizer is not given or cannot be loaded.
         CheckpointDamaged: if the bytes are not those that were written.
     """
     if out.names():
@@ -66,8 +68,14 @@ def export(checkpoint: Storage, out: Storage, shard_bytes: int = 5 << 30, tokeni
             raise ValueError(
                 f"{checkpoint.location} does not say which transformers model it is of: it cannot be exported"
             )
+        named = state.manifest.info.get("tokenizer") or "none"
+        if tokenizer is None and named not in ("bytes", "none"):
+            raise ValueError(
+                f"the run's tokenizer was {named!r}, and what a checkpoint names is not loaded unasked: "
+                f"give --tokenizer {shlex.quote(str(named))}, or --tokenizer none"
+            )
         out.ensure()
-        _write_tokenizer(out, tokenizer or state.manifest.info.get("tokenizer") or "none")
+        _write_tokenizer(out, tokenizer or named)
         names = {name.removeprefix(_PREFIX): name for name in state.names if name.startswith(_PREFIX)}
         split = split_state_dict_into_shards_factory(
             {name: _size(state, stored) for name, stored in names.items()},

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from areal_ray.checkpoint.format.layout import Cut, Layout, StoredTensor
 from areal_ray.checkpoint.format.manifest import METADATA, CheckpointDamaged, Manifest
+from areal_ray.checkpoint.format.pickle_limits import TooMuch, check_pickle
 from areal_ray.checkpoint.format.sums import Sums
 
 _ALLOWED = {
@@ -56,9 +57,12 @@ def decode_metadata(data: bytes) -> Metadata:
         CheckpointDamaged: if it is not metadata of tensors alone, or asks for code that has no place in it.
     """
     try:
+        check_pickle(data)
         metadata = _Unpickler(io.BytesIO(data)).load()
     except CheckpointDamaged:
         raise
+    except TooMuch as error:
+        raise CheckpointDamaged(f"{METADATA}: refused, {error}") from None
     except Exception as error:  # noqa: BLE001  (a torn pickle raises almost anything)
         raise CheckpointDamaged(f"{METADATA}: not readable ({type(error).__name__}: {error})") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):

@@ -18,6 +18,7 @@ from areal_ray.storage import Storage
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
 STATE = "state.json"
+_MOST_BYTES = 1 << 30  # of a file that is read at once; the largest, a table of checksums, has 20 bytes for every MiB
 
 
 class CheckpointDamaged(RuntimeError):
@@ -134,8 +135,10 @@ def read_checked(directory: Storage, name: str, manifest: Manifest) -> bytes:
     """
     if name not in manifest.files:
         raise CheckpointDamaged(f"{name}: not in the manifest")
+    if manifest.files[name].size > _MOST_BYTES:
+        raise CheckpointDamaged(f"{name}: of {manifest.files[name].size} bytes, which nothing that describes one has")
     try:
-        data = directory.read(name)
+        data = directory.read_range(name, 0, manifest.files[name].size + 1)  # and not what has grown without end
     except FileNotFoundError:
         raise CheckpointDamaged(f"{name}: missing") from None
     if xxhash.xxh3_128_hexdigest(data) != manifest.files[name].xxh3_128:

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -294,6 +296,31 @@ def test_an_attribute_of_an_allowed_name_is_refused():
 def test_metadata_of_pickled_objects_is_refused(old):
     forge(old, ".metadata", pickle.dumps(Metadata({"box.weight": BytesStorageMetadata()}, storage_data={})))
     assert damage_found(old).startswith(".metadata: 'box.weight' is a pickled object")
+
+
+DEEP = {
+    "a deep tuple": b"\x80\x04)" + b"\x85" * 1_000_000 + b".",
+    "a deep tuple of pairs": b"\x80\x04)" + b"N\x86" * 1000 + b".",
+    "deep lists": b"\x80\x04" + b"]" * 1000 + b"a" * 999 + b".",
+    "pairs of one pair": b"\x80\x04)\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60)) + b".",
+    "a persistent object": b"\x80\x04N" + b"Q.",
+    "an extension": b"\x80\x04\x82\x01.",
+    "a stack without its mark": b"\x80\x04Nt.",
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_a_pickle_that_would_crash_or_never_end_is_refused_at_once(old, kind):
+    """In a process of its own: what it is about ends one."""
+    forge(old, ".metadata", DEEP[kind])
+    code = "import sys; from areal_ray.cli.main import main; sys.exit(main(['ckpt', *sys.argv[1:]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "digest", old.location], timeout=60, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert ".metadata: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert damage_found(old).startswith(".metadata: ")
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80\x04", b"not a pickle", pickle.dumps({"a": 1}), pickle.dumps(None)])

@@ -54,7 +54,8 @@ class Recorded(LocalStorage):
         self.read_bytes = []
 
     def read_range(self, name, offset, length):
-        self.read_bytes.append((name, offset, length))
+        if name.endswith(".distcp"):
+            self.read_bytes.append((name, offset, length))
         return super().read_range(name, offset, length)
 
 
