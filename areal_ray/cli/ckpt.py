@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,7 +33,9 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--json", action="store_true", help="print JSON")
         if run is _export:
             command.add_argument("--shard-size", default="5GB", help="largest file, for example 200MB (default 5GB)")
-            command.add_argument("--tokenizer", help="as data.tokenizer; default that of the run, if of bytes; none for none")
+            command.add_argument(
+                "--tokenizer", help="as data.tokenizer; default that of the run, if it is bytes; or none"
+            )
         command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
 
 
@@ -43,12 +43,7 @@ def _ckpt(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespac
     from areal_ray.checkpoint import CheckpointDamaged
 
     try:
-        status = run(arguments)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader has seen enough, as in `areal-ray ckpt diff A B | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return 128 + signal.SIGPIPE
+        return run(arguments)
     except (CheckpointDamaged, ValueError, OSError) as error:
         print(f"areal-ray ckpt: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli.ckpt import add_ckpt
+from areal_ray.cli.output import losable_output
 
 if TYPE_CHECKING:
     from areal_ray.tools.verify_resume import Check
@@ -50,7 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
     arguments = parser.parse_args(argv)
-    return int(arguments.run(arguments))
+    with losable_output() as output:
+        status = int(arguments.run(arguments))
+    trained = arguments.run is _train and not arguments.print_config  # what is printed is not what it was for
+    if output.lost is None:
+        return status
+    if isinstance(output.lost, BrokenPipeError):  # the reader has seen enough, as in `areal-ray ckpt diff A B | head`
+        return status if trained else 128 + signal.SIGPIPE
+    print(f"areal-ray: the output could not be written: {output.lost.strerror}", file=sys.stderr)
+    return status if trained else status or 1
 
 
 def _add_experiment(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,8 @@ def _check_run(config: Config) -> None:
             raise ConfigError(
                 "run.storage_path", f"must be a path that every node sees, or s3://bucket/prefix: {meant}?"
             )
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        raise ConfigError("run.storage_path", f"{path.partition('/')[0]!r} is no user of this machine")
     s3 = config.run.s3
     if bool(s3.access_key) != bool(s3.secret_key):
         raise ConfigError("run.s3", "access_key and secret_key go together; or neither, for those of the environment")

@@ -44,7 +44,9 @@ def _stdlib() -> list[tuple[str, Path]]:
 def _text(patterns: Sequence[str]) -> list[tuple[str, Path]]:
     found: set[Path] = set()
     for pattern in patterns:
-        matches = [Path(match) for match in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+        place = Path(os.path.expanduser(pattern))
+        # What there is is itself before it is a pattern: a folder may have brackets in its name.
+        matches = [place] if place.exists() else [Path(match) for match in glob.glob(str(place), recursive=True)]
         files = [f for m in matches for f in (m.rglob("*") if m.is_dir() else [m]) if f.is_file()]
         if not files:
             raise ConfigError("data.paths", f"no file matches {pattern!r}")
