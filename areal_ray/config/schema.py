@@ -114,6 +114,9 @@ class EngineConfig:
     reshard_after_forward: bool = True  # but for the last unit and the rest, with which the backward pass begins
     activation_checkpointing: bool = False
     compile: bool = False
+    accumulate: Literal["auto", "sharded", "unsharded"] = (
+        "auto"  # gradients of micro-batches: reduced with each or once
+    )
 
 
 @dataclass(frozen=True)
