@@ -22,6 +22,7 @@ PARTS = {
     "nodes": "a node with a worker removed to the next finished step",
     "goodput": "tokens that count per second under a Poisson schedule of kills",
     "long": "start, restart, list and save with 10 and 1,000 checkpoints, and after 100 and 10^6 lines of logs",
+    "accumulate": "peak memory and speed of a step with several micro-batches, gradients sharded and not",
     "memory": "peak proportional set size, /dev/shm included",
 }
 

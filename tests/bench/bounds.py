@@ -18,6 +18,7 @@ START = "command to first finished step, running cluster"
 BLOCKED = "blocked time per save"
 STALL = "effective stall per save: (time with - time without) / saves"
 COMMITTED = "staged to committed, while training"
+STEP_PEAK = "peak memory of a step that accumulates gradients"
 
 PLAIN_WRITE = "one file and fsync, idle"
 STOPPED_ARM = "areal_ray, SIGSTOP"
@@ -86,6 +87,7 @@ BOUNDS = (
     _bound("blocked per save", BLOCKED, "areal_ray", "tutorial", "<=", 0.15),
     _bound("effective stall per save", STALL, "areal_ray", "tutorial", "<=", 0.35),
     _bound("staged to committed", COMMITTED, "areal_ray", PLAIN_WRITE, ">=", 0.6),
+    _bound("peak of a step", STEP_PEAK, "2 ranks, sharded", "1 rank, sharded", "<=", 0.6),
 )
 
 
