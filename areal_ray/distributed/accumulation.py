@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from areal_ray.config import Config
+from areal_ray.distributed.mesh import ParallelDims
 from areal_ray.distributed.overlap import LateReduceScatter
 
 Accumulate = Literal["sharded", "unsharded"]
@@ -54,6 +55,27 @@ def reduce_after(model: Any, late: LateReduceScatter, how: Accumulate, first: bo
         first, last: whether it is the first, the last micro-batch of the step.
     """
     model.set_requires_gradient_sync(how == "sharded" or last)
-    model.set_requires_all_reduce(last)
+    if how == "sharded":
+        model.set_requires_all_reduce(last)
     # FSDP adds to the sum as soon as the reduce-scatter returns, and it must be there then.
     late.at_once = how == "sharded" and not (first and last)
+
+
+def finish(model: nn.Module, late: LateReduceScatter, how: Accumulate, micro_batches: int, dims: ParallelDims) -> None:
+    """Wait for the gradients of a step after its last backward pass.
+
+    Args:
+        model, late, how: as for `reduce_after`.
+        micro_batches: of this step.
+        dims: of the mesh.
+
+    Raises:
+        RuntimeError: if a parameter may have gradients that the last micro-batch has not all-reduced, as it was not
+            used there: FSDP would add them to those of the next step.
+    """
+    late.wait()
+    if how == "sharded" and micro_batches > 1 and "replicate" in dims.sizes():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                text = "has no gradient after the last micro-batch; with engine.mesh.replicate every one needs it there"
+                raise RuntimeError(f"{name} {text}, or engine.accumulate=unsharded")

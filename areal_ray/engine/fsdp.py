@@ -156,7 +156,7 @@ class FSDPEngine:
             (loss * self.dp_size).backward()
             loss_sum += loss.detach()
             metrics.add(values, weight)
-        self._sharded.late.wait()
+        accumulation.finish(self.model, self._sharded.late, self.accumulate, len(micro_batches), self.dims)
         summed = dist.all_reduce(loss_sum, group=self.dims.batch_group, async_op=True)
         grad_norm = gradient_norm(self.model.parameters())
         summed.wait()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -103,10 +102,12 @@ class StandIn(torch.Tensor):
         target, *others = args
         if not isinstance(target, StandIn) or any(isinstance(each, torch.Tensor) for each in tree_leaves(others)):
             raise NeedsWholeTensor(func)
-        if func.is_view:
+        if func.is_view and func is not torch.ops.aten.view.dtype:
             found = func(target._view, *others, **(kwargs or {}))
             return tree_map_only(torch.Tensor, lambda view: StandIn(view, target._width, target.steps), found)
+        # In place, as only there is the first argument changed; one that draws would need the block's generator.
         pointwise = func._schema.is_mutable and torch.Tag.pointwise in func.tags
+        pointwise &= torch.Tag.nondeterministic_seeded not in func.tags
         if kwargs or not (func in _FILLS or func in _DRAWS or pointwise):
             raise NeedsWholeTensor(func)
         target.record(func, tuple(others), draws=func in _DRAWS, overwrites=not pointwise)
@@ -126,5 +127,8 @@ def recording() -> Iterator[None]:
         tensor.record(own, (mean, std, a, b), draws=True, overwrites=True)
         return tensor
 
-    with mock.patch.object(nn.init, "_no_grad_trunc_normal_", noted):
+    nn.init._no_grad_trunc_normal_ = noted
+    try:
         yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = own

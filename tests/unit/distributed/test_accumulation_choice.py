@@ -1,11 +1,14 @@
-"""How a run accumulates gradients: chosen once, from nothing that a restart may change."""
+"""How a run accumulates gradients: chosen once, from nothing that a restart may change; and sums that would be lost."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from areal_ray.config import load
-from areal_ray.distributed.accumulation import LARGE_BYTES, choose
+from areal_ray.distributed.accumulation import LARGE_BYTES, choose, finish
+from areal_ray.distributed.overlap import LateReduceScatter
 
 pytestmark = pytest.mark.unit
 
@@ -48,3 +51,18 @@ def test_auto_keeps_to_what_the_checkpoint_says(recorded):
 def test_a_word_of_the_user_counts_more_than_the_checkpoint():
     assert chosen("engine.accumulate=sharded", recorded="unsharded", elements=1) == "sharded"
     assert chosen("engine.accumulate=unsharded", recorded="sharded") == "unsharded"
+
+
+def test_a_parameter_that_the_last_micro_batch_did_not_use_is_named_where_replicas_would_lose_its_sum():
+    def after(how, micro_batches, **sizes):
+        model = nn.ModuleDict({"used": nn.Linear(2, 2), "frozen": nn.Linear(2, 2), "left_out": nn.Linear(2, 2)})
+        model["frozen"].requires_grad_(False)
+        for parameter in model["used"].parameters():
+            parameter.grad = torch.ones_like(parameter)
+        finish(model, LateReduceScatter(), how, micro_batches, SimpleNamespace(sizes=lambda: {"shard": 2, **sizes}))
+
+    after("sharded", 2)
+    after("sharded", 1, replicate=2)
+    after("unsharded", 2, replicate=2)
+    with pytest.raises(RuntimeError, match=r"left_out\.weight has no gradient .* engine\.accumulate=unsharded"):
+        after("sharded", 2, replicate=2)

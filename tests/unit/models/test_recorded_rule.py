@@ -44,6 +44,7 @@ def by_hand(weight):
         (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), 0.0, 1 / math.sqrt(3 * SHAPE[1])),
         (lambda w: nn.init.xavier_normal_(w), 0.0, math.sqrt(2 / sum(SHAPE))),
         (lambda w: nn.init.trunc_normal_(w, 0.0, 0.02, -0.04, 0.04), 0.0, 0.0176),
+        (by_hand, 1.0, 0.01579),
         (lambda w: nn.init.ones_(w), 1.0, 0.0),
         (lambda w: w.data.normal_().mul_(0.1), 0.0, 0.1),
         (lambda w: w.data.view(-1).normal_(), 0.0, 1.0),
@@ -99,6 +100,8 @@ def test_any_shape_is_a_number_of_rows(shape):
         lambda w: nn.init.normal_(w, generator=torch.Generator()),
         lambda w: w.data.add_(torch.ones(SHAPE)),
         lambda w: w.data.random_(),
+        lambda w: w.data.view(torch.int32).fill_(1),
+        lambda w: w.data.tril_(),
         lambda w: w.data.numpy().fill(1.0),
     ],
 )
