@@ -114,6 +114,7 @@ class EngineConfig:
     reshard_after_forward: bool = True  # but for the last unit and the rest, with which the backward pass begins
     activation_checkpointing: bool = False
     compile: bool = False
+    accumulate: Literal["auto", "sharded", "unsharded"] = "auto"  # how gradients of micro-batches add up on a rank
 
 
 @dataclass(frozen=True)

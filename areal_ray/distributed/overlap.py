@@ -23,9 +23,13 @@ class LateReduceScatter:
 
     FSDP must do nothing with the output during the backward pass but make views of it. It would also cast it to
     another dtype, add it to gradients of an earlier backward pass, or sum it over replicas.
+
+    Attributes:
+        at_once: whether each is finished before FSDP goes on, because it adds the output to such gradients.
     """
 
     def __init__(self) -> None:
+        self.at_once = False
         self._started: list[Any] = []
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -40,6 +44,8 @@ class LateReduceScatter:
         async_op: bool = False,
     ) -> None:
         self._started.append(self._start(output_tensor, input_tensor, op=op, group=group))
+        if self.at_once:
+            self.wait()
 
     def wait(self) -> None:
         """To be called after the backward pass, before anything reads a gradient."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from areal_ray.config import Config, plugin
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import Ranks, accumulation
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
 from areal_ray.engine import save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
@@ -42,7 +42,11 @@ class FSDPEngine:
         self._grad_norm: torch.Tensor | None = None  # their norm
 
     def initialize(
-        self, weights: bool = True, references: Sequence[str] = (), entering: Callable[[str], None] = lambda _: None
+        self,
+        weights: bool = True,
+        references: Sequence[str] = (),
+        entering: Callable[[str], None] = lambda _: None,
+        accumulate: accumulation.Accumulate | None = None,
     ) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
 
@@ -50,6 +54,7 @@ class FSDPEngine:
             weights: False leaves parameters undefined, for when a checkpoint is loaded next.
             references: names of frozen models beside it, each with the first weights; see `Objective.references`.
             entering: told of the phase that begins: "connect ..." for each group of ranks, then "build".
+            accumulate: what the checkpoint says that is loaded next; None: there is none. See `accumulation.choose`.
 
         Raises:
             RuntimeError: if ranks do not reach each other and are told so; says in which dimension of the mesh.
@@ -64,6 +69,7 @@ class FSDPEngine:
         self._ranks = Ranks()
         entering("build")
         self._sharded = self._build()
+        self.accumulate = accumulation.choose(config, self.model.parameters(), accumulate)
         if weights:
             self._sharded.init_weights()
         else:
@@ -117,7 +123,7 @@ class FSDPEngine:
         return skips_on_device(self.optimizer)
 
     def describe(self) -> dict[str, Any]:
-        return {"world_size": self._ranks.size, "mesh": self.dims.sizes()}
+        return {"world_size": self._ranks.size, "mesh": self.dims.sizes(), "accumulate": self.accumulate}
 
     def train(self) -> None:
         """Put the model into training mode; `forward_backward` does so itself."""
@@ -139,8 +145,8 @@ class FSDPEngine:
         summed = dist.all_reduce(total, group=self.dims.batch_group, async_op=True)
         loss_sum, metrics = torch.zeros((), device=self.device), MetricSums(objective.metrics, self.device)
         for micro, weight in zip(micro_batches, weights, strict=True):
-            # Gradients are summed locally and leave the rank once, with the last micro-batch.
-            self.model.set_requires_gradient_sync(micro is micro_batches[-1])  # type: ignore[operator]
+            first, last = micro is micro_batches[0], micro is micro_batches[-1]
+            accumulation.reduce_after(self.model, self._sharded.late, self.accumulate, first, last)
             prepared = self._prepared(objective, micro)
             output = self._sharded(objective.model_inputs(prepared))
             summed.wait()
@@ -150,7 +156,7 @@ class FSDPEngine:
             (loss * self.dp_size).backward()
             loss_sum += loss.detach()
             metrics.add(values, weight)
-        self._sharded.late.wait()
+        accumulation.finish(self.model, self._sharded.late, self.accumulate, len(micro_batches), self.dims)
         summed = dist.all_reduce(loss_sum, group=self.dims.batch_group, async_op=True)
         grad_norm = gradient_norm(self.model.parameters())
         summed.wait()

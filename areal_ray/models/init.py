@@ -1,19 +1,24 @@
 """Memory and first values for a sharded model that was built on the meta device.
 
-Every module is initialised by its own rules on full-sized tensors, seeded by (seed, name of the module), of which each
-rank keeps its part. So the first weights are the same for any world size, mesh and device, and no rank holds more than
-one module's weights in full.
+Every module is initialised by its own rules, seeded by (seed, name of the module), and the first weights are the same
+for any world size, mesh and device. Small parameters are made in full on every rank, which keeps its part. Of the large
+ones a rank draws its part only: what the rule does is recorded, and done to it block by block. A rule that does more
+than to fill a tensor or to draw it element by element (see `recorded_rule.StandIn`) is given full-sized tensors for
+these, too; that takes 10 ns and 4 bytes for each element of the module, on every rank.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from areal_ray.models.initial_parts import draw_part, keep_part, seed_of
+from areal_ray.models.recorded_rule import NeedsWholeTensor, StandIn, recording
+
+LARGE = 2**22  # elements of a parameter, from which on it is drawn in parts; smaller ones take 40 ms at most
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
@@ -50,26 +55,53 @@ def _init(model: nn.Module, seed: int, parameters: bool) -> None:
         own = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in done}
         if not ((parameters and own) or module._buffers):
             continue
-        with torch.random.fork_rng(devices=[]), _full_sized(module) as full:
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1)
-            _apply_rule(model, module, name)
+        full = _values(model, module, name, seed)
         with torch.no_grad():
             if parameters:
                 for key, parameter in own.items():
-                    _keep_part(parameter, full[key])
+                    value = full[key]
+                    if isinstance(value, StandIn):
+                        draw_part(parameter, value, f"{seed}/{name}.{key}")
+                    else:
+                        keep_part(parameter, value)
                     done.add(id(parameter))
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     buffer.copy_(full[key])
 
 
+def _values(model: nn.Module, module: nn.Module, name: str, seed: int) -> dict[str, torch.Tensor]:
+    """First values of a module's own parameters and buffers, by name: full-sized, or how they are drawn."""
+    large = {
+        key
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.numel() >= LARGE and parameter.dtype.is_floating_point
+    }
+    if large:
+        # What a tensor without values does not allow is done again with values; a mistake in the rule shows there, too.
+        with suppress(NeedsWholeTensor, RuntimeError, TypeError), recording():
+            return _run_rule(model, module, name, seed, large)
+    return _run_rule(model, module, name, seed)
+
+
+def _run_rule(
+    model: nn.Module, module: nn.Module, name: str, seed: int, without_memory: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    with torch.random.fork_rng(devices=[]), _full_sized(module, without_memory) as full:
+        torch.manual_seed(seed_of(f"{seed}/{name}"))
+        _apply_rule(model, module, name)
+    return full
+
+
 @contextmanager
-def _full_sized(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Let a module own, for a moment, full-sized CPU tensors filled with NaN instead of its (sharded) ones."""
+def _full_sized(module: nn.Module, without_memory: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Let a module own, for a moment, full-sized CPU tensors filled with NaN, or stand-ins, for its (sharded) ones."""
     parameters, buffers = module._parameters, module._buffers
     full: dict[str, torch.Tensor] = {}
     for key, tensor in [*parameters.items(), *buffers.items()]:
-        if tensor is not None:
+        if key in without_memory and tensor is not None:
+            full[key] = StandIn.of(tensor)
+        elif tensor is not None:
             full[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
             if tensor.dtype.is_floating_point:
                 full[key].fill_(torch.nan)
@@ -96,28 +128,8 @@ def _apply_rule(model: nn.Module, module: nn.Module, name: str) -> None:
         )
     rule(module)
     for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is not None and tensor.dtype.is_floating_point and bool(tensor.isnan().any()):
+        if isinstance(tensor, StandIn):
+            if not tensor.is_set:
+                raise NeedsWholeTensor(f"{name}.{key}")
+        elif tensor is not None and tensor.dtype.is_floating_point and bool(tensor.isnan().any()):
             raise ValueError(f"{name}.{key}: the initialisation of {type(module).__name__} does not set it")
-
-
-def _keep_part(parameter: torch.Tensor, full: torch.Tensor) -> None:
-    """Copy this rank's part of a tensor that every rank has; only the part goes to the device."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(full)
-        return
-    mesh, placements = parameter.device_mesh, parameter.placements
-    if all(type(placement) in (Shard, Replicate) for placement in placements):
-        part = full
-        for dim, placement in enumerate(placements):
-            if isinstance(placement, Shard):
-                part = _chunk(part, placement.dim, mesh.size(dim), mesh.get_local_rank(dim))
-        parameter.to_local().copy_(part)
-        return
-    # Tensor parallelism and FSDP over one dimension: parts that are no slices. src_data_rank=None: nothing is sent.
-    parameter.copy_(distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None))
-
-
-def _chunk(tensor: torch.Tensor, dim: int, count: int, index: int) -> torch.Tensor:
-    """One of `count` chunks as DTensor makes them: the last ones may be smaller, or empty."""
-    chunks = torch.chunk(tensor, count, dim)
-    return chunks[index] if index < len(chunks) else tensor.narrow(dim, 0, 0)

@@ -17,7 +17,7 @@ from areal_ray.checkpoint.retention import Retention
 from areal_ray.cluster.console import say
 from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import Ranks, accumulation
 from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.objectives import build_objective
 from areal_ray.run import JobContext
@@ -74,7 +74,7 @@ def wire(
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     device_check.check(device)  # cuBLAS is used first here, with the engine's settings
     # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
-    fresh = not ranks.on_rank_zero(lambda: catalog.last_committed() is not None)
+    fresh, accumulate = ranks.on_rank_zero(lambda: (catalog.last_committed() is None, _recorded(config, catalog)))
 
     def entering(phase: str) -> None:
         if phase == "build":
@@ -82,7 +82,7 @@ def wire(
         if watchdog is not None:
             watchdog.beat(phase)
 
-    engine.initialize(weights=fresh, references=objective.references, entering=entering)
+    engine.initialize(weights=fresh, references=objective.references, entering=entering, accumulate=accumulate)
     attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
     start = Start(attempt, run, ranks, say if ranks.rank == 0 else _silent, catalog)
     places = ranks.gather((socket.gethostname(), os.getpid()))
@@ -138,6 +138,13 @@ def memory_copies(config: Config, ranks: Ranks, context: JobContext, say: Callab
     # Steps that are not computed again must have left their metrics.
     durable = context.run.flush if ranks.rank == 0 else lambda: None
     return MemoryCopies(context.submission, ranks, _node_process(), say, durable)
+
+
+def _recorded(config: Config, catalog: Catalog) -> accumulation.Accumulate | None:
+    """How the run has accumulated gradients so far, if that is to go on; None without a good checkpoint."""
+    if config.engine.accumulate != "auto" or (newest := catalog.newest()) is None:
+        return None
+    return newest.info.get("accumulate", "unsharded")  # before there was a choice
 
 
 def _node_process() -> int | None:

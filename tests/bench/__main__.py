@@ -26,6 +26,7 @@ PARTS = {
     "metadata": "CPU, bytes and peak of a load and a save beside their tensors, 2 to 32 ranks",
     "scale": "simulated: planning, commit and metadata of a restore for 64, 256 and 1,024 ranks of a 70B model",
     "long": "start, restart, list and save with 10 and 1,000 checkpoints, and after 100 and 10^6 lines of logs",
+    "accumulate": "peak memory and speed of a step with several micro-batches, gradients sharded and not",
     "memory": "peak proportional set size, /dev/shm included",
 }
 

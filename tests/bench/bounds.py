@@ -18,6 +18,7 @@ START = "command to first finished step, running cluster"
 BLOCKED = "blocked time per save"
 STALL = "effective stall per save: (time with - time without) / saves"
 COMMITTED = "staged to committed, while training"
+STEP_PEAK = "peak memory of a step that accumulates gradients"
 
 FIRST_SAVE = "time that the first save after a restart blocks, 30M parameters"
 SECOND, LOAD = "second save", "load"  # of the part `metadata`
@@ -138,6 +139,7 @@ BOUNDS = (
     _at_1024("later save, rank 0: commit, s", 1.0),
     _at_1024("restore, every rank: metadata, s", 5.0),
     _at_1024("restore, every rank: MB of metadata", 200.0),
+    _bound("peak of a step", STEP_PEAK, "2 ranks, sharded", "1 rank, sharded", "<=", 0.6),
 )
 
 

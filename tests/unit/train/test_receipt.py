@@ -102,3 +102,15 @@ def test_a_contradiction_stops_the_run(where, wrong, said):
 def test_a_checkpoint_that_says_nothing_of_its_config_has_no_changes():
     old = {"world_size": 2, "mesh": {"shard": 2}}
     assert receipt(VALUES, old, VALUES, INFO).changed == {}
+
+
+@pytest.mark.parametrize("key", ["auto", "sharded"])
+def test_another_way_to_accumulate_gradients_is_a_change(key):
+    """By what it was, not by the word in the configuration; a checkpoint that does not say is unsharded."""
+    live = {**changed(INFO, config__engine={"accumulate": key}), "accumulate": "sharded"}
+    same = receipt(VALUES, {**INFO, "accumulate": "sharded"}, VALUES, live)
+    assert (same.changed, same.promise) == ({}, "the same bits")
+    other = receipt(VALUES, INFO, VALUES, live)
+    assert other.changed == {"engine.accumulate": ["unsharded", "sharded"]}
+    assert "weights to rounding" in other.promise
+    assert receipt(VALUES, INFO, VALUES, {**INFO, "accumulate": "unsharded"}).changed == {}

@@ -1,0 +1,39 @@
+"""How gradients are accumulated: what a run's newest good checkpoint says of it, read before the engine is built."""
+
+import pytest
+
+from areal_ray.checkpoint import Catalog, save
+from areal_ray.config import load
+from areal_ray.distributed import Ranks
+from areal_ray.storage import LocalStorage
+from areal_ray.worker.wiring import _recorded
+from tests.unit.checkpoint.boxes import Box, save_box, weights
+
+pytestmark = pytest.mark.unit
+
+
+def recorded(run, *overrides):
+    return _recorded(load("conf/experiments/tiny.yaml", list(overrides)), Catalog(LocalStorage(run)))
+
+
+def save_saying(run, step, how):
+    info = {"step": step, "attempt": 1, "accumulate": how}
+    save(LocalStorage(run).sub(Catalog.name(step, 1)), {"box": Box(**weights())}, info, Ranks())
+
+
+def test_a_run_without_a_checkpoint_has_its_choice_before_it(tmp_path):
+    assert recorded(tmp_path) is None
+
+
+def test_a_checkpoint_that_does_not_say_was_unsharded(tmp_path):
+    save_box(tmp_path)
+    assert recorded(tmp_path) == "unsharded"
+
+
+def test_the_newest_good_checkpoint_counts_unless_the_user_says_how(tmp_path):
+    save_saying(tmp_path, 1, "sharded")
+    save_saying(tmp_path, 2, "unsharded")
+    assert recorded(tmp_path) == "unsharded"
+    (tmp_path / Catalog.name(2, 1) / "manifest.json").write_text("{}")
+    assert recorded(tmp_path) == "sharded"
+    assert recorded(tmp_path, "engine.accumulate=unsharded") is None
