@@ -63,6 +63,7 @@ def check(config: Config) -> None:
     _check_sizes(config)
     _check_resources(config)
     _check_faults(config)
+    _check_saves(config)
     _check_keep(config)
 
 
@@ -207,6 +208,13 @@ def _check_resources(config: Config) -> None:
         raise ConfigError("cluster.resources_per_worker", text)
     if gpus and not config.cluster.use_gpu:
         raise ConfigError("cluster.resources_per_worker", "reserves a GPU, which cluster.use_gpu=false does not use")
+
+
+def _check_saves(config: Config) -> None:
+    every = config.checkpoint
+    if every.memory_partner and every.memory_every_steps is None:
+        text = "there are no copies in memory to be sent on: set checkpoint.memory_every_steps"
+        raise ConfigError("checkpoint.memory_partner", text)
 
 
 def _check_keep(config: Config) -> None:

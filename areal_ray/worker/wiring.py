@@ -12,12 +12,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, MemoryCopies, SyncWriter
+from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, MemoryCopies, Partners, SyncWriter
 from areal_ray.checkpoint.retention import Retention
 from areal_ray.cluster.console import say
+from areal_ray.cluster.nodes import this_node_id
 from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
 from areal_ray.distributed import Ranks
+from areal_ray.distributed.point_to_point import PointToPoint
 from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.objectives import build_objective
 from areal_ray.run import JobContext
@@ -137,7 +139,12 @@ def memory_copies(config: Config, ranks: Ranks, context: JobContext, say: Callab
         return None
     # Steps that are not computed again must have left their metrics.
     durable = context.run.flush if ranks.rank == 0 else lambda: None
-    return MemoryCopies(context.submission, ranks, _node_process(), say, durable)
+    name, owner = context.submission, _node_process()
+    partners = None
+    if config.checkpoint.memory_partner:
+        link = PointToPoint(_background_group())
+        partners = Partners(name, ranks, link, this_node_id(), owner, say)
+    return MemoryCopies(name, ranks, owner, say, durable, partners=partners)
 
 
 def _node_process() -> int | None:
@@ -149,9 +156,13 @@ def _node_process() -> int | None:
 def _writer(config: Config, start: Start) -> CheckpointWriter:
     if not config.checkpoint.async_save:
         return SyncWriter(start.ranks, start.say)
-    # No time limit of its own: a slow disk is no failure, and a dead peer closes its connections.
-    background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
-    return AsyncWriter(start.ranks, background, start.say)
+    return AsyncWriter(start.ranks, Ranks(_background_group()), start.say)
+
+
+def _background_group() -> dist.ProcessGroup:
+    """A group of all ranks for a thread. No time limit of its own: slowness is no failure, and a dead peer closes its
+    connections."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def _silent(_: str) -> None:
