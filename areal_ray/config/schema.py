@@ -151,6 +151,7 @@ class KeepConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    every: Literal["auto"] | None = None  # auto: by what saves cost and how often the run fails, instead of the others
     every_steps: int | None = 50
     every_seconds: float | None = None
     every_epochs: int | None = None

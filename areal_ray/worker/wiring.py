@@ -24,9 +24,10 @@ from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.objectives import build_objective
 from areal_ray.run import JobContext
 from areal_ray.train import loop
+from areal_ray.train.cadence import AutoCadence, SaveHistory
 from areal_ray.train.faults import Faults
-from areal_ray.train.journal import Journal, retention
-from areal_ray.train.recovery import RecoverHandler, SavePolicy
+from areal_ray.train.journal import Journal, TunedSaves, retention
+from areal_ray.train.recovery import RecoverHandler, SaveListener, SavePolicy
 from areal_ray.train.restore import Restore
 from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.job import build_job, load_data
@@ -99,6 +100,8 @@ def wire(
     data = load_data(config, ranks)
     kept = retention(run, attempt, start.say, catalog, config.checkpoint.keep)
     journal = Journal(run if start.first else None, attempt, start.say, kept)
+    auto = auto_cadence(config, start, len(set(nodes)))
+    heard: SaveListener = journal if auto is None else TunedSaves(auto, journal, ranks)
     memory = memory_copies(config, ranks, context, say)
     info = {**engine.describe(), "data": data[0].fingerprint}
     job, restore = build_job(
@@ -108,9 +111,10 @@ def wire(
         data,
         faults.spoiling(objective),
         session,
-        lambda state: recover_handler(config, start, state, info, journal, memory),
+        lambda state: recover_handler(config, start, state, info, heard, memory),
         journal,
         PlannedRestart,
+        auto,
     )
     session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
@@ -122,7 +126,7 @@ def recover_handler(
     start: Start,
     state: Mapping[str, Stateful],
     info: Mapping[str, Any],
-    journal: Journal,
+    journal: SaveListener,
     memory: MemoryCopies | None,
 ) -> RecoverHandler:
     """The recover handler of a run: saves and restores its state as checkpoints."""
@@ -131,6 +135,23 @@ def recover_handler(
     described = {**info, **provenance(config)}
     writer = _writer(config, start)
     return RecoverHandler(start.catalog, state, writer, journal, start.attempt, described, start.ranks, policy, memory)
+
+
+def auto_cadence(config: Config, start: Start, nodes: int) -> AutoCadence | None:
+    """When to save, tuned by the run itself; None if the config says when. Rank 0 knows the past and decides."""
+    if config.checkpoint.every != "auto":
+        return None
+    run, past = start.run, SaveHistory()
+    if start.first:
+        past = SaveHistory.of(run.newest("save_interval"), run.newest("failure"))
+
+    def tell(fields: dict[str, Any]) -> None:
+        run.note("save_interval", start.say, attempt=start.attempt, **fields)
+
+    cadence = AutoCadence(nodes, past, tell, start.ranks.agree)
+    if start.first:
+        cadence.begin()
+    return cadence
 
 
 def memory_copies(config: Config, ranks: Ranks, context: JobContext, say: Callable[[str], None]) -> MemoryCopies | None:
