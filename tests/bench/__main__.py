@@ -21,6 +21,7 @@ PARTS = {
     "restart": "SIGKILL (and SIGSTOP) of a worker to the next finished step; steps lost",
     "nodes": "a node with a worker removed to the next finished step",
     "goodput": "tokens that count per second under a Poisson schedule of kills",
+    "losses": "tokens that count per second while workers and nodes are lost, beside none lost",
     "long": "start, restart, list and save with 10 and 1,000 checkpoints, and after 100 and 10^6 lines of logs",
     "memory": "peak proportional set size, /dev/shm included",
 }
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help="default all, which takes hours")
     parser.add_argument("--rounds", type=int, default=5, help="of every arm in turn")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="of the parts' arms")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of a run under kills (goodput)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of a run under kills (goodput, losses)")
     parser.add_argument(
         "--saves",
         nargs="+",

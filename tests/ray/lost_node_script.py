@@ -5,18 +5,17 @@ When STEP has a line in metrics.jsonl, every process of that node is killed, its
 `areal-ray train`. Ends with its exit status.
 """
 
-import contextlib
 import json
 import sys
 import threading
 import time
 from pathlib import Path
 
-import psutil
 import ray
 from ray.cluster_utils import Cluster
 
 from areal_ray.cli.main import main as run_cli
+from tests.bench.cluster_process import lose
 from tests.ray.nodes_script import events, option
 
 
@@ -24,23 +23,6 @@ def reached(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
-
-
-def environment(process: psutil.Process) -> dict[str, str]:
-    with contextlib.suppress(psutil.Error):
-        return process.environ()
-    return {}
-
-
-def lose(cluster: Cluster, worker: int) -> None:
-    """Kill all that runs on the node of a worker, the processes that keep memory there among them."""
-    raylet = environment(psutil.Process(worker))["RAY_RAYLET_PID"]
-    node = next(each for each in cluster.worker_nodes if str(each.all_processes["raylet"][0].process.pid) == raylet)
-    there = [each for each in psutil.process_iter() if environment(each).get("RAY_RAYLET_PID") == raylet]
-    for process in [*there, psutil.Process(int(raylet))]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    cluster.remove_node(node, allow_graceful=False)
 
 
 def main(nodes: int, step: int, arguments: list[str]) -> int:

@@ -80,6 +80,7 @@ WRONG_OVERRIDES = [
 ]
 
 WRONG_FILES = [
+    ("checkpoint: {memory_partner: true}\n", "checkpoint.memory_partner", "set checkpoint.memory_every_steps"),
     (
         f"{MODEL}cluster: {{use_gpu: true, resources_per_worker: {{GPU: 0.5}}}}",
         "cluster.resources_per_worker",
