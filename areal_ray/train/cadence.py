@@ -12,7 +12,7 @@ from typing import Any
 
 _LEAST_COSTS = 10  # an interval is at least so many times what a save costs: a tenth of the time goes into saves
 _LEAST_S, _MOST_S = 5.0, 1800.0  # every checkpoint is a directory, and a line in several lists
-_FIRST_S = 60.0  # before the cost of a save is known
+_FIRST_S = 60.0  # before the cost of a save is known, if the run does not fail more often
 _NODE_MTBF_S = 100 * 86400.0
 _RECENT = 5  # saves whose median cost counts: the first one after a start is dearer
 _CHANGE = 0.1  # less is none
@@ -108,7 +108,7 @@ class SaveHistory:
     def of(cls, tuned: Mapping[str, Any] | None, failure: Mapping[str, Any] | None) -> SaveHistory:
         """The history before an attempt, from the newest `save_interval` and the newest `failure` of the ledger.
 
-        An attempt that began to train has told its interval, so there is one failure since at most that cost anything.
+        Every attempt tells its interval before it trains: since the newest there was one failure at most.
         """
         if tuned is None:
             return cls()
@@ -181,7 +181,8 @@ class AutoCadence(Cadence):
         observed = past.observed_s + self._clock() - self._began
         now = SaveHistory(past.failures, observed, cost)
         mtbf = now.mtbf_s(self._nodes)
-        interval = _FIRST_S if cost is None else save_interval(cost, mtbf)
+        unknown = max(_LEAST_S, min(_FIRST_S, mtbf / 4))  # or a run that fails every minute would never save
+        interval = unknown if cost is None else save_interval(cost, mtbf)
         if self._interval is None or abs(interval - self._interval) > _CHANGE * self._interval:
             self._interval = interval
             figures = {**asdict(now), "mtbf_s": mtbf, "interval_s": interval}

@@ -88,9 +88,9 @@ class TunedSaves:
         self._cadence, self._listener, self._first = cadence, listener, ranks.rank == 0
 
     def saved(self, save: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
-        self._listener.saved(save, blocked_s, waited_s, total_s)
         if self._first:
             self._cadence.ended(blocked_s - waited_s if save.manifest.exception() is None else None)
+        self._listener.saved(save, blocked_s, waited_s, total_s)
 
     def skipped(self, step: int) -> None:
         self._listener.skipped(step)

@@ -13,9 +13,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from areal_ray.checkpoint.memory import reshard
 from areal_ray.checkpoint.memory.parts import Part, decode, encode, parts_of
 from areal_ray.checkpoint.memory.reshard import Reshard
-from areal_ray.checkpoint.tree import local
+from areal_ray.checkpoint.tree import flatten, local
 from areal_ray.distributed.point_to_point import PointToPoint
 from tests.distributed.ranks import run_ranks
+from tests.distributed.small import differing, snapshot, start_engine, train
 
 pytestmark = pytest.mark.distributed
 RANKS = 4
@@ -97,3 +98,26 @@ def test_what_nobody_has_is_no_part() -> None:
         Reshard(PointToPoint(), [part]).run(
             {"w": torch.zeros(4)}, [(Part("w", torch.float32, (4,), (2,), (2,)), torch.zeros(2))]
         )
+
+
+def between_engines(rank: int, before: list[str], then: list[str]) -> list[str]:
+    """Names of tensors, weights and optimizer state, that are not the same bits afterwards."""
+    old = start_engine(*before)
+    train(old, 1)
+    new = start_engine(*then)
+    train(new, 2)
+    offered, _ = flatten({"engine": old.state.state_dict()})
+    needed, _ = flatten({"engine": new.state.state_dict()})
+    offers = list(zip(parts_of(offered), [local(tensor).detach() for tensor in offered.values()], strict=True))
+    targets = {name: local(tensor).detach() for name, tensor in needed.items()}
+    Reshard(PointToPoint(), parts_of(needed)).run(targets, offers)
+    return differing(snapshot(old), snapshot(new))
+
+
+@pytest.mark.parametrize(
+    ("before", "then"),
+    [(["engine.mesh.tensor=2"], []), ([], ["engine.mesh.tensor=2"]), (["engine.mesh.replicate=2"], [])],
+    ids=["tensor parallel", "to tensor parallel", "two copies"],
+)
+def test_an_engine_gets_the_bits_of_one_with_another_mesh(before: list[str], then: list[str]) -> None:
+    assert run_ranks(between_engines, RANKS, before, then) == [[]] * RANKS

@@ -41,7 +41,7 @@ class ClaimedFiles:
         return file
 
     def missing(self, sizes: Sequence[int]) -> int:
-        """Bytes of new memory that files of these sizes take, if they are taken in this order."""
+        """Bytes of memory that files of these sizes take, if they are taken in this order, beyond what is here."""
         left, new = sorted(os.fstat(file).st_size for file in self.files), 0
         for size in sizes:
             fitting = next((have for have in left if have >= size), None)
@@ -49,7 +49,7 @@ class ClaimedFiles:
                 new += size
             else:
                 left.remove(fitting)
-        return new
+        return max(0, new - sum(left))  # what is left is let go
 
     def erase(self) -> None:
         """Cut off the records that make copies of the files; the memory stays."""

@@ -62,6 +62,11 @@ def test_the_first_save_comes_after_a_minute_and_says_what_saves_cost():
     assert tuned.told[-1]["mtbf_s"] == 8640
 
 
+def test_a_run_that_fails_before_its_first_save_saves_sooner():
+    assert Tuned(past=SaveHistory(failures=3, observed_s=90.0)).wait() == math.ceil(30 / 4)
+    assert Tuned(past=SaveHistory(failures=3, observed_s=0.0)).wait() == 5
+
+
 def test_failures_that_were_seen_count_instead_of_the_assumption():
     tuned = Tuned(past=SaveHistory(failures=4, observed_s=4000.0, cost_s=2.0))
     assert tuned.wait() == math.ceil(math.sqrt(2 * 2.0 * 1000))
