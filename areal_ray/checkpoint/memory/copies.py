@@ -119,11 +119,9 @@ class MemoryCopies:
         whole = [not isinstance(tensor, DTensor) for tensor in tensors.values()]
         self._copied = copied = image.fill([local(tensor).detach() for tensor in tensors.values()], whole)
         first = self._ranks.rank == 0
-        record = {
-            **{"version": list(version), "run": digest(info, self._kept.parts), "parts": self._kept.encoded},
-            **{"rank": self._ranks.rank, "ranks": self._ranks.size},
-            **{"values": json.loads(to_json(values)) if first else {}, "info": dict(info) if first else {}},
-        }
+        record: dict[str, Any] = {"version": list(version), "rank": self._ranks.rank, "ranks": self._ranks.size}
+        record |= {"run": digest(info, self._kept.parts), "parts": self._kept.encoded}
+        record |= {"values": json.loads(to_json(values)) if first else {}, "info": dict(info) if first else {}}
         self._last = last = self._thread.submit(self._seal, image, copied, record)
         if (partners := self._partners) is not None and partners.active:
             self._sent = self._thread.submit(partners.send, image, self._turn, last, self._claimed)

@@ -8,7 +8,7 @@ parts, whatever N is, and for its share of the tensors; the bytes go straight fr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
@@ -22,7 +22,6 @@ from areal_ray.distributed.point_to_point import PointToPoint
 _PIECE_BYTES = 8 << 20  # sent at a time: a rank needs so much memory twice, beyond its own parts
 _HAS, _NEEDS, _SEND, _RECEIVE = range(4)  # what a row is about
 _Rows = dict[int, list[list[int]]]  # by the rank that they are for
-_Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and lengths, by dimension
 
 
 @dataclass(frozen=True, order=True)
@@ -60,31 +59,32 @@ class Reshard:
         """
         sends, receives = self._plan(offers)
         uploads, me, size = Uploads(), self._link.rank, self._link.size
-        sources = [tensor for _, tensor in offers]
-        for distance in range(size):
-            to, source = (me + distance) % size, (me - distance) % size
-            out = (sources[t.slot][_within(t, offers[t.slot][0].offsets)] for t in sends.get(to, ()))
-            into = (
-                targets[name := self._names[t.tensor]][_within(t, self._needed[name].offsets)]
-                for t in receives.get(source, ())
-            )
-            if distance == 0:
-                for target, tensor in zip(into, out, strict=True):
-                    uploads.copy(target, tensor)
-                continue
-            for tensor, target in zip_longest(_pieces(out), _pieces(into)):
-                outgoing = [] if tensor is None else [(to, _bytes(tensor.contiguous()))]
-                buffer = None if target is None else torch.empty(target.shape, dtype=target.dtype)
-                incoming = [] if buffer is None else [(source, _bytes(buffer))]
-                self._link.exchange(outgoing, incoming)
-                if target is not None and buffer is not None:
-                    uploads.copy(target, buffer)
+
+        def source(box: _Transfer) -> torch.Tensor:
+            part, tensor = offers[box.slot]
+            return tensor[_within(box, part.offsets)]
+
+        def target(box: _Transfer) -> torch.Tensor:
+            name = self._names[box.tensor]
+            return targets[name][_within(box, self._needed[name].offsets)]
+
+        for own, kept in zip(receives[me], sends[me], strict=True):
+            uploads.copy(target(own), source(kept))
+        for distance in range(1, size):  # each rank has one to send to and one to receive from at a time
+            to, origin = (me + distance) % size, (me - distance) % size
+            out, into = map(source, sends[to]), map(target, receives[origin])
+            for piece, place in zip_longest(_pieces(out), _pieces(into)):
+                outgoing = [] if piece is None else [(to, _bytes(piece.contiguous()))]
+                buffer = None if place is None else torch.empty(place.shape, dtype=place.dtype)
+                self._link.exchange(outgoing, [] if buffer is None else [(origin, _bytes(buffer))])
+                if place is not None and buffer is not None:
+                    uploads.copy(place, buffer)
         uploads.wait()
 
     def _plan(
         self, offers: Sequence[tuple[Part, torch.Tensor]]
     ) -> tuple[dict[int, list[_Transfer]], dict[int, list[_Transfer]]]:
-        """What this rank sends to and receives from each other, in order."""
+        """What this rank sends to and receives from each rank, in order; empty for those with which it has nothing."""
         size = self._link.size
         rows: _Rows = defaultdict(list)
         told = [(_HAS, slot, part) for slot, (part, _) in enumerate(offers)]
@@ -94,7 +94,7 @@ class Reshard:
                 number = self._numbers[part.name]
                 rows[number % size].append(self._row(kind, number, self._link.rank, slot, part.offsets, part.lengths))
         answers: _Rows = defaultdict(list)
-        for number, (has, needs) in self._sorted(self._swap(rows)).items():
+        for number, (has, needs) in self._by_tensor(self._swap(rows)).items():
             for need in needs:
                 self._match(number, has, need, answers)
         ends: dict[int, dict[int, list[_Transfer]]] = {_SEND: defaultdict(list), _RECEIVE: defaultdict(list)}
@@ -120,7 +120,7 @@ class Reshard:
         rest = self._dims - len(offsets)  # dimensions that the tensor does not have
         return [kind, number, rank, slot, *offsets, *[0] * rest, *lengths, *[1] * rest]
 
-    def _sorted(self, rows: list[list[int]]) -> dict[int, tuple[_Offers, list[list[int]]]]:
+    def _by_tensor(self, rows: list[list[int]]) -> dict[int, tuple[_Offers, list[list[int]]]]:
         """What was told to this rank of the tensors that it looks after."""
         has: dict[int, list[list[int]]] = defaultdict(list)
         needs: dict[int, list[list[int]]] = defaultdict(list)
@@ -168,7 +168,7 @@ def _within(transfer: _Transfer, offsets: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(start, start + length) for start, length in zip(starts, transfer.lengths, strict=True))
 
 
-def _pieces(tensors: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _pieces(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Views of some rows each: one row is sent in one piece, however long."""
     for tensor in tensors:
         row = tensor.nbytes // len(tensor) if tensor.dim() else 0
