@@ -5,7 +5,7 @@ Knows `Stateful` and `Storage`, nothing of models, loops or Ray.
 
 from areal_ray.checkpoint.catalog import Catalog, Entry
 from areal_ray.checkpoint.format.manifest import CheckpointDamaged, Manifest, read_manifest
-from areal_ray.checkpoint.memory_copies import Copy, MemoryCopies
+from areal_ray.checkpoint.memory import Copy, MemoryCopies, Partners
 from areal_ray.checkpoint.reader import StoredState, load
 from areal_ray.checkpoint.writer import AsyncWriter, CheckpointWriter, SyncWriter, save
 
@@ -18,6 +18,7 @@ __all__ = [
     "Entry",
     "Manifest",
     "MemoryCopies",
+    "Partners",
     "StoredState",
     "SyncWriter",
     "load",

@@ -30,5 +30,12 @@ def this_node() -> tuple[str, str]:
     """Name and present id of this process's node."""
     import ray  # here, as devices are checked where there is no Ray, too
 
-    node_id = str(ray.get_runtime_context().get_node_id())
+    node_id = this_node_id()
     return next(node_name(node) for node in ray.nodes() if node["NodeID"] == node_id), node_id
+
+
+def this_node_id() -> str:
+    """Present id of this process's node; it asks nobody."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())

@@ -67,6 +67,7 @@ def check(config: Config) -> None:
     _check_sizes(config)
     _check_resources(config)
     _check_faults(config)
+    _check_saves(config)
     _check_keep(config)
 
 
@@ -234,6 +235,18 @@ def _check_resources(config: Config) -> None:
         raise ConfigError("cluster.resources_per_worker", text)
     if gpus and not config.cluster.use_gpu:
         raise ConfigError("cluster.resources_per_worker", "reserves a GPU, which cluster.use_gpu=false does not use")
+
+
+def _check_saves(config: Config) -> None:
+    every = config.checkpoint
+    others = {name: getattr(every, name) for name in ("every_steps", "every_seconds", "every_epochs")}
+    given = [f"checkpoint.{name}={value}" for name, value in others.items() if value is not None]
+    if every.every == "auto" and given:
+        text = f"auto finds out by itself when to save; beside it {' and '.join(given)} must be null"
+        raise ConfigError("checkpoint.every", text)
+    if every.memory_partner and every.memory_every_steps is None:
+        text = "there are no copies in memory to be sent on: set checkpoint.memory_every_steps"
+        raise ConfigError("checkpoint.memory_partner", text)
 
 
 def _check_keep(config: Config) -> None:

@@ -152,10 +152,12 @@ class KeepConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    every: Literal["auto"] | None = None  # auto: by what saves cost and how often the run fails, instead of the others
     every_steps: int | None = 50
     every_seconds: float | None = None
     every_epochs: int | None = None
     memory_every_steps: int | None = None  # copies in host memory (twice the state) that survive a killed worker
+    memory_partner: bool = False  # each copy on another node as well (twice the state there), to survive a lost node
     async_save: bool = True  # training goes on while a process beside each rank writes
     when_busy: Literal["wait", "skip"] = "wait"  # if storage still writes the last one when the next is due
     max_failed_saves: int = 3  # in a row, after which the run stops

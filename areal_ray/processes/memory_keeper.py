@@ -30,6 +30,7 @@ _LOOK_S = 0.01
 _RELEASE = b"."
 _MOST = 8  # files
 _HEAD = struct.Struct("<QQ")  # of a record: its length, xxh3_64
+_TAIL = struct.Struct("<Q")  # behind it, at the end of the file: where the record begins
 
 
 class MemoryKeeper:
@@ -110,25 +111,52 @@ def claim(name: str, wait_s: float = _CLAIM_S) -> list[int]:
     return list(files)
 
 
+def kept_names(prefix: str) -> list[str]:
+    """Names that begin so under which files are kept on this machine, sorted, as far as this process could claim them.
+
+    Reads the kernel's table of Unix sockets, in which names of other users may stand, too.
+    """
+    before, after = address("|").removeprefix("\0").split("|")
+    paths = (line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines())
+    names = {
+        path.removeprefix(f"@{before}").removesuffix(after)
+        for path in paths
+        if path.startswith(f"@{before}{prefix}") and path.endswith(after)
+    }
+    return sorted(names)
+
+
 def write_record(file: int, at: int, record: dict[str, Any]) -> None:
-    """Write a JSON record with its checksum into a kept file, at an offset in bytes (OSError)."""
+    """Write a JSON record with its checksum into a kept file, at an offset in bytes, as the file's end (OSError)."""
     text = json.dumps(record).encode()
-    os.pwrite(file, _HEAD.pack(len(text), xxhash.xxh3_64_intdigest(text)) + text, at)
+    os.pwrite(file, _HEAD.pack(len(text), xxhash.xxh3_64_intdigest(text)) + text + _TAIL.pack(at), at)
 
 
 def read_record(file: int, at: int) -> dict[str, Any] | None:
-    """The record that `write_record` wrote there; None if there is no whole one."""
+    """The record that `write_record` wrote there; None if there is no whole one.
+
+    To copy the bytes from there to the end of the file is to copy the record.
+    """
     head = os.pread(file, _HEAD.size, at)
     if len(head) < _HEAD.size:
         return None
     length, digest = _HEAD.unpack(head)
     if length > os.fstat(file).st_size:
         return None
-    text = os.pread(file, length, at + _HEAD.size)
-    if xxhash.xxh3_64_intdigest(text) != digest:
+    text, tail = os.pread(file, length, at + _HEAD.size), os.pread(file, _TAIL.size, at + _HEAD.size + length)
+    if xxhash.xxh3_64_intdigest(text) != digest or tail != _TAIL.pack(at):
         return None
     record: dict[str, Any] = json.loads(text)
     return record
+
+
+def find_record(file: int) -> tuple[int, dict[str, Any]] | None:
+    """Where the record at the end of a kept file begins, and the record; None if there is no whole one."""
+    size = os.fstat(file).st_size
+    tail = os.pread(file, _TAIL.size, size - _TAIL.size) if size >= _TAIL.size else b""
+    at: int = _TAIL.unpack(tail)[0] if len(tail) == _TAIL.size else size
+    record = read_record(file, at) if at < size else None
+    return None if record is None else (at, record)
 
 
 def free_memory() -> tuple[int, int]:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from areal_ray.checkpoint import Catalog
 from areal_ray.checkpoint.retention import Retention
 from areal_ray.config import KeepConfig
+from areal_ray.distributed import Ranks
 from areal_ray.run import RunDir
 from areal_ray.train.bad_steps import Refusal
-from areal_ray.train.recovery import PendingSave
+from areal_ray.train.cadence import AutoCadence
+from areal_ray.train.recovery import PendingSave, SaveListener
 
 _NOTABLE_WAIT_S = 0.5
 
@@ -71,6 +73,32 @@ class Journal:
     def _event(self, kind: str, **fields: object) -> None:
         if self._run is not None:
             self._run.note(kind, self._say, attempt=self._attempt, **fields)
+
+
+class TunedSaves:
+    """A SaveListener that tells a cadence what saves cost, and another listener everything.
+
+    Args:
+        cadence: decides how often to save.
+        listener: the other one.
+        ranks: of which the first decides.
+    """
+
+    def __init__(self, cadence: AutoCadence, listener: SaveListener, ranks: Ranks) -> None:
+        self._cadence, self._listener, self._first = cadence, listener, ranks.rank == 0
+
+    def saved(self, save: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
+        if self._first:
+            self._cadence.ended(blocked_s - waited_s if save.manifest.exception() is None else None)
+        self._listener.saved(save, blocked_s, waited_s, total_s)
+
+    def skipped(self, step: int) -> None:
+        self._listener.skipped(step)
+        if self._first:
+            self._cadence.ended(None)
+
+    def passed_over(self, checkpoint: str, reason: str) -> None:
+        self._listener.passed_over(checkpoint, reason)
 
 
 def retention(run: RunDir, attempt: int, say: Callable[[str], None], catalog: Catalog, keep: KeepConfig) -> Retention:

@@ -12,7 +12,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.train import loop
 from areal_ray.train.bad_steps import BadStepPolicy
-from areal_ray.train.cadence import Cadence
+from areal_ray.train.cadence import AutoCadence, Cadence
 from areal_ray.train.evaluation import Evaluator
 from areal_ray.train.journal import Journal
 from areal_ray.train.recovery import RecoverHandler
@@ -34,6 +34,7 @@ def build_job(
     make_recover: _MakeRecover,
     journal: Journal,
     planned_restart: Callable[[str], Exception],
+    auto: AutoCadence | None = None,
 ) -> tuple[loop.Job, Restore]:
     """Make the objects of one rank, each knowing only what it is given here; and what restores them.
 
@@ -47,6 +48,7 @@ def build_job(
         make_recover: of everything that makes the run resumable, by name.
         journal: told of bad steps.
         planned_restart: exception that has the workers started again, see `Restore`.
+        auto: when to save, where checkpoint.every is auto; None: as the other keys say.
 
     Raises:
         ConfigError: if the optimizer cannot do what train.bad_step.lag asks for.
@@ -72,7 +74,7 @@ def build_job(
         evaluator = Evaluator(*args)
     log = Cadence(config.logging.every_steps)
     metrics = StepMetrics(log, _sinks(config, start), train.steps, train.global_batch_size * train.seq_len)
-    save = Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
+    save = auto or Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
     copy = Cadence(every.memory_every_steps)
     evaluate = Cadence(config.eval.every_steps)
     bad_steps = BadStepPolicy(

@@ -12,19 +12,22 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, MemoryCopies, SyncWriter
+from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, MemoryCopies, Partners, SyncWriter
 from areal_ray.checkpoint.retention import Retention
 from areal_ray.cluster.console import say
+from areal_ray.cluster.nodes import this_node_id
 from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
 from areal_ray.distributed import Ranks, accumulation
+from areal_ray.distributed.point_to_point import PointToPoint
 from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.objectives import build_objective
 from areal_ray.run import JobContext
 from areal_ray.train import loop
+from areal_ray.train.cadence import AutoCadence, SaveHistory
 from areal_ray.train.faults import Faults
-from areal_ray.train.journal import Journal, retention
-from areal_ray.train.recovery import RecoverHandler, SavePolicy
+from areal_ray.train.journal import Journal, TunedSaves, retention
+from areal_ray.train.recovery import RecoverHandler, SaveListener, SavePolicy
 from areal_ray.train.restore import Restore
 from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.job import build_job, load_data
@@ -97,6 +100,8 @@ def wire(
     data = load_data(config, ranks)
     kept = retention(run, attempt, start.say, catalog, config.checkpoint.keep)
     journal = Journal(run if start.first else None, attempt, start.say, kept)
+    auto = auto_cadence(config, start, len(set(nodes)))
+    heard: SaveListener = journal if auto is None else TunedSaves(auto, journal, ranks)
     memory = memory_copies(config, ranks, context, say)
     info = {**engine.describe(), "data": data[0].fingerprint}
     job, restore = build_job(
@@ -106,9 +111,10 @@ def wire(
         data,
         faults.spoiling(objective),
         session,
-        lambda state: recover_handler(config, start, state, info, journal, memory),
+        lambda state: recover_handler(config, start, state, info, heard, memory),
         journal,
         PlannedRestart,
+        auto,
     )
     session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
@@ -120,7 +126,7 @@ def recover_handler(
     start: Start,
     state: Mapping[str, Stateful],
     info: Mapping[str, Any],
-    journal: Journal,
+    journal: SaveListener,
     memory: MemoryCopies | None,
 ) -> RecoverHandler:
     """The recover handler of a run: saves and restores its state as checkpoints."""
@@ -131,13 +137,35 @@ def recover_handler(
     return RecoverHandler(start.catalog, state, writer, journal, start.attempt, described, start.ranks, policy, memory)
 
 
+def auto_cadence(config: Config, start: Start, nodes: int) -> AutoCadence | None:
+    """When to save, tuned by the run itself; None if the config says when. Rank 0 knows the past and decides."""
+    if config.checkpoint.every != "auto":
+        return None
+    run, past = start.run, SaveHistory()
+    if start.first:
+        past = SaveHistory.of(run.newest("save_interval"), run.newest("failure"))
+
+    def tell(fields: dict[str, Any]) -> None:
+        run.note("save_interval", start.say, attempt=start.attempt, **fields)
+
+    cadence = AutoCadence(nodes, past, tell, start.ranks.agree)
+    if start.first:
+        cadence.begin()
+    return cadence
+
+
 def memory_copies(config: Config, ranks: Ranks, context: JobContext, say: Callable[[str], None]) -> MemoryCopies | None:
     """Copies between checkpoints, in every rank; None if there are to be none."""
     if config.checkpoint.memory_every_steps is None:
         return None
     # Steps that are not computed again must have left their metrics.
     durable = context.run.flush if ranks.rank == 0 else lambda: None
-    return MemoryCopies(context.submission, ranks, _node_process(), say, durable)
+    name, owner = context.submission, _node_process()
+    partners = None
+    if config.checkpoint.memory_partner:
+        link = PointToPoint(_background_group())
+        partners = Partners(name, ranks, link, this_node_id(), owner, say)
+    return MemoryCopies(name, ranks, owner, say, durable, partners=partners)
 
 
 def _recorded(config: Config, catalog: Catalog) -> accumulation.Accumulate | None:
@@ -156,9 +184,13 @@ def _node_process() -> int | None:
 def _writer(config: Config, start: Start) -> CheckpointWriter:
     if not config.checkpoint.async_save:
         return SyncWriter(start.ranks, start.say)
-    # No time limit of its own: a slow disk is no failure, and a dead peer closes its connections.
-    background = Ranks(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
-    return AsyncWriter(start.ranks, background, start.say)
+    return AsyncWriter(start.ranks, Ranks(_background_group()), start.say)
+
+
+def _background_group() -> dist.ProcessGroup:
+    """A group of all ranks for a thread. No time limit of its own: slowness is no failure, and a dead peer closes its
+    connections."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def _silent(_: str) -> None:

@@ -25,6 +25,7 @@ PARTS = {
     "goodput": "tokens that count per second under a Poisson schedule of kills",
     "metadata": "CPU, bytes and peak of a load and a save beside their tensors, 2 to 32 ranks",
     "scale": "simulated: planning, commit and metadata of a restore for 64, 256 and 1,024 ranks of a 70B model",
+    "losses": "tokens that count per second while workers and nodes are lost, beside none lost",
     "long": "start, restart, list and save with 10 and 1,000 checkpoints, and after 100 and 10^6 lines of logs",
     "accumulate": "peak memory and speed of a step with several micro-batches, gradients sharded and not",
     "memory": "peak proportional set size, /dev/shm included",
@@ -39,7 +40,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help="default all, which takes hours")
     parser.add_argument("--rounds", type=int, default=5, help="of every arm in turn")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="of the parts' arms")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of a run under kills (goodput)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of a run under kills (goodput, losses)")
     parser.add_argument(
         "--saves",
         nargs="+",

@@ -166,6 +166,7 @@ ARMS: dict[str, Arm] = {
     "tutorial-async": _python("ray_tutorial", "async"),
     "tutorial-best": _python("ray_tutorial", "best", environment=QUICK),
     "areal_ray": _ours(),
+    "areal_ray-partners": _ours("checkpoint.memory_partner=true"),
 }
 if importlib.util.find_spec("accelerate"):
     ARMS["hf-ddp"] = _python("hf_trainer")

@@ -12,6 +12,7 @@ from .report import ratios
 KILLED = "SIGKILL of a worker to the next finished step"
 STOPPED = "SIGSTOP of a worker to the next finished step"
 NODE = "a node with a worker removed to the next finished step"
+LOSSES = "goodput under losses of workers and nodes, beside none"
 STANDBYS = "step time, no saves: areal_ray beside areal_ray-no-standbys"
 STEADY = "steady state, no saves: areal_ray beside torchrun"
 START = "command to first finished step, running cluster"
@@ -120,6 +121,7 @@ BOUNDS = (
     _bound("start", START, "areal_ray", "tutorial", "<=", 0.6),
     _bound("goodput", goodput_beside("tutorial"), "areal_ray", "tutorial", ">=", 1.4),
     _bound("goodput", goodput_beside("torchrun-dcp"), "areal_ray", "torchrun-dcp", ">", 1.0),
+    _bound("goodput, losses of workers and nodes", LOSSES, "areal_ray-partners", "areal_ray", ">=", 0.9),
     _bound("blocked per save", BLOCKED, "areal_ray", "tutorial", "<=", 0.15),
     _bound("effective stall per save", STALL, "areal_ray", "tutorial", "<=", 0.35),
     _bound("staged to committed", COMMITTED, "areal_ray", PLAIN_WRITE, ">=", 0.6),

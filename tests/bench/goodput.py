@@ -40,12 +40,12 @@ AGAIN_S = 1.0  # of training after a restart, before the turn may end
 LOOK_S = 0.1  # reading a log takes time from those who are measured
 
 
-def schedule(seed: int, seconds: float) -> list[tuple[float, int]]:
-    """Times of kills, in seconds from the first step, and the rank that each hits."""
+def schedule(seed: int, seconds: float, targets: int = 2) -> list[tuple[float, int]]:
+    """Times of kills, in seconds from the first step, and which of so many targets (ranks) each hits."""
     draw, kills = random.Random(seed), []
     at = draw.expovariate(1 / MEAN_S)
     while at < seconds:
-        kills.append((at, draw.randrange(2)))
+        kills.append((at, draw.randrange(targets)))
         at += draw.expovariate(1 / MEAN_S)
     return kills
 
@@ -76,7 +76,7 @@ class Run:
     """
 
     def __init__(self, job: Job, kills: Sequence[tuple[float, int]], seconds: float) -> None:
-        self._job, self._kills, self._seconds = job, list(kills), seconds
+        self.job, self._kills, self._seconds = job, list(kills), seconds
         self.used, self.hit, self.over = 0.0, 0, False
         self._aside = self._made = self._highest = 0  # steps: made while the clock stood; made; reached
 
@@ -92,25 +92,25 @@ class Run:
     def turn(self) -> None:
         """Train for a while, and be killed if it is time."""
         time.sleep(SETTLE_S)
-        self._aside += len(self._job.events("step")) - self._made
+        self._aside += len(self.job.events("step")) - self._made
         began, so_far, killed = time.time(), self.used, None
         while not self.done:
             time.sleep(LOOK_S)
             now = time.time()
             self.used = min(so_far + now - began, self._seconds)
-            self.over = self._job.process.poll() is not None
+            self.over = self.job.process.poll() is not None
             if self._kills and self.used >= self._kills[0][0]:
-                killed = self._kill(self._kills.pop(0)[1]) or killed
+                killed = self.kill(self._kills.pop(0)[1]) or killed
             elif now - began > LONGEST_S or (now - began > TURN_S and self._trains(killed, now)):
                 break
-        made = [line["step"] for line in self._job.events("step")]
+        made = [line["step"] for line in self.job.events("step")]
         self._made, self._highest = len(made), max(made)
 
-    def _kill(self, rank: int) -> float | None:
-        """When, if there was anybody."""
-        if there := workers(self._job):
+    def kill(self, target: int) -> float | None:
+        """Hit a target; when, if there was anybody."""
+        if there := workers(self.job):
             with suppress(ProcessLookupError):
-                at = kill(there[rank % len(there)])
+                at = kill(there[target % len(there)])
                 self.hit += 1
                 return at
         return None
@@ -119,10 +119,21 @@ class Run:
         """Whether it does so since a while, if it was killed in this turn."""
         if killed is None:
             return True
-        lines = self._job.events("step")
+        lines = self.job.events("step")
         pids = {line["pid"] for line in lines if line["time"] <= killed}
         again = [line["time"] for line in lines if line["pid"] not in pids]
         return bool(again) and now - again[0] > AGAIN_S
+
+
+def take_turns(runs: Sequence[Run]) -> None:
+    """Two runs, from their first steps until their clocks have run down."""
+    for run in runs:
+        run.job.wait(lambda job=run.job: job.events("step"))
+    while not all(run.done for run in runs):
+        for run, other in zip(runs, reversed(runs), strict=True):
+            if not run.done:
+                with other.job.frozen() if other.job.process.poll() is None else nullcontext():
+                    run.turn()
 
 
 def compete(tasks: Mapping[str, arms.Task], seed: int, seconds: float) -> dict[str, Run]:
@@ -131,13 +142,7 @@ def compete(tasks: Mapping[str, arms.Task], seed: int, seconds: float) -> dict[s
     with ExitStack() as stack:
         jobs = [stack.enter_context(arms.started(name, task)) for name, task in tasks.items()]
         runs = [Run(job, kills, seconds) for job in jobs]
-        for job in jobs:
-            job.wait(lambda job=job: job.events("step"))
-        while not all(run.done for run in runs):
-            for run, other in zip(runs, reversed(jobs), strict=True):
-                if not run.done:
-                    with other.frozen() if other.process.poll() is None else nullcontext():
-                        run.turn()
+        take_turns(runs)
         for name, run, job in zip(tasks, runs, jobs, strict=True):
             why = f"; over before its time:\n{job.printed()[-1000:]}" if run.over else ""
             report.said(name, f"{run.steps} steps, {run.hit} of {len(kills)} kills hit{why}")

@@ -116,6 +116,12 @@ class Cluster:
         self._process.stdin.flush()
         self._answer("removed")
 
+    def replace_node(self, worker: int) -> None:
+        """SIGKILL the node on which a process runs, with whatever runs there, and add one like it."""
+        self._process.stdin.write(f"replace {worker}\n")
+        self._process.stdin.flush()
+        self._answer("replaced")
+
     def _answer(self, begins: str) -> str:
         deadline, line = time.monotonic() + _ANSWER_S, ""
         with suppress(queue.Empty):

@@ -12,7 +12,7 @@ class Options:
     """Args:
     rounds: of every arm in turn.
     only: names of arms, if not all.
-    seconds: how long a run under kills lasts (goodput).
+    seconds: how long a run under kills lasts (goodput, losses).
     saves: steps between two saves of arms that do not save as often as the others (goodput).
     model: overrides of the experiment that make it larger (restart, saves); none: what the part has otherwise.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from tests.distributed.small import (
     snapshot,
 )
 
+if TYPE_CHECKING:
+    from areal_ray.train.cadence import AutoCadence
+
 STEPS, BAD, EVERY = 6, 4, 3
 
 
@@ -39,12 +42,14 @@ class SlowStorage(LocalStorage):
 class Run:
     """One attempt of the real loop: everything that a worker wires, without Ray."""
 
-    def __init__(self, root: str, *overrides: str, attempt: int = 1, fault: Fault | None = None) -> None:
+    def __init__(
+        self, root: str, *overrides: str, attempt: int = 1, fault: Fault | None = None, auto: AutoCadence | None = None
+    ) -> None:
         # Here, so that this module can be collected where there is a torch but no grain and no Ray.
         from areal_ray.data import PackedTokens
         from areal_ray.run import RunDir
         from areal_ray.train.faults import Faults
-        from areal_ray.train.journal import Journal, retention
+        from areal_ray.train.journal import Journal, TunedSaves, retention
         from areal_ray.train.recovery import RecoverHandler, SavePolicy
         from areal_ray.worker.job import build_job
         from areal_ray.worker.start import Start
@@ -68,6 +73,7 @@ class Run:
         here = self.run if start.first else None
         kept = retention(self.run, attempt, start.say, start.catalog, KeepConfig())
         journal = Journal(here, attempt, start.say, kept)
+        heard = TunedSaves(auto, journal, self.ranks) if auto else journal
         writer = AsyncWriter(self.ranks, Ranks(dist.new_group(backend="gloo")))
         info = {**self.engine.describe(), "config": {}}
         self.job, self.restore = build_job(
@@ -77,11 +83,10 @@ class Run:
             (data, data),
             self.faults.spoiling(LanguageModeling()),
             self,
-            lambda state: RecoverHandler(
-                start.catalog, state, writer, journal, attempt, info, self.ranks, SavePolicy()
-            ),
+            lambda state: RecoverHandler(start.catalog, state, writer, heard, attempt, info, self.ranks, SavePolicy()),
             journal,
             RuntimeError,
+            auto,
         )
         self.restored: list[tuple[str | None, dict[str, torch.Tensor]]] = []
         self.weights: dict[int, list[dict[str, torch.Tensor]]] = {}  # before each step, each time

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from areal_ray.checkpoint import MemoryCopies
-from areal_ray.checkpoint.format import shard_file
 from areal_ray.checkpoint.format.shard_file import ShardImage
+from areal_ray.checkpoint.memory import kept_images
 from tests.distributed.killed_run import Numbers
 from tests.distributed.memory_attempts import INFO, LAST, Attempt, after, die, leave, to_be_killed
 from tests.distributed.ranks import RankFailed, run_ranks
@@ -141,7 +141,7 @@ def test_another_number_of_ranks_goes_without(name: str) -> None:
 def flipped(rank: int, name: str, parent: int) -> dict[str, Any]:
     """A bit of rank 1's newest copy is another one."""
     attempt = Attempt(name, parent)
-    claim = shard_file.claim
+    claim = kept_images.claim
 
     def damaged(name: str) -> list[int]:
         files = claim(name)
@@ -150,7 +150,7 @@ def flipped(rank: int, name: str, parent: int) -> dict[str, Any]:
             os.pwrite(file, bytes([byte[0] ^ 1]), 1000)
         return files
 
-    shard_file.claim = damaged
+    kept_images.claim = damaged
     return attempt.restore()
 
 

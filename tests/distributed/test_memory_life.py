@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from areal_ray.checkpoint import Catalog, SyncWriter, memory_copies
-from areal_ray.checkpoint.format import shard_file
+from areal_ray.checkpoint import Catalog, SyncWriter
+from areal_ray.checkpoint.format.shard_file import ShardImage
+from areal_ray.checkpoint.memory import copies as memory_copies
+from areal_ray.checkpoint.memory import kept_images
 from areal_ray.distributed import RankError
 from areal_ray.processes.memory_keeper import read_record
 from areal_ray.storage import LocalStorage
@@ -61,7 +63,7 @@ def leaves_files(rank: int, name: str, parent: int, folder: str) -> None:
 def takes_over(rank: int, name: str, parent: int, restores: bool) -> dict[str, Any]:
     attempt = Attempt(name, parent)
     copy = attempt.restore()["copy"] if restores else None
-    held = [read_record(file, os.fstat(file).st_size) for file in attempt.copies._kept._claimed]
+    held = [read_record(file, os.fstat(file).st_size) for file in attempt.copies._claimed.files]
     attempt.step()
     attempt.copies._last.result()  # type: ignore[union-attr]
     records = [read_record(image.fd, image.size) for image in attempt.copies._kept.images]
@@ -105,18 +107,19 @@ def without_room(rank: int, name: str, parent: int, what: str) -> tuple[list[str
         size = 2 * sum(tensor.nbytes for tensor in attempt.numbers.mine())
         return 1e6 + 1.5 * size, 1e7  # for one rank there would be
 
-    def none(*_: Any, **__: Any) -> None:
-        raise OSError("too many open files")
+    class NoImage(ShardImage):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise OSError("too many open files")
 
-    attempt, room, image = Attempt(name, parent, retry_after=1), memory_copies.free_memory, shard_file.ShardImage
+    attempt, room, image = Attempt(name, parent, retry_after=1), memory_copies.free_memory, kept_images.ShardImage
     if rank == 1 and what == "memory":
         memory_copies.free_memory = free  # type: ignore[assignment]
     if rank == 1 and what == "files":
-        shard_file.ShardImage = none  # type: ignore[assignment,misc]
+        kept_images.ShardImage = NoImage  # type: ignore[assignment,misc]
     counts = []
     for step in range(1, 5):
         if step == 3:
-            memory_copies.free_memory, shard_file.ShardImage = room, image  # type: ignore[misc]
+            memory_copies.free_memory, kept_images.ShardImage = room, image  # type: ignore[misc]
         attempt.step()
         counts.append(len(attempt.copies._kept.images))
     attempt.copies._last.result()  # type: ignore[union-attr]

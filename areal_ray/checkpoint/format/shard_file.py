@@ -17,7 +17,6 @@ import torch
 import xxhash
 
 from areal_ray.distributed.device import call_runtime
-from areal_ray.processes.memory_keeper import MemoryKeeper, claim
 
 _MADV_POPULATE_WRITE = 23  # <linux/mman.h>; Python's mmap.madvise would hold the interpreter's lock
 _POPULATED = 64 << 20  # bytes in one call
@@ -131,6 +130,10 @@ class ShardImage:
         """All bytes, not copied."""
         return memoryview(self._memory)
 
+    def as_bytes(self) -> torch.Tensor:
+        """All bytes as one tensor, not copied."""
+        return torch.frombuffer(self._memory, dtype=torch.uint8)
+
     def fill(self, tensors: Sequence[torch.Tensor], whole: Sequence[bool]) -> torch.cuda.Event | None:
         """Copy the tensors, in the order of the items.
 
@@ -214,58 +217,3 @@ def _populate(memory: mmap.mmap) -> None:
             if error == errno.EINVAL:  # a kernel before 5.14: the first copy it is
                 return
             raise OSError(error, f"no memory for {len(memory) / 1e9:.1f} GB: {os.strerror(error)}")
-
-
-class KeptImages:
-    """Two images whose memory outlives this process, for the one that takes its place; see MemoryKeeper.
-
-    Args:
-        name: under which the successor asks for them.
-        owner: process id, with which the memory goes; None: it stays without one.
-    """
-
-    def __init__(self, name: str, owner: int | None) -> None:
-        self._name, self._owner = name, owner
-        self._claimed: list[int] = []
-        self._keeper: MemoryKeeper | None = None
-        self.images: list[ShardImage] = []
-
-    def claim(self, size: int) -> list[int]:
-        """The memory of the process before, as file descriptors that stay this object's; what is too small is gone."""
-        for file in claim(self._name):
-            if os.fstat(file).st_size < size:
-                os.close(file)
-            else:
-                self._claimed.append(file)
-        return self._claimed
-
-    def missing(self, size: int) -> int:
-        """Bytes of new memory that `lay_out` will take for two images of that size."""
-        return (2 - len(self._claimed or self.claim(size))) * size
-
-    def lay_out(self, items: Sequence[torch.Tensor]) -> None:
-        """Make both, in claimed memory where there is some, and have it kept.
-
-        Raises:
-            OSError: if there is no memory for them, or nobody to keep it; to be followed by `release`.
-        """
-        for _ in range(2):
-            self.images.append(ShardImage("", items, reused=self._claimed.pop() if self._claimed else None))
-        self._keeper = MemoryKeeper(self._name, [image.fd for image in self.images], self._owner)
-
-    def erase(self, size: int) -> None:
-        """Cut off what is behind the images of that size, claimed or made: the records that make copies of them."""
-        for file in (*self._claimed, *(image.fd for image in self.images)):
-            os.ftruncate(file, size)
-
-    def release(self) -> None:
-        """Let the memory go."""
-        for file in self._claimed:
-            os.close(file)
-        self._claimed = []
-        if self._keeper is not None:
-            self._keeper.release()
-            self._keeper = None
-        for image in self.images:
-            image.close()
-        self.images = []

@@ -65,6 +65,8 @@ WRONG_OVERRIDES = [
     ("cluster.env={LD_LIBRARY_PATH: '/opt:$HOME'}", "cluster.env.LD_LIBRARY_PATH", "without other variables in it"),
     ("cluster.env={'a b': x}", "cluster.env", "'a b' is no name of a variable"),
     ("cluster.resources_per_worker={GPU: 1}", "cluster.resources_per_worker", "cluster.use_gpu=false does not use"),
+    ("checkpoint.every=auto", "checkpoint.every", "beside it checkpoint.every_steps="),
+    ("checkpoint.every=often", "checkpoint.every", "'auto'"),
     ("data.held_out=1", "data.held_out", "between 0 and 1"),
     ("data.paths=[a]", "data.paths", "the source is 'stdlib'"),
     ("data.paths[0]=a", "data.paths", ""),
@@ -90,6 +92,7 @@ WRONG_OVERRIDES = [
 ]
 
 WRONG_FILES = [
+    ("checkpoint: {memory_partner: true}\n", "checkpoint.memory_partner", "set checkpoint.memory_every_steps"),
     (
         f"{MODEL}cluster: {{use_gpu: true, resources_per_worker: {{GPU: 0.5}}}}",
         "cluster.resources_per_worker",

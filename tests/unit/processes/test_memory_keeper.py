@@ -86,6 +86,19 @@ def test_a_process_that_lives_keeps_its_files(name: str, keeps: Any) -> None:
     assert memory_keeper.claim(f"{name}-0", wait_s=0.1) == []
 
 
+def test_names_are_found_by_how_they_begin(name: str, keeps: Any) -> None:
+    process = keeps(os.getpid())
+    assert memory_keeper.kept_names(f"{name}-") == [f"{name}-0"]
+    assert memory_keeper.kept_names(f"{name}-1") == []
+    process.stdin.close()
+    process.wait()
+    assert memory_keeper.kept_names(name) == [f"{name}-0"]
+    for file in memory_keeper.claim(f"{name}-0"):
+        os.close(file)
+    is_over(name)
+    assert memory_keeper.kept_names(name) == []
+
+
 def is_over(name: str) -> None:
     """Wait until the process that keeps the files has ended."""
     with socket.socket(socket.AF_UNIX) as connection:
@@ -164,6 +177,21 @@ def test_nothing_is_left_in_a_directory(name: str, keeps: Any) -> None:
         time.sleep(0.1)
     assert left == set()
     assert not Path(address(f"{name}-0")[1:]).exists()
+
+
+def test_a_record_is_found_from_the_end_of_its_file() -> None:
+    file, copy = os.memfd_create("kept"), os.memfd_create("copy")
+    assert memory_keeper.find_record(file) is None
+    memory_keeper.write_record(file, 100, {"step": 4})
+    size = os.fstat(file).st_size
+    assert memory_keeper.find_record(file) == (100, {"step": 4})
+    os.pwrite(copy, os.pread(file, size, 100), 100)
+    assert memory_keeper.find_record(copy) == (100, {"step": 4})
+    for cut in (size - 1, 101, 100, 7):
+        os.ftruncate(file, cut)
+        assert memory_keeper.find_record(file) is None
+    os.pwrite(copy, bytes([255]), 120)
+    assert memory_keeper.find_record(copy) is None
 
 
 def test_a_record_is_read_whole_or_not_at_all() -> None:

@@ -1,0 +1,298 @@
+"""Copies at partners: after the loss of a node the run goes on from the newest step that is whole somewhere."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from areal_ray.checkpoint.memory import kept_images, partners, search
+from areal_ray.distributed.point_to_point import PointToPoint
+from areal_ray.processes.memory_keeper import kept_names
+from tests.distributed.killed_run import Numbers
+from tests.distributed.memory_attempts import INFO, LAST, die, to_be_killed
+from tests.distributed.partner_attempts import Nodes, Owners, PartnerAttempt, after, leave, made_up
+from tests.distributed.ranks import RankFailed, run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def at_each_step(rank: int) -> list[str]:
+    dist.init_process_group("gloo")
+    numbers, bits = Numbers(), []
+    for step in range(LAST + 1):
+        if step:
+            numbers.train()
+        bits.append(numbers.bits())
+    return bits
+
+
+@pytest.fixture(scope="module")
+def bits() -> list[str]:
+    """What there is to be after each step, whole: the same for any number of ranks."""
+    return run_ranks(at_each_step, 1)[0]
+
+
+@pytest.fixture
+def nodes(name: str) -> Iterator[Nodes]:
+    with made_up(name) as nodes:
+        yield nodes
+
+
+@pytest.mark.parametrize(
+    ("before", "lost", "then"),
+    [
+        ("ab", "b", "ac"),
+        ("ab", "a", "cb"),
+        ("ab", "b", "a"),
+        ("ab", "a", "b"),
+        ("ab", "b", "aac"),
+        ("abc", "b", "ac"),
+        ("abc", "b", "caca"),
+        ("aab", "a", "b"),
+        ("aab", "b", "aa"),
+        ("ab", "", "ba"),
+        ("aa", "", "a"),
+    ],
+    ids=lambda value: value or "none",
+)
+def test_after_the_loss_of_a_node_nothing_is_lost(
+    name: str, nodes: Nodes, bits: list[str], before: str, lost: str, then: str
+) -> None:
+    leave(name, before, nodes.owners)
+    nodes.lose(*lost)
+    for found in run_ranks(after, len(then), name, then, nodes.owners):
+        assert (found["step"], found["bits"], found["told"]) == (LAST, bits[LAST], LAST)
+        assert found["copy"] == ((1, LAST), {"numbers": {"step": LAST}, "told": {"value": LAST}}, INFO)
+    assert [found["copy"] for found in run_ranks(after, len(then), name, then, nodes.owners)] == [None] * len(then)
+    assert kept_names(f"{name}-") == []
+
+
+def test_two_lost_neighbours_of_the_ring_are_too_many(name: str, nodes: Nodes) -> None:
+    leave(name, "abc", nodes.owners)
+    nodes.lose("b", "c")  # b's are at c
+    (found,) = run_ranks(after, 1, name, "a", nodes.owners)
+    assert (found["step"], found["copy"], found["said"][1:]) == (0, None, [])
+
+
+@pytest.mark.parametrize(("not_durable", "step"), [((4,), 3), ((3,), 4), ((3, 4), 2)])
+def test_what_does_not_count_on_one_rank_is_no_partners_either(
+    name: str, nodes: Nodes, bits: list[str], not_durable: Sequence[int], step: int
+) -> None:
+    leave(name, "ab", nodes.owners, not_durable)
+    nodes.lose("b")
+    (found,) = run_ranks(after, 1, name, "a", nodes.owners)
+    assert (found["step"], found["bits"]) == (step, bits[step])
+
+
+def in_place(rank: int, name: str, nodes: str, owners: Owners) -> tuple[int, bool]:
+    attempt, given = PartnerAttempt(name, nodes, owners), []
+    newest = search.Search.newest
+
+    def seen(self: search.Search, newer_than: Any) -> Any:
+        given.append(newest(self, newer_than))
+        return given[0]
+
+    search.Search.newest = seen  # type: ignore[method-assign]
+    return attempt.restore()["step"], given[0].in_place
+
+
+def test_a_killed_worker_finds_its_own(name: str, nodes: Nodes) -> None:
+    leave(name, "ab", nodes.owners)
+    assert run_ranks(in_place, 2, name, "ab", nodes.owners) == [(LAST, True)] * 2
+
+
+def dies_after(exchanges: int, link: PointToPoint) -> None:
+    exchange, left = link.exchange, iter(range(exchanges))
+
+    def cut(*messages: Any) -> None:
+        if next(left, None) is None:
+            die()
+        exchange(*messages)
+
+    link.exchange = cut  # type: ignore[method-assign]
+
+
+def cut_off(rank: int, name: str, nodes: str, owners: Owners, pieces: int) -> None:
+    """Rank 1 is killed when so many pieces of its last copy have been sent, and rank 0 waits for the next."""
+    partners._PIECE_BYTES = 1000
+    attempt = PartnerAttempt(name, nodes, owners)
+    for step in range(1, LAST + 1):
+        if rank == 1 and step == LAST:
+            dies_after(pieces + 2, attempt.partners.link)  # two words come before
+        attempt.step()
+        if step < LAST:
+            attempt.settle()
+    to_be_killed()
+
+
+@pytest.mark.parametrize("lost", ["a", "b", ""])
+@pytest.mark.parametrize("pieces", [0, 5, 1])
+def test_killed_while_it_sends(name: str, nodes: Nodes, bits: list[str], pieces: int, lost: str) -> None:
+    with pytest.raises(RankFailed, match="rank 1 died"):
+        run_ranks(cut_off, 2, name, "ab", nodes.owners, pieces)
+    nodes.lose(*lost)
+    then = {"a": "cb", "b": "ac", "": "ab"}[lost]
+    step = LAST - 1 if lost else LAST  # its own is whole
+    for found in run_ranks(after, 2, name, then, nodes.owners):
+        assert (found["step"], found["bits"]) == (step, bits[step])
+
+
+def flipped(rank: int, name: str, nodes: str, owners: Owners, count: int) -> dict[str, Any]:
+    """A bit of so many of the newest files is another one."""
+    attempt, claim = PartnerAttempt(name, nodes, owners), kept_images.claim
+
+    def step(file: int) -> int:
+        found = kept_images.find_record(file)
+        return found[1]["version"][1] if found else 0
+
+    def damaged(name: str) -> list[int]:
+        files = claim(name)
+        newest = sorted(files, key=step, reverse=True)
+        for file in newest[:count] if name.endswith("-partner") else ():
+            os.pwrite(file, bytes([os.pread(file, 1, 1000)[0] ^ 1]), 1000)
+        return files
+
+    kept_images.claim = damaged
+    return attempt.restore()
+
+
+@pytest.mark.parametrize(("count", "step"), [(1, LAST - 1), (2, 0)])
+def test_what_is_damaged_is_passed_over(name: str, nodes: Nodes, bits: list[str], count: int, step: int) -> None:
+    leave(name, "ab", nodes.owners)
+    nodes.lose("b")
+    found = run_ranks(flipped, 2, name, "ac", nodes.owners, count)
+    assert [(each["step"], each["bits"]) for each in found] == [(step, bits[step])] * 2
+    (said,) = [line for line in found[0]["said"] if "passing over" in line]
+    assert f"CheckpointDamaged: the copy in memory of step {LAST} does not match its checksum" in said
+
+
+def test_a_damaged_partner_copy_is_of_no_matter_where_the_own_one_is(name: str, nodes: Nodes) -> None:
+    leave(name, "ab", nodes.owners)
+    assert [each["step"] for each in run_ranks(flipped, 2, name, "ab", nodes.owners, 2)] == [LAST] * 2
+
+
+def slow(rank: int, name: str, nodes: str, owners: Owners) -> dict[str, Any]:
+    """The second copy is on its way while two more are due."""
+    attempt, go = PartnerAttempt(name, nodes, owners), threading.Event()
+    send = attempt.partners.send
+
+    def waiting(*arguments: Any) -> bool:
+        go.wait()
+        return send(*arguments)
+
+    attempt.step()
+    attempt.settle()
+    if rank == 1:
+        attempt.partners.send = waiting  # type: ignore[method-assign]
+    for _ in range(3):
+        attempt.step()
+    dist.barrier()
+    turn = attempt.copies._turn
+    go.set()
+    attempt.settle()
+    attempt.step()
+    attempt.settle()
+    kept = next(iter(attempt.partners._guests.values()))
+    records = [kept_images.find_record(file) for file in kept.files]
+    return {
+        "turn": turn,
+        "steps": sorted(record[1]["version"][1] for record in records if record),
+        "said": attempt.said,
+    }
+
+
+def test_what_is_due_while_one_is_on_its_way_is_left_out(name: str, nodes: Nodes) -> None:
+    first, second = run_ranks(slow, 2, name, "ab", nodes.owners)
+    assert (first["turn"], first["steps"]) == (second["turn"], second["steps"]) == (0, [2, 5])
+    assert first["said"] == ["the copy in memory of step 3 is left out: the one before is on its way to the partners"]
+    assert second["said"] == []
+
+
+def forgets(rank: int, name: str, nodes: str, owners: Owners, ends: bool) -> None:
+    attempt = PartnerAttempt(name, nodes, owners)
+    for _ in range(2):
+        attempt.step()
+        attempt.settle()
+    if ends:
+        attempt.copies.close()
+    else:
+        attempt.copies.forget()
+    dist.barrier()
+    if rank == 1:
+        die()
+    to_be_killed()
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["state went back", "run came to its end"])
+def test_nothing_comes_back_when(name: str, nodes: Nodes, ends: bool) -> None:
+    with pytest.raises(RankFailed, match="rank 1 died"):
+        run_ranks(forgets, 2, name, "ab", nodes.owners, ends)
+    nodes.lose("b")
+    (found,) = run_ranks(after, 1, name, "a", nodes.owners)
+    assert found["copy"] is None
+
+
+def on_one_node(rank: int, name: str, owners: Owners) -> list[str]:
+    attempt = PartnerAttempt(name, "aa", owners)
+    for _ in range(3):
+        attempt.step()
+    assert attempt.copies._sent is None
+    return attempt.said
+
+
+def test_on_one_node_there_is_no_partner(name: str, nodes: Nodes) -> None:
+    first, second = run_ranks(on_one_node, 2, name, nodes.owners)
+    assert first == ["copies in memory have no partner: all ranks are on one node (checkpoint.memory_partner)"]
+    assert second == []
+
+
+def without_room(rank: int, name: str, nodes: str, owners: Owners) -> tuple[list[str], list[int]]:
+    """Rank 1 has no memory for its guest at the first copy."""
+    attempt, guest_files = PartnerAttempt(name, nodes, owners, retry_after=1), partners.GuestFiles
+
+    def none(*_: Any) -> None:
+        raise OSError("too many open files")
+
+    if rank == 1:
+        partners.GuestFiles = none  # type: ignore[assignment,misc]
+    counts = []
+    for step in range(1, 6):
+        if step == 3:
+            partners.GuestFiles = guest_files  # type: ignore[misc]
+        attempt.step()
+        for future in (attempt.copies._last, attempt.copies._sent):
+            if future is not None:
+                future.exception()
+        counts.append(len(attempt.copies._kept.images))
+    return attempt.said, counts
+
+
+def test_without_room_for_guests_there_are_no_copies_for_a_while(name: str, nodes: Nodes) -> None:
+    (quiet, counts), (said, also) = run_ranks(without_room, 2, name, "ab", nodes.owners)
+    assert counts == also == [2, 0, 0, 2, 2]
+    assert (quiet, said) == ([], ["no copies in memory for now: too many open files"])
+    assert [each["step"] for each in run_ranks(after, 2, name, "ab", nodes.owners)] == [5] * 2
+
+
+def again(rank: int, name: str, nodes: str, owners: Owners) -> tuple[int, set[int], set[int]]:
+    attempt = PartnerAttempt(name, nodes, owners)
+    step = attempt.restore()["step"]
+    claimed = {os.fstat(file).st_ino for file in attempt.copies._claimed.files}
+    attempt.step()
+    attempt.settle()
+    kept = next(iter(attempt.partners._guests.values()))
+    files = [*kept.files, *(image.fd for image in attempt.copies._kept.images)]
+    return step, claimed, {os.fstat(file).st_ino for file in files}
+
+
+def test_the_memory_of_the_attempt_before_is_used_again(name: str, nodes: Nodes) -> None:
+    leave(name, "ab", nodes.owners)
+    for step, claimed, used in run_ranks(again, 2, name, "ab", nodes.owners):
+        assert step == LAST
+        assert len(claimed) >= 2  # its own; these nodes are one machine, and both look for the rest
+        assert len(claimed & used) == min(len(claimed), len(used))
