@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed
 def at_each_step(rank: int) -> list[str]:
     dist.init_process_group("gloo")
     numbers, bits = Numbers(), []
-    for step in range(LAST + 1):
+    for step in range(2 * LAST + 1):
         if step:
             numbers.train()
         bits.append(numbers.bits())
@@ -70,6 +70,37 @@ def test_after_the_loss_of_a_node_nothing_is_lost(
         assert found["copy"] == ((1, LAST), {"numbers": {"step": LAST}, "told": {"value": LAST}}, INFO)
     assert [found["copy"] for found in run_ranks(after, len(then), name, then, nodes.owners)] == [None] * len(then)
     assert kept_names(f"{name}-") == []
+
+
+def goes_on(rank: int, name: str, nodes: str, owners: Owners, number: int) -> None:
+    """Attempt `number`: restore, some steps more, killed."""
+    attempt = PartnerAttempt(name, nodes, owners)
+    attempt.restore(attempt=number - 1)
+    for _ in range(2):
+        attempt.numbers.train()
+        attempt.told.value = attempt.numbers.step
+        attempt.copies.save((number, attempt.numbers.step), attempt.state, INFO)
+        attempt.settle()
+    dist.barrier()
+    if rank == len(nodes) - 1:
+        die()
+    to_be_killed()
+
+
+def restored(rank: int, name: str, nodes: str, owners: Owners, number: int) -> tuple[int, str]:
+    found = PartnerAttempt(name, nodes, owners).restore(attempt=number - 1)
+    return found["step"], found["bits"]
+
+
+def test_one_node_after_the_other_is_lost_and_comes_back(name: str, nodes: Nodes, bits: list[str]) -> None:
+    leave(name, "ab", nodes.owners)
+    nodes.lose("b")
+    for number, (there, lost) in enumerate([("ac", "a"), ("cb", "c")], start=2):
+        nodes.start(*set(there) - set(nodes.owners))
+        with pytest.raises(RankFailed, match="rank 1 died"):
+            run_ranks(goes_on, 2, name, there, nodes.owners, number)
+        nodes.lose(lost)
+    assert run_ranks(restored, 1, name, "b", nodes.owners, 4) == [(LAST + 4, bits[LAST + 4])]
 
 
 def test_two_lost_neighbours_of_the_ring_are_too_many(name: str, nodes: Nodes) -> None:
