@@ -28,8 +28,8 @@ _MEMORY = 600e6  # bytes that one takes, before one has been measured
 
 def ready_folder(kind: str) -> Path:
     """Folder in which the processes of this job on this node that have done their imports are listed, by process id."""
-    session = ray_internals.session_directory()
-    return Path(session) / "areal_ray" / ray.get_runtime_context().get_job_id() / kind
+    session, context = ray_internals.session_directory(), ray.get_runtime_context()
+    return Path(session) / "areal_ray" / context.get_job_id() / context.get_node_id() / kind
 
 
 def prestart(count: int) -> None:

@@ -102,11 +102,8 @@ class Server:
             print(f"fork server: {type(error).__name__}: {error}", file=sys.stderr)
             connection.close()
             return None
-        reason = self._misfit(request)
-        if reason and reason not in self._said:
-            self._said.add(reason)
-            print(f"fork server: processes are started anew, not forked: {reason}", file=sys.stderr)
-        pid = launch.REFUSED if reason else self._fork()
+        refusal = self._refusal(request)
+        pid = refusal if refusal is not None else self._fork()
         if pid is None:
             return lambda: self._become(request, descriptors, connection)
         for descriptor in descriptors:
@@ -114,11 +111,22 @@ class Server:
         # A launcher that has not waited is an ordinary process now, and its connection will say so.
         with suppress(OSError):
             launch.send_number(connection, pid)
-        if pid == launch.REFUSED:
+        if pid <= launch.REFUSED:
             connection.close()
         else:
             self._watch(_Child(pid, os.pidfd_open(pid), connection))
         return None
+
+    def _refusal(self, request: dict[str, Any]) -> int | None:
+        """The answer to a request for a process that no fork of this one can be; None if one can."""
+        if self._adopted is not None and request["environment"].get(launch.NODE) != self._adopted.get(launch.NODE):
+            return launch.OF_ANOTHER_NODE
+        if not (reason := self._misfit(request)):
+            return None
+        if reason not in self._said:
+            self._said.add(reason)
+            print(f"fork server: processes are started anew, not forked: {reason}", file=sys.stderr)
+        return launch.REFUSED
 
     def _misfit(self, request: dict[str, Any]) -> str:
         """Why no fork of this process can be the process that the request asks for; "" if one can."""

@@ -24,8 +24,9 @@ import time
 from typing import Any
 
 MODEL = "AREAL_RAY_WARM"  # the model to get ready for, in the environment of training workers and their standbys only
-REFUSED = 0  # instead of a process id
+REFUSED, OF_ANOTHER_NODE = 0, -1  # instead of a process id
 GO = b"1"
+NODE = "RAY_RAYLET_PID"  # process id of the node's own process, in the environment of all that it starts
 _FIND_S = 5.0  # a fork server that has been started takes its name before it imports
 _WAIT_S = 15.0  # for everything, imports of the fork server included; after a minute Ray gives the process up
 _LOOK_S, _PARENT_S = 0.05, 1.0
@@ -170,10 +171,26 @@ def _connect(name: str, preparation: str, deadline: float) -> socket.socket:
 def _hand_over(name: str, preparation: str, command: list[str], wait_s: float) -> tuple[socket.socket, int]:
     """Have the fork server fork; the connection to it, and the fork as a file descriptor.
 
+    Where a machine has several of Ray's nodes each has a fork server of its own, but for the first.
+
     Raises:
         OSError: if that cannot be. Then there is no process that does anything.
     """
     deadline = time.monotonic() + wait_s
+    connection, number, go = _ask(name, preparation, command, deadline)
+    if number == OF_ANOTHER_NODE:
+        os.close(go)
+        connection.close()
+        connection, number, go = _ask(f"{name}-{os.environ.get(NODE)}", preparation, command, deadline)
+    if number <= REFUSED:
+        raise ConnectionRefusedError("the fork server cannot make this process")
+    process = os.pidfd_open(number)
+    os.write(go, GO)
+    return connection, process
+
+
+def _ask(name: str, preparation: str, command: list[str], deadline: float) -> tuple[socket.socket, int, int]:
+    """Ask a fork server; the connection to it, its answer, and where the fork is to be told to begin."""
     connection = _connect(name, preparation, deadline)
     check_peer(connection)
     request = json.dumps(_own(command)).encode()
@@ -182,12 +199,7 @@ def _hand_over(name: str, preparation: str, command: list[str], wait_s: float) -
     send_request(connection, request, wait)
     os.close(wait)
     connection.settimeout(max(_LOOK_S, deadline - time.monotonic()))
-    number = receive_number(connection)
-    if number == REFUSED:
-        raise ConnectionRefusedError("the fork server cannot make this process")
-    process = os.pidfd_open(number)
-    os.write(go, GO)
-    return connection, process
+    return connection, receive_number(connection), go
 
 
 def _stand_for(connection: socket.socket, process: int) -> int:
