@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -32,14 +33,19 @@ def ready_folder(kind: str) -> Path:
     return Path(session) / "areal_ray" / context.get_job_id() / context.get_node_id() / kind
 
 
-def prestart(count: int) -> None:
-    """Have the raylet of this node start idle processes like this one: same job, same environment.
+def prestart(count: int, node: Mapping[str, Any] | None = None) -> None:
+    """Have a raylet start idle processes like this one: same job, same environment.
+
+    Args:
+        count: how many.
+        node: one of `ray.nodes()`; None: that of this process.
 
     Raises:
         grpc.RpcError: if the raylet refuses.
     """
     context = ray.get_runtime_context()
-    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    if node is None:
+        node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     job, environment = context.get_job_id(), context.get_runtime_env_string()
     with ray_internals.node_service(node) as service:
         ray_internals.prestart_workers(service, job, environment, count, _KEEP_S, _CALL_S)

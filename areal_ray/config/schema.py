@@ -235,6 +235,11 @@ class Config:
         low, high = self.worker_range
         return [size for size in range(low, high + 1) if fits(self, size)]
 
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """The resources of one worker."""
+        return {"CPU": 1, **({"GPU": 1} if self.cluster.use_gpu else {}), **self.cluster.resources_per_worker}
+
     def standbys(self, local_workers: int) -> int:
         """The number of standbys on a node that has so many workers."""
         return StandbyCount.parse(self.cluster.standbys).on(local_workers)

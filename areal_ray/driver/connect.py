@@ -129,7 +129,7 @@ def _local_options(config: Config) -> dict[str, Any]:
     """Options of `ray.init` for a cluster on this machine."""
     # More workers than cores is slow, not wrong: tell Ray what it must hear to place them.
     workers = config.worker_range[1]
-    needed = math.ceil(workers * resources(config).get("CPU", 0))
+    needed = math.ceil(workers * config.worker_resources.get("CPU", 0))
     cores = os.cpu_count() or 1
     if needed > cores:
         print(f"{workers} workers share the {cores} CPU cores of this machine", flush=True)
@@ -154,11 +154,6 @@ def _start_ahead(config: Config) -> None:
     except Exception as error:  # noqa: BLE001  (the call is internal to Ray; without it they start when they are used)
         text = " ".join(str(error).split())[:200]
         print(f"no processes are started ahead: {type(error).__name__}: {text}", flush=True)
-
-
-def resources(config: Config) -> dict[str, float]:
-    """Resources of one worker."""
-    return {"CPU": 1, **({"GPU": 1} if config.cluster.use_gpu else {}), **config.cluster.resources_per_worker}
 
 
 def _runtime_env(config: Config, fork_server: ForkServer | None) -> dict[str, Any]:

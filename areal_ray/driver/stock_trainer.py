@@ -21,7 +21,6 @@ from areal_ray.config import Config
 from areal_ray.controller.failure_report import Reporter
 from areal_ray.controller.restart_policy import RestartPolicy
 from areal_ray.controller.worker_count import WorkerCount, room_for
-from areal_ray.driver.connect import resources
 from areal_ray.run.directory import SNAPSHOT
 from areal_ray.run.job_context import JobContext
 
@@ -54,7 +53,7 @@ class StockTrainer:
         self._config, self._context, self._pause_s = config, context, pause_s
         self._train, self._torch, self._run = train, torch, run
         self._requests = requests_to(context.submission, fast_restarts=False)
-        self._worker = resources(config)
+        self._worker = config.worker_resources
         self._bad_nodes = BadNodes(context.run, _print)
         told = self._bad_nodes, self._worker, _print
         self._count = WorkerCount(config.usable_sizes, self._requests, context.run, *told)

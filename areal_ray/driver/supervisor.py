@@ -18,7 +18,7 @@ from areal_ray.cluster.requests import requests_to
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.config import Config
 from areal_ray.controller.failure_report import Reporter
-from areal_ray.driver.connect import BESIDE, resources
+from areal_ray.driver.connect import BESIDE
 from areal_ray.driver.stock_trainer import StockTrainer
 from areal_ray.processes.fork_server import process_environment
 from areal_ray.run.directory import RunDir
@@ -96,7 +96,7 @@ def _fit_with_our_controller(config: Config, context: JobContext) -> dict[str, A
         _train_function(config, context),
         torch_config=GroupTorchConfig(**_torch(config)),
         scaling_config=ScalingConfig(
-            num_workers=config.worker_range, use_gpu=wanted.use_gpu, resources_per_worker=resources(config)
+            num_workers=config.worker_range, use_gpu=wanted.use_gpu, resources_per_worker=config.worker_resources
         ),
         run_config=RunConfig(
             **_run(config, context),

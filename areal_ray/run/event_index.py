@@ -13,7 +13,7 @@ from areal_ray.run.log_lines import Line
 from areal_ray.storage import Storage
 
 # Kinds of which every event counts, as long as the run lasts.
-HISTORY = ("bad_step", "poison_step", "passed_over", "bad_device", "readmitted", "fault")
+HISTORY = ("bad_step", "poison_step", "passed_over", "bad_device", "readmitted", "fault", "spare_standbys")
 # Kinds of which the newest event counts; of `stuck` those of the newest attempt.
 NEWEST = ("submitted", "group", "attempt", "started", "restored", "training", "failure", "save_interval")
 _WANTED = re.compile(rb'"event": ?"(?:%s)"' % "|".join((*HISTORY, *NEWEST, "stuck")).encode())

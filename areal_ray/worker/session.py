@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ray.train import CheckpointUploadMode as Upload
 from areal_ray.checkpoint import Manifest
 from areal_ray.cluster.ray_internals import is_preempted
 from areal_ray.cluster.requests import AWAY, Reason, Requests
+from areal_ray.cluster.spare_nodes import SpareNodes
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.distributed import Ranks
 from areal_ray.storage import Storage
@@ -37,7 +38,7 @@ class RaySession:
         ranks: all ranks.
         requests: polled by rank 0.
         storage: the run directory, which is Ray Train's as well.
-        standbys: of this node, to be replenished when training is under way; None in all but one of its workers.
+        standbys: to be replenished when training is under way.
         watchdog: told of progress; None if there is none.
         fast_restarts: as in JobContext. If not, Ray Train is asked for preemption by its public function, which is a
             barrier of all ranks, with every report.
@@ -49,7 +50,7 @@ class RaySession:
         ranks: Ranks,
         requests: Requests,
         storage: Storage,
-        standbys: Standbys | None = None,
+        standbys: Sequence[Standbys | SpareNodes] = (),
         watchdog: Watchdog | None = None,
         fast_restarts: bool = True,
     ) -> None:
@@ -106,8 +107,9 @@ class RaySession:
         self._step = step
         self._steps += 1
         if self._standbys and self._steps > _CALM_STEPS and time.monotonic() - self._began > _CALM_S:
-            self._standbys.replenish()
-            self._standbys = None
+            for each in self._standbys:
+                each.replenish()
+            self._standbys = ()
         self._faults.before_step(step)
 
     def check(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import ray.train
 
 from areal_ray.cluster.console import log, say
+from areal_ray.cluster.nodes import this_node_id
+from areal_ray.cluster.spare_nodes import SpareNodes
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.config import Config
 from areal_ray.data import GlobalBatches
@@ -22,22 +24,31 @@ from areal_ray.worker.watchdog import Stuck, Watchdog
 _COMPARE_STEPS = 16  # between two comparisons of the ranks
 
 
-def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) -> Standbys | None:
-    """The standbys of this node, in one of its workers; None in the others.
+def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) -> list[Standbys | SpareNodes]:
+    """The standbys of this node, in one of its workers, and those of nodes without workers, on rank 0. A collective.
 
     Rank 0's writes its figures down: several machines would mix their lines on NFS.
     """
     context = ray.train.get_context()
     count = config.standbys(context.get_local_world_size())
+    occupied = ranks.gather_to_rank_zero(this_node_id())
     if not count or context.get_local_rank() != 0:
-        return None
+        return []
 
     def report(ready: int, memory: int, seconds: float) -> None:
         if ranks.rank == 0:
             figures = {"ready": ready, "memory_mb": round(memory / 1e6), "seconds": round(seconds, 2)}
             run.note("standbys", say, node=nodes[0], **figures)
 
-    return Standbys("worker", count, report, say)
+    here = Standbys("worker", count, report, say)
+    if occupied is None:
+        return [here]
+
+    def note(kind: str, **fields: Any) -> None:
+        run.note(kind, say, **fields)
+
+    events = run.turning_points()
+    return [here, SpareNodes(set(occupied), count, config.worker_resources, events, note, say)]
 
 
 def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:

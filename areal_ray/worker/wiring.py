@@ -94,7 +94,7 @@ def wire(
     if start.first:
         run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
     faults = Faults(config.faults, run, ranks)
-    standbys = sidecars.standbys(config, run, ranks, nodes) if context.fast_restarts else None
+    standbys = sidecars.standbys(config, run, ranks, nodes) if context.fast_restarts else []
     requests = requests_to(context.submission, context.fast_restarts)
     session = RaySession(faults, ranks, requests, run.storage, standbys, watchdog, context.fast_restarts)
     data = load_data(config, ranks)

@@ -57,6 +57,12 @@ def tree(pid: int) -> list[psutil.Process]:
     return []
 
 
+def _environment(process: psutil.Process) -> dict[str, str]:
+    with suppress(psutil.Error):
+        return dict(process.environ())
+    return {}
+
+
 def title(process: psutil.Process) -> str:
     """What Ray calls a process of its own; "" of one that has ended."""
     with suppress(psutil.Error):
@@ -108,7 +114,11 @@ class Cluster:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
-        return tree(self._process.pid)
+        """All that it has started, and what its nodes' processes have put aside, such as fork servers."""
+        own = tree(self._process.pid)
+        pids = {str(process.pid) for process in own}
+        aside = [each for each in psutil.process_iter() if _environment(each).get("RAY_RAYLET_PID") in pids]
+        return list(dict.fromkeys([*own, *aside]))
 
     def remove_node(self) -> None:
         """SIGKILL the last node and whatever runs on it; returns when it is gone."""
