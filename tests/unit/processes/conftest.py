@@ -34,8 +34,8 @@ def started():
 def serve(started):
     """Start a fork server that has imported little; its name and its process."""
 
-    def serve(before=("torch", "numpy.random"), idle=600.0, owner=None, **options):
-        name = secrets.token_hex(8)
+    def serve(before=("torch", "numpy.random"), idle=600.0, owner=None, name=None, **options):
+        name = name or secrets.token_hex(8)
         code = SERVER.format(root=str(ROOT), before=before, idle=idle, name=name, owner=str(owner or os.getpid()))
         process = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE, **options)
         started(process)

@@ -84,6 +84,16 @@ def test_one_for_which_something_was_read_otherwise_is_no_fork(serve, run):
     ]
 
 
+def test_each_of_several_nodes_on_a_machine_has_a_fork_server_of_its_own(serve, run):
+    name, first = serve()
+    _, second = serve(name=f"{name}-22")
+    for node, server in (("11", first), ("22", second), ("11", first), ("22", second)):
+        process = run(name, SAY, "4", env={**os.environ, launch.NODE: node})
+        fork = said(process)
+        assert (fork["fork"], fork["parent"]) == (True, server.pid)
+        assert process.returncode == 4
+
+
 def test_where_the_fork_server_is_of_no_use_the_process_is_an_ordinary_one(serve, run):
     name, server = serve(before=("no_such_module",))
     for _ in range(2):
