@@ -59,18 +59,6 @@ class _Block:
     data: int | None
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """A type of torch by its name.
-
-    Raises:
-        CheckpointDamaged: if there is none.
-    """
-    found = torch.__dict__.get(name)
-    if not isinstance(found, torch.dtype):
-        raise CheckpointDamaged(f"{LAYOUT}: this torch has no type {name!r}")
-    return found
-
-
 def read_tensors(
     directory: Storage, contents: Contents, tensors: Mapping[str, torch.Tensor], one_by_one: bool = False
 ) -> None:

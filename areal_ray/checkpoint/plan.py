@@ -25,6 +25,8 @@ from areal_ray.checkpoint.format.shard_file import framed_size
 from areal_ray.checkpoint.tree import box_of, is_here, local
 from areal_ray.distributed import Ranks
 
+_SMALL = 64 << 10  # bytes of a tensor that is not worth to be shared out
+
 
 @dataclass(frozen=True)
 class _Held:
@@ -122,13 +124,16 @@ def plan_all(held: Sequence[_Held]) -> tuple[list[bytes], Layout, Places]:
     cuts: dict[tuple[Any, ...], Cut] = {}
     tensors: dict[str, StoredTensor] = {}
     owners, numbers, sizes = [], [], []
-    for name, shape, dtype, group in _by_tensor(held):
+    # Those that every rank reads come first, and all lie in one file: one table and one range for all of them.
+    for name, shape, dtype, group in sorted(_by_tensor(held), key=lambda each: not _is_for_all(each[3], len(held))):
         boxes, ranks, number, size = group
         part, unique = _unique(boxes)
-        order = np.lexsort((ranks, load[ranks], part))
-        chosen = order[np.searchsorted(part[order], np.arange(len(unique)))]
+        if _is_for_all(group, len(held)):
+            chosen = np.zeros(1, np.int64)
+        else:
+            chosen = _choose(part, len(unique), ranks, load)
+            load[ranks[chosen]] += size[chosen]
         chosen = chosen[boxes[chosen, len(shape) :].all(axis=1)]  # nobody writes an empty part
-        load[ranks[chosen]] += size[chosen]
         boxes, ranks = boxes[chosen].reshape(len(chosen), 2, len(shape)), ranks[chosen]
         key = shape, boxes.tobytes(), ranks.tobytes()
         tensors[name] = StoredTensor(shape, dtype, cuts.setdefault(key, Cut(boxes, ranks)))
@@ -150,6 +155,28 @@ def plan_all(held: Sequence[_Held]) -> tuple[list[bytes], Layout, Places]:
 
 
 _Group = tuple[Ints, Ints, Ints, Ints]
+
+
+def _is_for_all(group: _Group, ranks: int) -> bool:
+    """Whether a tensor is small, and every rank holds all of it, as the optimizer's counts of steps."""
+    boxes, who, _, sizes = group
+    return len(who) == ranks and bool(sizes.max() <= _SMALL) and bool((boxes == boxes[0]).all())
+
+
+def _choose(part: Ints, parts: int, ranks: Ints, load: Ints) -> Ints:
+    """Which of the holders of each part writes it: one of those with the least to write.
+
+    Where every part has as many holders, the first ones of all parts write the tensor, or the second ones, and so on:
+    so tensors are cut in as many ways as there are replicas. If each part went its own way, every tensor would be cut
+    in a way of its own.
+    """
+    order = np.lexsort((ranks, part))
+    counts = np.bincount(part, minlength=parts)
+    if (counts == counts[0]).all():
+        holders = order.reshape(parts, counts[0])
+        return holders[:, load[ranks[holders]].sum(axis=0).argmin()]
+    order = np.lexsort((ranks, load[ranks], part))
+    return order[np.searchsorted(part[order], np.arange(parts))]
 
 
 def _by_tensor(held: Sequence[_Held]) -> list[tuple[str, tuple[int, ...], str, _Group]]:

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint.format.contents import Contents
+from areal_ray.checkpoint.format.contents import Contents, torch_dtype
 from areal_ray.checkpoint.format.layout import StoredTensor
 from areal_ray.checkpoint.format.manifest import Manifest
-from areal_ray.checkpoint.parts import read_tensors, torch_dtype
+from areal_ray.checkpoint.parts import read_tensors
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.tree import flatten, merge
 from areal_ray.distributed import Ranks

@@ -54,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with losable_output() as output:
         status = int(arguments.run(arguments))
-    trained = arguments.run is _train and not arguments.print_config  # what is printed is not what it was for
+    # Of these the output is not what they are for; of all others it is.
+    works = arguments.run in (_train, _submit, _verify, _chaos) and not arguments.print_config
     if output.lost is None:
         return status
     if isinstance(output.lost, BrokenPipeError):  # the reader has seen enough, as in `areal-ray ckpt diff A B | head`
-        return status if trained else 128 + signal.SIGPIPE
+        return status if works else 128 + signal.SIGPIPE
     print(f"areal-ray: the output could not be written: {output.lost.strerror}", file=sys.stderr)
-    return status if trained else status or 1
+    return status if works else status or 1
 
 
 def _add_experiment(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:

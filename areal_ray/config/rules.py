@@ -72,9 +72,11 @@ def check(config: Config) -> None:
 
 
 def _check_numbers(value: Any, key: str) -> None:
+    """Numbers of the schema are finite and of 64 bits; what is in free arguments is for whoever they are handed to."""
     if is_dataclass(value):
         for field in fields(value):
-            _check_numbers(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+            if "Any" not in str(field.type) or field.type == "Any":
+                _check_numbers(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
     elif isinstance(value, dict):
         for name, below in value.items():
             _check_numbers(below, f"{key}.{name}")
@@ -239,7 +241,9 @@ def _check_resources(config: Config) -> None:
 
 def _check_saves(config: Config) -> None:
     every = config.checkpoint
-    others = {name: getattr(every, name) for name in ("every_steps", "every_seconds", "every_epochs")}
+    usual = type(every)()  # what nobody has written does not stand in the way
+    names = ("every_steps", "every_seconds", "every_epochs")
+    others = {name: getattr(every, name) for name in names if getattr(every, name) != getattr(usual, name)}
     given = [f"checkpoint.{name}={value}" for name, value in others.items() if value is not None]
     if every.every == "auto" and given:
         text = f"auto finds out by itself when to save; beside it {' and '.join(given)} must be null"

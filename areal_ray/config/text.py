@@ -41,8 +41,10 @@ def keep_text(text: str, hint: Any, key: str = "") -> str:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        raise ConfigError(key, f"is no YAML: {error.problem}{where}") from None
-    except (yaml.YAMLError, ValueError) as error:  # characters that YAML does not have
+        # PyYAML's words but for names, which may be parts of a secret.
+        problem = re.sub(r"(alias|anchor|handle) '.*'", r"\1", str(error.problem))
+        raise ConfigError(key, f"is no YAML: {problem}{where}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # characters that YAML does not have, say
         raise ConfigError(key, f"is no YAML ({type(error).__name__})") from None
     if node is None:
         return text
@@ -64,10 +66,10 @@ def _walk(node: yaml.Node, hint: Any, key: str, seen: set[int]) -> None:
         return
     seen.add(id(node))
     if node.tag not in _TAGS:
-        raise ConfigError(key, f"has the tag {node.tag.removeprefix(_OF_YAML)}, and values here have none")
+        raise ConfigError(key, "begins with a tag (!), and values here have none: put it in quotes")
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
-            if isinstance(name, yaml.ScalarNode) and name.tag != f"{_OF_YAML}merge":
+            if isinstance(name, yaml.ScalarNode) and name.tag != f"{_OF_YAML}merge" and _has_names(hint):
                 _quote(name)
             _walk(value, _below(hint, str(name.value)), f"{key}.{name.value}".lstrip("."), seen)
     elif isinstance(node, yaml.SequenceNode):
@@ -92,6 +94,12 @@ def _is_text(hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return all(isinstance(each, str) for each in get_args(hint))
     return hint is str
+
+
+def _has_names(hint: Any) -> bool:
+    """Whether the keys of a mapping are names of the schema, or of variables: in free arguments they may be numbers."""
+    arguments = get_args(hint)
+    return is_dataclass(hint) or (get_origin(hint) is dict and arguments[0] is str and arguments[1] is not Any)
 
 
 def _below(hint: Any, name: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from areal_ray.config import Config
 from areal_ray.distributed.mesh import ParallelDims
@@ -27,9 +28,17 @@ def choose(config: Config, parameters: Iterable[nn.Parameter], recorded: Accumul
         config: cluster.num_workers, engine and the sizes in train are read.
         parameters: of the model; those of a DTensor count in full.
         recorded: the choice of the checkpoint that the run goes on from.
+
+    Raises:
+        ValueError: if this torch cannot do what the configuration says.
     """
+    able = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+    if config.engine.accumulate == "sharded" and not able:
+        raise ValueError("engine.accumulate=sharded needs torch 2.13 or newer; this one can do unsharded only")
     if config.engine.accumulate != "auto":
         return config.engine.accumulate
+    if not able:
+        return "unsharded"
     if recorded is not None:
         return recorded
     if not config.usable_sizes:  # of a job under torchrun, which has other workers
@@ -46,7 +55,8 @@ def reduce_after(model: Any, late: LateReduceScatter, how: Accumulate, first: bo
 
     `unsharded`: they are summed on the rank, whole and in float32, and reduced with the last micro-batch. `sharded`:
     they are reduce-scattered with every micro-batch, and each rank sums its shard; with replicas of the model (HSDP)
-    the sums are all-reduced once, with the last. With a single micro-batch both are the same, bit for bit.
+    the sums are all-reduced once, with the last. What a rank does not use has a gradient of zero there, not none. With
+    a single micro-batch both are the same, bit for bit, if every parameter is used.
 
     Args:
         model: on which `fully_shard` was called.
@@ -56,6 +66,8 @@ def reduce_after(model: Any, late: LateReduceScatter, how: Accumulate, first: bo
     """
     model.set_requires_gradient_sync(how == "sharded" or last)
     if how == "sharded":
+        # Ranks may use different parameters in one micro-batch (experts, branches), and each reduces what it has used.
+        model.set_reduce_scatter_unused_params(True)
         model.set_requires_all_reduce(last)
     # FSDP adds to the sum as soon as the reduce-scatter returns, and it must be there then.
     late.at_once = how == "sharded" and not (first and last)

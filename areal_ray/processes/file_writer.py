@@ -184,6 +184,8 @@ class _Metadata:
         if path is not None:
             with open(path, "rb") as file:
                 self._data = encode(pickle.load(file))  # noqa: S301  (of its parent)
+        if not self._data:  # of a child in whose place this one has come just now
+            raise OSError("the process that writes checkpoints does not have the metadata")
         return self._data
 
 

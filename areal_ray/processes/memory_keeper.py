@@ -117,7 +117,9 @@ def kept_names(prefix: str) -> list[str]:
     Reads the kernel's table of Unix sockets, in which names of other users may stand, too.
     """
     before, after = address("|").removeprefix("\0").split("|")
-    paths = (line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines())
+    # Of others there may be any bytes, line ends among them.
+    lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
+    paths = [columns[-1] for columns in map(str.split, lines) if columns]
     names = {
         path.removeprefix(f"@{before}").removesuffix(after)
         for path in paths

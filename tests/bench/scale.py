@@ -14,7 +14,7 @@ import tempfile
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -22,18 +22,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from areal_ray import models
 from areal_ray.checkpoint.capture import Index
 from areal_ray.checkpoint.format.contents import Contents
-from areal_ray.checkpoint.format.layout import LAYOUT
+from areal_ray.checkpoint.format.layout import LAYOUT, Layout
 from areal_ray.checkpoint.format.manifest import MANIFEST, STATE, FileRecord, Manifest
 from areal_ray.checkpoint.format.shard_file import framed_size
 from areal_ray.checkpoint.format.sums import shard_name
 from areal_ray.checkpoint.parts import _blocks, _overlaps, _requests
-from areal_ray.checkpoint.plan import _Held, _signature, plan_all
+from areal_ray.checkpoint.plan import Places, _Held, _signature, plan_all
 from areal_ray.config import load
 from areal_ray.distributed import mesh
 from areal_ray.distributed.parallelize import parallelize
@@ -47,12 +47,12 @@ from .bounds import simulated
 from .launch import ROOT
 from .options import Options
 
-RANKS = (64, 256, 1024)
+LAYOUTS = {"64 ranks": (64, 1), "256 ranks": (256, 1), "1024 ranks": (1024, 1), "2 x 512 ranks": (1024, 2)}
 T = TypeVar("T")
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a 70B Llama's weights and of AdamW's moments: 2,169 tensors."""
+    """Names and shapes of a 70B Llama's weights and of AdamW's moments and counts of steps: 2,892 tensors."""
     hidden, small, wide, rows = 8192, 1024, 28672, 128256
     layer = {
         "self_attn.q_proj": (hidden, hidden),
@@ -70,6 +70,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
         weights |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
     weights |= {"model.norm.weight": (hidden,), "lm_head.weight": (rows, hidden)}
     optimizer = {f"optim.{name}.{of}": shape for name, shape in weights.items() for of in ("exp_avg", "exp_avg_sq")}
+    optimizer |= {f"optim.{name}.step": () for name in weights}
     return {**{f"model.{name}": shape for name, shape in weights.items()}, **optimizer}
 
 
@@ -80,29 +81,35 @@ def rows_of(shape: tuple[int, ...], rank: int, ranks: int) -> tuple[int, int]:
     return start, min(each, shape[0] - start)
 
 
-def tensors_of(rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    """What a rank holds, without memory; makes this process that rank."""
+def tensors_of(rank: int, ranks: int, replicas: int) -> dict[str, torch.Tensor]:
+    """What a rank holds, without memory; makes this process that rank. Counts of steps are whole on every rank."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    all_ranks = init_device_mesh("cpu", (ranks,))
+    mesh, shards = init_device_mesh("cpu", (replicas, ranks // replicas)), ranks // replicas
     found: dict[str, torch.Tensor] = {}
     for name, shape in shapes().items():
-        part = torch.empty((rows_of(shape, rank, ranks)[1], *shape[1:]), device="meta")
+        if not shape:
+            found[name] = torch.empty((), device="meta")
+            continue
+        part = torch.empty((rows_of(shape, rank % shards, shards)[1], *shape[1:]), device="meta")
         stride = torch.empty(shape, device="meta").stride()
-        found[name] = DTensor.from_local(
-            part, all_ranks, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        size, placements = torch.Size(shape), [Replicate(), Shard(0)]
+        found[name] = DTensor.from_local(part, mesh, placements, run_check=False, shape=size, stride=stride)
     return found
 
 
-def held_of(rank: int, ranks: int, table: list[tuple[str, tuple[int, ...], str]]) -> _Held:
-    """What `_Held.by_this_rank` gives for a rank; that it does is checked for some."""
-    boxes, sizes = [], []
+def held_of(rank: int, shards: int, table: list[tuple[str, tuple[int, ...], str]]) -> _Held:
+    """What `_Held.by_this_rank` gives for a rank; that it does is checked for one."""
+    boxes: list[int] = []
+    sizes = []
     for _, shape, _ in table:
-        start, count = rows_of(shape, rank, ranks)
-        boxes += [start, *[0] * (len(shape) - 1), count, *shape[1:]]
-        sizes.append(framed_size((count, *shape[1:]), torch.float32))
+        length = shape
+        if shape:
+            start, count = rows_of(shape, rank % shards, shards)
+            length = count, *shape[1:]
+            boxes += [start, *[0] * (len(shape) - 1), *length]
+        sizes.append(framed_size(length, torch.float32))
     return _Held(table, np.array(boxes, np.int64), np.array(sizes, np.int64))
 
 
@@ -130,15 +137,15 @@ def sums_of(rank: int, sizes: list[int]) -> bytes:
     return "\n".join([*lines, ""]).encode()
 
 
-def simulate(ranks: int) -> dict[str, float]:
+def simulate(ranks: int, replicas: int) -> dict[str, float]:
     """All figures, by name."""
     figures: dict[str, float] = {}
-    elsewhere = 5
-    mine = tensors_of(elsewhere, ranks)
+    elsewhere, shards = 5, ranks // replicas
+    mine = tensors_of(elsewhere, ranks, replicas)
     figures["tensors"] = len(mine)
     held, own_s = spent(lambda: _Held.by_this_rank(mine))
     packed, pack_s = spent(lambda: held.pack(held.digest))
-    everybody = [held_of(rank, ranks, held.table) for rank in range(ranks)]
+    everybody = [held_of(rank, shards, held.table) for rank in range(ranks)]
     assert all(
         (a == b).all() for a, b in ((everybody[elsewhere].boxes, held.boxes), (everybody[elsewhere].sizes, held.sizes))
     )
@@ -180,27 +187,28 @@ def simulate(ranks: int) -> dict[str, float]:
     figures["later save, rank 0: commit, s"] = commit_s
     figures["manifest.json, MB"] = len(manifest) / 1e6
     with tempfile.TemporaryDirectory() as folder:
-        figures |= restore(Path(folder), ranks, everybody, text)
-    figures |= start(ranks)
+        figures |= restore(Path(folder), layout, places, text, replicas)
+    figures |= start(ranks, replicas)
     return figures
 
 
-def restore(folder: Path, ranks: int, everybody: list[_Held], text: bytes) -> dict[str, float]:
+def restore(folder: Path, layout: Layout, places: Places, text: bytes, replicas: int) -> dict[str, float]:
     """A restore but for the bytes of tensors, at the same size and at half of it."""
-    directory = LocalStorage(folder / "checkpoint")
+    directory, ranks = LocalStorage(folder / "checkpoint"), layout.shards
     directory.make()
-    sizes = [each.sizes.tolist() for each in everybody]
     records = {LAYOUT: write_small(directory, LAYOUT, text), STATE: write_small(directory, STATE, b"{}")}
-    for rank in range(ranks):
+    owners = np.concatenate([tensor.cut.shards for tensor in layout.tensors.values()])
+    by_owner = np.argsort(owners, kind="stable")
+    counts = np.bincount(owners, minlength=ranks)
+    for rank, sizes in enumerate(np.split(places.sizes[by_owner], np.cumsum(counts)[:-1])):
         name = shard_name(rank)
-        written = [size for size, rows in zip(sizes[rank], _rows(everybody[rank]), strict=True) if rows]
-        records[name] = {"size": sum(written), "xxh3_128": "0" * 32}
-        records[sums_name(name)] = write_small(directory, sums_name(name), sums_of(rank, written))
+        records[name] = {"size": int(sizes.sum()), "xxh3_128": "0" * 32}
+        records[sums_name(name)] = write_small(directory, sums_name(name), sums_of(rank, sizes.tolist()))
     directory.publish(MANIFEST, Manifest({}, {name: FileRecord(**each) for name, each in records.items()}).encode())
     sent, read_s = spent(lambda: Contents.read(directory))
     figures = {"restore, rank 0: reads, s": read_s, "restore: KB sent to a rank": sum(map(len, sent)) / 1e3}
     for label, count in (("", ranks), (" at half of the ranks", ranks // 2)):
-        mine = tensors_of(count // 2, count)
+        mine = tensors_of(count // 2, count, replicas)
 
         def prepare(mine: dict[str, torch.Tensor] = mine) -> int:
             contents = Contents.decode(sent)
@@ -215,19 +223,13 @@ def restore(folder: Path, ranks: int, everybody: list[_Held], text: bytes) -> di
     return figures
 
 
-def _rows(held: _Held) -> Iterator[int]:
-    start = 0
-    for _, shape, _ in held.table:
-        yield int(held.boxes[start + len(shape)])
-        start += 2 * len(shape)
-
-
-def start(ranks: int) -> dict[str, float]:
+def start(ranks: int, replicas: int) -> dict[str, float]:
     """Build a 70B model without memory and lay it over all ranks, as a rank does at every start."""
-    tensors_of(5, ranks)
+    tensors_of(5, ranks, replicas)
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     sizes |= {"num_key_value_heads": 8, "vocab_size": 128256}
     names = [f"model.config.{name}={size}" for name, size in sizes.items()]
+    names.append(f"engine.mesh.replicate={replicas}")
     config = load(str(ROOT / EXPERIMENT), names)
     with patch.object(mesh, "connect"), warnings.catch_warnings(action="ignore"):  # there is nobody to connect to
         dims = mesh.ParallelDims.build(config.engine.mesh, torch.device("cpu"), 600)
@@ -244,14 +246,14 @@ def start(ranks: int) -> dict[str, float]:
 def run(options: Options) -> list[dict]:
     """Each size in a process of its own: memory and caches of one would count for the next."""
     found = {}
-    for ranks in RANKS:
+    for label, (ranks, replicas) in LAYOUTS.items():
         with tempfile.NamedTemporaryFile("r") as result:
-            code = f"from {__name__} import main; main({ranks}, {result.name!r})"
+            code = f"from {__name__} import main; main({ranks}, {replicas}, {result.name!r})"
             subprocess.run([sys.executable, "-c", code], check=True)
-            found[ranks] = json.load(result)
-    rows = {name: {f"{ranks} ranks": [found[ranks][name]] for ranks in RANKS} for name in found[RANKS[0]]}
+            found[label] = json.load(result)
+    rows = {name: {label: [found[label][name]] for label in LAYOUTS} for name in found["64 ranks"]}
     return [report.show(simulated(name), "", row, "64 ranks", report.NEITHER) for name, row in rows.items()]
 
 
-def main(ranks: int, path: str) -> None:
-    Path(path).write_text(json.dumps(simulate(ranks)))
+def main(ranks: int, replicas: int, path: str) -> None:
+    Path(path).write_text(json.dumps(simulate(ranks, replicas)))

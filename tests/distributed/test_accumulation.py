@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.fsdp import FSDPModule
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from areal_ray.distributed import accumulation
+from areal_ray.distributed.overlap import LateReduceScatter
 from areal_ray.engine import FSDPEngine
 from areal_ray.engine.objectives import LanguageModeling, next_token_loss, predicted_tokens
 from tests.distributed.ranks import run_ranks
@@ -138,3 +142,44 @@ def go_on(rank: int) -> list[str]:
 
 def test_a_run_goes_on_as_its_checkpoint_says() -> None:
     assert run_ranks(go_on, 2) == [["unsharded", "sharded", "unsharded"]] * 2
+
+
+class Experts(nn.Module):
+    """Which of its two experts it uses, the caller says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+        self.head = nn.Linear(4, 1, bias=False)
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return self.head(self.experts[expert](x)).mean()
+
+
+def backward(model: nn.Module, rank: int, expert: int, share: float) -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(10 * rank + expert))
+    (model(x, expert) * share).backward()
+
+
+def use_experts(rank: int) -> dict[str, float]:
+    """Both ranks use both experts, in another order: how far their gradients are from those of one process."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    alone, model = Experts(), Experts()
+    model.load_state_dict(alone.state_dict())
+    for each in range(2):
+        for expert in range(2):
+            backward(alone, each, expert, 0.5)
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    late = LateReduceScatter()
+    for number, expert in enumerate((rank, 1 - rank)):
+        accumulation.reduce_after(model, late, "sharded", first=number == 0, last=number == 1)
+        backward(model, rank, expert, 1.0)
+    late.wait()
+    right = dict(alone.named_parameters())
+    return {name: float((p.grad.full_tensor() - right[name].grad).abs().max()) for name, p in model.named_parameters()}
+
+
+def test_ranks_that_use_different_experts_in_a_micro_batch_do_not_mix_their_gradients() -> None:
+    for far in run_ranks(use_experts, 2):
+        assert max(far.values()) < 1e-6

@@ -8,6 +8,8 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
+import torch
+
 from areal_ray.checkpoint.format.format_1 import old_layout
 from areal_ray.checkpoint.format.layout import LAYOUT, Layout
 from areal_ray.checkpoint.format.manifest import (
@@ -25,6 +27,18 @@ from areal_ray.processes.file_writer import sums_name
 from areal_ray.storage import Storage, read_ahead
 
 _TABLE_BYTES = 1 << 20  # guessed, of a table that is read ahead
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """A type of torch by its name.
+
+    Raises:
+        CheckpointDamaged: if there is none.
+    """
+    found = torch.__dict__.get(name)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointDamaged(f"{LAYOUT}: this torch has no type {name!r}")
+    return found
 
 
 class Contents:
@@ -73,6 +87,8 @@ class Contents:
             layout, sums = old_layout(manifest, described)
             return cls(manifest, layout, values, list(sums), dict(enumerate(sums.values())))
         layout = Layout.decode(described)
+        for tensor in layout.tensors.values():
+            torch_dtype(tensor.dtype)
         cuts = {id(tensor.cut): tensor.cut for tensor in layout.tensors.values()}
         used = {number for cut in cuts.values() for number in cut.shards.tolist()}
         for name in (each(shard_name(number)) for number in sorted(used) for each in (str, sums_name)):

@@ -23,7 +23,7 @@ from areal_ray.checkpoint.format.manifest import CheckpointDamaged, parse_json
 LAYOUT = "layout.json"
 _FORMAT = 1
 _BLOCK = 256  # boxes that are compared with all others at a time
-_MOST_DIMS = 32
+_MOST_DIMS, _MOST_SHARDS, _MOST_PARTS = 32, 2**20, 2**16
 Ints = npt.NDArray[np.int64]
 
 
@@ -142,7 +142,9 @@ class Layout:
                 if name in tensors:
                     raise ValueError(f"{name!r}: there twice")
                 tensors[_text(name)] = StoredTensor(tuple(map(_count, shape)), _text(dtype), cuts[_count(cut)])
-            return cls(tensors, _count(found["shards"]))
+            if (shards := _count(found["shards"])) > _MOST_SHARDS:
+                raise ValueError(f"{shards} shard files")
+            return cls(tensors, shards)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointDamaged(f"{LAYOUT}: not readable ({type(error).__name__}: {error})") from None
 
@@ -183,6 +185,8 @@ def _problem(shape: tuple[int, ...], cut: Cut, shards: int) -> str | None:
     if len(shape) > _MOST_DIMS or prod(shape) >= 2**62:
         return f"no tensor is of shape {shape}"
     parts = len(cut.shards)
+    if parts > _MOST_PARTS:
+        return f"it has {parts} parts"
     if parts == 0:
         return None if prod(shape) == 0 else "it has no parts"
     if cut.boxes.shape != (parts, 2, len(shape)):

@@ -97,7 +97,7 @@ class ShardImage:
                 os.ftruncate(self.fd, self.size)
             self._memory = mmap.mmap(self.fd, self.size)
             if filled is None:
-                _populate(self._memory)
+                populate(self._memory)
             self._lay_out(items, frames, write=filled is None)
             if filled is None and any(tensor.is_cuda for tensor in items):
                 self._pin()
@@ -201,7 +201,7 @@ class ShardImage:
             self._stream = torch.cuda.Stream()
 
 
-def _populate(memory: mmap.mmap) -> None:
+def populate(memory: mmap.mmap) -> None:
     """Have the kernel make all pages of the memory now, in a few calls that hold no lock of the interpreter.
 
     Otherwise the first copy into it makes them one by one, and takes several times as long as the second.

@@ -96,7 +96,7 @@ class MemoryCopies:
         tensors, values = flatten({name: part.state_dict() for name, part in state.items()})
         if self._laid_out is not None:
             self._laid_out.exception()  # waits
-        if self._kept.images and not self._kept.fit(tensors):  # an optimizer whose state came with its first steps
+        if self._kept.parts and not self._kept.fit(tensors):  # an optimizer whose state came with its first steps
             self._start_anew()
         if self._last is None and self._laid_out is None:
             self._meet(tensors)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from areal_ray.checkpoint.format.shard_file import ShardImage
+from areal_ray.checkpoint.format.shard_file import ShardImage, populate
 from areal_ray.checkpoint.memory.parts import Part, encode, parts_of
 from areal_ray.checkpoint.tree import local
 from areal_ray.processes.memory_keeper import MemoryKeeper, claim, find_record
@@ -163,7 +163,9 @@ class GuestFiles:
                 file = os.memfd_create("areal_ray partner copy") if reused is None else reused
                 self.files.append(file)
                 os.ftruncate(file, size)
-                self.memory.append(torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8))
+                memory = mmap.mmap(file, size)
+                populate(memory)
+                self.memory.append(torch.frombuffer(memory, dtype=torch.uint8))
             self._keeper = MemoryKeeper(name, self.files, owner)
         except BaseException:
             self.release()

@@ -169,6 +169,8 @@ NONSENSE = {
     "no cuts": {"cuts": {}},
     "another format": {"format": 2},
     "true files": {"shards": True},
+    "more files than there can be": {"shards": 10**12},
+    "more parts than there can be": cut([[i // 4, i % 4] for i in range(70_000)], [[1, 1]] * 70_000),
 }
 
 
@@ -184,8 +186,9 @@ def test_a_layout_of_nonsense_is_damage_though_its_checksum_is_right(directory, 
 def test_a_type_that_torch_does_not_have_is_damage(directory, dtype):
     tensors = [["box.weight", dtype, [3, 4], 0], ["box.bias", "float32", [4], 1]]
     forge(directory, "layout.json", json.dumps(layout(tensors=tensors)).encode())
+    assert damage_found(directory).startswith("layout.json: this torch has no type")
     with pytest.raises(CheckpointDamaged, match=r"^layout\.json: this torch has no type"):
-        StoredState(directory).tensor("box.weight")
+        StoredState(directory)
 
 
 @pytest.mark.parametrize("name", ["layout.json", "state.json"])

@@ -92,7 +92,7 @@ def test_a_layout_comes_back_from_its_file(shapes, ranks):
 
 
 def test_what_all_ranks_hold_is_spread_over_them():
-    tensors = [whole(f"t{i:02}", (100 + i,)) for i in range(40)]
+    tensors = [whole(f"t{i:02}", (100_000 + i,)) for i in range(40)]
     _, layout, places = plan_all([held(*tensors)] * 4)
     written = np.zeros(4, np.int64)
     np.add.at(written, np.concatenate([t.cut.shards for t in layout.tensors.values()]), places.sizes)
@@ -107,6 +107,33 @@ def test_tensors_that_are_cut_alike_share_their_cut_and_the_file_does_not_grow_w
     one, many = size(1, 64), size(101, 64)
     assert many - one < 100 * 50
     assert one > 64 * 10
+
+
+def test_with_replicas_and_counts_of_steps_a_layout_grows_with_the_tensors_only():
+    """HSDP, 2 x 16: counts that every rank has do not turn the cut of each tensor into one of its own."""
+
+    def of(rank):
+        large = [rows(f"w{i:03}", (16 * 8, 4096), 16, rank % 16) for i in range(200)]
+        return held(*[each for part in large for each in (part, whole(f"{part[0]}.step", ()))])
+
+    _, layout, places = plan_all([of(rank) for rank in range(32)])
+    assert len({id(tensor.cut) for tensor in layout.tensors.values()}) <= 3
+    assert len(layout.encode()) < 30_000
+    written = np.zeros(32, np.int64)
+    np.add.at(written, np.concatenate([t.cut.shards for t in layout.tensors.values()]), places.sizes)
+    assert written.max() < 1.2 * written.min()
+
+
+def test_what_every_rank_reads_lies_together_in_one_file():
+    def of(rank):
+        large = [rows(f"w{i:02}", (80, 4096), 8, rank) for i in range(50)]
+        return held(*[each for part in large for each in (part, whole(f"{part[0]}.step", ()))])
+
+    _, layout, _ = plan_all([of(rank) for rank in range(8)])
+    steps = [name for name in layout.tensors if name.endswith("step")]
+    assert list(layout.tensors)[:50] == steps
+    assert {int(layout.tensors[name].cut.shards[0]) for name in steps} == {0}
+    assert [int(layout.rows[name][0]) for name in steps] == list(range(50))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ SAY = """
 import json, os, random, resource, signal, sys
 import numpy
 said = {
-    "fork": "smtplib" in sys.modules, "parent": os.getppid(), "environment": dict(os.environ), "arguments": sys.argv, "folder": os.getcwd(),
+    "fork": "smtplib" in sys.modules, "parent": os.getppid(), "environment": dict(os.environ),
+    "arguments": sys.argv, "folder": os.getcwd(),
     "umask": os.umask(0), "path": sys.path, "main": __name__, "input": sys.stdin.read(),
     "cores": sorted(os.sched_getaffinity(0)),
     "oom": open("/proc/self/oom_score_adj").read().strip(), "random": [random.random(), float(numpy.random.rand())],

@@ -216,3 +216,10 @@ def test_a_record_is_read_whole_or_not_at_all() -> None:
 def test_free_memory_is_part_of_all() -> None:
     free, total = memory_keeper.free_memory()
     assert 0 < free < total <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize("path", [b"\0rv-\xff\xfe", b"\0rv-\n", b"\0rv- \n\n x"])
+def test_names_of_others_may_be_any_bytes(name: str, path: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(path)
+        assert memory_keeper.kept_names(name) == []
