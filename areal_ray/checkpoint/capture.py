@@ -37,8 +37,8 @@ class FilesWriter(Protocol):
         ...
 
 
-class Index:
-    """What rank 0 writes about a layout: made once, when it is first asked for, in the background."""
+class LayoutFiles:
+    """Contents of the files that describe a layout: made once, when they are first asked for, in the background."""
 
     def __init__(self, layout: Layout, places: Places) -> None:
         self._layout, self._places = layout, places
@@ -70,7 +70,7 @@ class Capture:
     def __init__(self, ranks: Ranks, complain: Callable[[str], None] = print) -> None:
         self._ranks, self._complain = ranks, complain
         self._plan: SavePlan | None = None
-        self._index: Index | None = None
+        self._described: LayoutFiles | None = None
         self._image: Future[ShardImage | None] = _done(None)
         self._new = False  # whether nothing was copied into it yet
         self._thread: ThreadPoolExecutor | None = None
@@ -113,7 +113,7 @@ class Capture:
         mine = [tensors[name] for name in plan.mine]
         whole = [not isinstance(tensor, DTensor) for tensor in mine]
         copied = image.fill([local(tensor).detach() for tensor in mine], whole) if image is not None else None
-        return Captured(directory, self._index, image, copied, text, dict(info))
+        return Captured(directory, self._described, image, copied, text, dict(info))
 
     def close(self) -> None:
         """Give the memory back."""
@@ -136,7 +136,7 @@ class Capture:
             return ShardImage(shard_name(self._ranks.rank), mine) if mine else None
 
         self._plan, self._thread, self._new = plan, thread, True
-        self._index = Index(*plan.planned) if plan.planned is not None else None
+        self._described = LayoutFiles(*plan.planned) if plan.planned is not None else None
         self._image = thread.submit(allocate) if thread is not None else _attempt(allocate)
 
     def _tell(self, not_pinned: str | None) -> None:
@@ -171,7 +171,7 @@ class Captured:
 
     Args:
         directory: of the checkpoint.
-        index: about the layout, on rank 0.
+        described: what describes the layout, on rank 0.
         image: of this rank's shard file; None if it writes none.
         copied: after this event the image is complete; None: it is.
         text: state.json.
@@ -179,7 +179,7 @@ class Captured:
     """
 
     directory: Storage
-    index: Index | None
+    described: LayoutFiles | None
     image: ShardImage | None
     copied: torch.cuda.Event | None
     text: bytes
@@ -209,11 +209,11 @@ class Captured:
         return committed[0] if committed else None
 
     def _commit(self, files: FilesWriter, written: list[dict[str, Record]]) -> Manifest:
-        assert self.index is not None
+        assert self.described is not None
         records = {name: record for each in written for name, record in each.items()}
         records[STATE] = write_small(self.directory, STATE, self.text)
-        records[LAYOUT] = write_small(self.directory, LAYOUT, self.index.layout)
-        records[METADATA] = files.write_metadata(self.directory, METADATA, self.index.parts)
+        records[LAYOUT] = write_small(self.directory, LAYOUT, self.described.layout)
+        records[METADATA] = files.write_metadata(self.directory, METADATA, self.described.parts)
         manifest = Manifest(self.info, {name: FileRecord(**record) for name, record in records.items()})
         # In one piece: a torn one is damage, not a save that was cut off.
         self.directory.publish(MANIFEST, manifest.encode())

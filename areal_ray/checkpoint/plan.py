@@ -25,7 +25,7 @@ from areal_ray.checkpoint.format.shard_file import framed_size
 from areal_ray.checkpoint.tree import box_of, is_here, local
 from areal_ray.distributed import Ranks
 
-_SMALL = 64 << 10  # bytes of a tensor that is not worth to be shared out
+_SMALL = 64 << 10  # bytes of a tensor that is not worth sharing out
 
 
 @dataclass(frozen=True)

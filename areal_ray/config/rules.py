@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.numbers import check_numbers
 from areal_ray.config.plugin import check_form, is_plugin
 from areal_ray.config.types import StandbyCount, WorkerRange
 
@@ -23,43 +22,11 @@ _OWNED = re.compile(
     r"RAY_.*|AREAL_RAY_.*|(CUDA|HIP|ROCR)_VISIBLE_DEVICES|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
     r"|PYTHONPATH|PYTHONHOME|PYTORCH_NVML_BASED_CUDA_CHECK"
 )
-_POSITIVE = (
-    "train.steps",
-    "train.global_batch_size",
-    "train.micro_batch_size",
-    "train.seq_len",
-    "train.bad_step.spike_window",
-    "train.bad_step.max_bad_steps",
-    "cluster.collective_timeout_s",
-    "cluster.watchdog.factor",
-    "cluster.watchdog.floor_s",
-    "cluster.watchdog.connect_s",
-    "cluster.watchdog.patience_s",
-    "optim.lr",
-    "optim.eps",
-    "optim.clip_grad_norm",
-    "engine.mesh.replicate",
-    "engine.mesh.tensor",
-    "checkpoint.every_steps",
-    "checkpoint.every_seconds",
-    "checkpoint.every_epochs",
-    "checkpoint.memory_every_steps",
-    "checkpoint.max_failed_saves",
-    "checkpoint.keep.last",
-    "checkpoint.keep.every_steps",
-    "eval.every_steps",
-    "eval.batches",
-    "logging.every_steps",
-)
 
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first rule that the config breaks."""
-    _check_numbers(config, "")
-    for key in _POSITIVE:
-        value = _get(config, key)
-        if value is not None and not value > 0:
-            raise ConfigError(key, f"must be greater than 0, not {value}")
+    check_numbers(config)
     _check_run(config)
     _check_env(config)
     _check_plugins(config)
@@ -69,24 +36,6 @@ def check(config: Config) -> None:
     _check_faults(config)
     _check_saves(config)
     _check_keep(config)
-
-
-def _check_numbers(value: Any, key: str) -> None:
-    """Numbers of the schema are finite and of 64 bits; what is in free arguments is for whoever they are handed to."""
-    if is_dataclass(value):
-        for field in fields(value):
-            if "Any" not in str(field.type) or field.type == "Any":
-                _check_numbers(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
-    elif isinstance(value, dict):
-        for name, below in value.items():
-            _check_numbers(below, f"{key}.{name}")
-    elif isinstance(value, list | tuple):
-        for number, below in enumerate(value):
-            _check_numbers(below, f"{key}[{number}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(key, f"must be a number, not {value}")
-    elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(key, f"must be less than 2**63, not {value}")
 
 
 def _check_run(config: Config) -> None:
@@ -274,12 +223,3 @@ def _check_faults(config: Config) -> None:
             raise ConfigError(f"faults[{i}].rank", f"must be in [0, {most}), not {fault.rank}")
         if not 0 < fault.step <= config.train.steps:
             raise ConfigError(f"faults[{i}].step", f"must be between 1 and {config.train.steps}, not {fault.step}")
-
-
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        if value is None:  # a part that is switched off
-            return None
-        value = getattr(value, name)
-    return value

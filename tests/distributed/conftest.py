@@ -11,6 +11,7 @@ import pytest
 
 from areal_ray.processes.memory_keeper import claim
 from areal_ray.storage import Storage, s3, storage_at
+from tests.distributed.partner_attempts import Nodes, made_up
 from tests.s3_proxy import S3Proxy
 from tests.s3_server import S3Server
 
@@ -53,3 +54,10 @@ def name() -> Iterator[str]:
     for rank in range(2):
         for file in claim(f"{name}-{rank}"):
             os.close(file)
+
+
+@pytest.fixture
+def nodes(name: str) -> Iterator[Nodes]:
+    """Made-up nodes of that run."""
+    with made_up(name) as nodes:
+        yield nodes

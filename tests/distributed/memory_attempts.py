@@ -71,6 +71,21 @@ def to_be_killed() -> None:
     threading.Event().wait()
 
 
+LET_GO = {"state went back": False, "run came to its end": True}
+
+
+def let_go_and_die(attempt: Attempt, ends: bool) -> None:
+    """Make the copies useless, and then be killed."""
+    if ends:
+        attempt.copies.close()
+    else:
+        attempt.copies.forget()
+    dist.barrier()
+    if attempt.ranks.rank == 1:
+        die()
+    to_be_killed()
+
+
 def killed(rank: int, name: str, parent: int, *not_durable: int) -> None:
     """All steps are copied, but for what is said of some on rank 1; then the ranks are killed."""
     steps = iter(range(1, LAST + 1))

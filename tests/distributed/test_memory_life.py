@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from areal_ray.checkpoint import Catalog, SyncWriter
@@ -17,7 +18,7 @@ from areal_ray.distributed import RankError
 from areal_ray.processes.memory_keeper import read_record
 from areal_ray.storage import LocalStorage
 from areal_ray.train.recovery import RecoverHandler, SavePolicy
-from tests.distributed.memory_attempts import INFO, Attempt, after, die, to_be_killed
+from tests.distributed.memory_attempts import INFO, LET_GO, Attempt, after, die, let_go_and_die, to_be_killed
 from tests.distributed.ranks import RankFailed, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -27,17 +28,10 @@ def forgets(rank: int, name: str, parent: int, ends: bool) -> None:
     attempt = Attempt(name, parent)
     attempt.step()
     attempt.step()
-    if ends:
-        attempt.copies.close()
-    else:
-        attempt.copies.forget()
-    dist.barrier()
-    if rank == 1:
-        die()
-    to_be_killed()
+    let_go_and_die(attempt, ends)
 
 
-@pytest.mark.parametrize("ends", [False, True], ids=["state went back", "run came to its end"])
+@pytest.mark.parametrize("ends", LET_GO.values(), ids=LET_GO)
 def test_nothing_comes_back_when(name: str, ends: bool) -> None:
     with pytest.raises(RankFailed, match="rank 1 died"):
         run_ranks(forgets, 2, name, os.getpid(), ends)
@@ -138,6 +132,25 @@ def test_without_room_on_one_rank_there_are_no_copies_for_a_while(name: str, wha
     assert counts == also == [0, 0, 2, 2]
     assert (quiet, said) == ([], [f"no copies in memory for now: {why}"])
     assert [each["step"] for each in run_ranks(after, 2, name, os.getpid())] == [4] * 2
+
+
+def grows(rank: int, name: str, parent: int) -> int:
+    """Memory is made ahead, on rank 1 there is no room for it, and the state is another one with the first step."""
+    attempt = Attempt(name, parent, retry_after=0)
+    room = memory_copies.free_memory
+    if rank == 1:
+        memory_copies.free_memory = lambda: (0, 1)
+    attempt.copies.prepare(attempt.state)
+    attempt.copies._laid_out.exception()  # type: ignore[union-attr]
+    memory_copies.free_memory = room
+    attempt.numbers._tensors["moment"] = torch.zeros(5)
+    attempt.step()
+    attempt.copies._last.result()  # type: ignore[union-attr]
+    return len(attempt.copies._kept.images)
+
+
+def test_ranks_with_and_without_room_begin_anew_together(name: str) -> None:
+    assert run_ranks(grows, 2, name, os.getpid(), time_limit_s=60) == [2, 2]
 
 
 class Quiet:

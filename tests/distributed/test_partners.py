@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,8 +14,8 @@ from areal_ray.checkpoint.memory import kept_images, partners, search
 from areal_ray.distributed.point_to_point import PointToPoint
 from areal_ray.processes.memory_keeper import kept_names
 from tests.distributed.killed_run import Numbers
-from tests.distributed.memory_attempts import INFO, LAST, die, to_be_killed
-from tests.distributed.partner_attempts import Nodes, Owners, PartnerAttempt, after, leave, made_up
+from tests.distributed.memory_attempts import INFO, LAST, LET_GO, die, let_go_and_die, to_be_killed
+from tests.distributed.partner_attempts import Nodes, Owners, PartnerAttempt, after, leave
 from tests.distributed.ranks import RankFailed, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -35,12 +35,6 @@ def at_each_step(rank: int) -> list[str]:
 def bits() -> list[str]:
     """What there is to be after each step, whole: the same for any number of ranks."""
     return run_ranks(at_each_step, 1)[0]
-
-
-@pytest.fixture
-def nodes(name: str) -> Iterator[Nodes]:
-    with made_up(name) as nodes:
-        yield nodes
 
 
 @pytest.mark.parametrize(
@@ -249,81 +243,13 @@ def forgets(rank: int, name: str, nodes: str, owners: Owners, ends: bool) -> Non
     for _ in range(2):
         attempt.step()
         attempt.settle()
-    if ends:
-        attempt.copies.close()
-    else:
-        attempt.copies.forget()
-    dist.barrier()
-    if rank == 1:
-        die()
-    to_be_killed()
+    let_go_and_die(attempt, ends)
 
 
-@pytest.mark.parametrize("ends", [False, True], ids=["state went back", "run came to its end"])
+@pytest.mark.parametrize("ends", LET_GO.values(), ids=LET_GO)
 def test_nothing_comes_back_when(name: str, nodes: Nodes, ends: bool) -> None:
     with pytest.raises(RankFailed, match="rank 1 died"):
         run_ranks(forgets, 2, name, "ab", nodes.owners, ends)
     nodes.lose("b")
     (found,) = run_ranks(after, 1, name, "a", nodes.owners)
     assert found["copy"] is None
-
-
-def on_one_node(rank: int, name: str, owners: Owners) -> list[str]:
-    attempt = PartnerAttempt(name, "aa", owners)
-    for _ in range(3):
-        attempt.step()
-    assert attempt.copies._sent is None
-    return attempt.said
-
-
-def test_on_one_node_there_is_no_partner(name: str, nodes: Nodes) -> None:
-    first, second = run_ranks(on_one_node, 2, name, nodes.owners)
-    assert first == ["copies in memory have no partner: all ranks are on one node (checkpoint.memory_partner)"]
-    assert second == []
-
-
-def without_room(rank: int, name: str, nodes: str, owners: Owners) -> tuple[list[str], list[int]]:
-    """Rank 1 has no memory for its guest at the first copy."""
-    attempt, guest_files = PartnerAttempt(name, nodes, owners, retry_after=1), partners.GuestFiles
-
-    def none(*_: Any) -> None:
-        raise OSError("too many open files")
-
-    if rank == 1:
-        partners.GuestFiles = none  # type: ignore[assignment,misc]
-    counts = []
-    for step in range(1, 6):
-        if step == 3:
-            partners.GuestFiles = guest_files  # type: ignore[misc]
-        attempt.step()
-        for future in (attempt.copies._last, attempt.copies._sent):
-            if future is not None:
-                future.exception()
-        counts.append(len(attempt.copies._kept.images))
-    return attempt.said, counts
-
-
-def test_without_room_for_guests_there_are_no_copies_for_a_while(name: str, nodes: Nodes) -> None:
-    (quiet, counts), (said, also) = run_ranks(without_room, 2, name, "ab", nodes.owners)
-    assert counts == also == [2, 0, 0, 2, 2]
-    assert (quiet, said) == ([], ["no copies in memory for now: too many open files"])
-    assert [each["step"] for each in run_ranks(after, 2, name, "ab", nodes.owners)] == [5] * 2
-
-
-def again(rank: int, name: str, nodes: str, owners: Owners) -> tuple[int, set[int], set[int]]:
-    attempt = PartnerAttempt(name, nodes, owners)
-    step = attempt.restore()["step"]
-    claimed = {os.fstat(file).st_ino for file in attempt.copies._claimed.files}
-    attempt.step()
-    attempt.settle()
-    kept = next(iter(attempt.partners._guests.values()))
-    files = [*kept.files, *(image.fd for image in attempt.copies._kept.images)]
-    return step, claimed, {os.fstat(file).st_ino for file in files}
-
-
-def test_the_memory_of_the_attempt_before_is_used_again(name: str, nodes: Nodes) -> None:
-    leave(name, "ab", nodes.owners)
-    for step, claimed, used in run_ranks(again, 2, name, "ab", nodes.owners):
-        assert step == LAST
-        assert len(claimed) >= 2  # its own; these nodes are one machine, and both look for the rest
-        assert len(claimed & used) == min(len(claimed), len(used))

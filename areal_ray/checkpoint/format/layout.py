@@ -87,17 +87,18 @@ class Layout:
                     raise ValueError(f"{name!r}: {problem}")
                 checked.add(key)
 
-    @cached_property
-    def counts(self) -> Ints:
-        """(shards,): the number of parts in each shard file."""
-        return sum(
-            (np.bincount(tensor.cut.shards, minlength=self.shards) for tensor in self.tensors.values()),
-            np.zeros(self.shards, np.int64),
-        )
-
-    @cached_property
+    @property
     def rows(self) -> dict[str, Ints]:
         """The number of each part among those of its shard file."""
+        return self._numbered[0]
+
+    @property
+    def counts(self) -> Ints:
+        """(shards,): the number of parts in each shard file."""
+        return self._numbered[1]
+
+    @cached_property
+    def _numbered(self) -> tuple[dict[str, Ints], Ints]:
         rows, used = {}, np.zeros(self.shards, np.int64)
         for name, tensor in self.tensors.items():
             shards = tensor.cut.shards
@@ -110,7 +111,7 @@ class Layout:
                 rows[name] = np.empty_like(shards)
                 rows[name][order] = used[shards[order]] + np.arange(len(shards)) - first
                 np.add.at(used, shards, 1)
-        return rows
+        return rows, used
 
     def encode(self) -> bytes:
         cuts: dict[int, int] = {}

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 import xxhash
-from torch.distributed.tensor import DTensor
 
 from areal_ray.checkpoint.format.shard_file import ShardImage
-from areal_ray.checkpoint.tree import local
+from areal_ray.checkpoint.tree import box_of
 
 _SIZES = ("world_size", "mesh")  # of a run's description: what may be another one when a copy is restored
 
@@ -39,17 +38,7 @@ class Part:
 
 def parts_of(tensors: Mapping[str, torch.Tensor]) -> list[Part]:
     """This rank's parts of these tensors, in their order: boxes of DTensors, all of the others."""
-    return [_part(name, tensor) for name, tensor in tensors.items()]
-
-
-def _part(name: str, tensor: torch.Tensor) -> Part:
-    lengths = tuple(local(tensor).shape)
-    offsets: tuple[int, ...] = (0,) * len(lengths)
-    if isinstance(tensor, DTensor) and 0 not in lengths:
-        (chunk,) = tensor.__create_chunk_list__()  # the protocol by which DCP asks for it
-        assert tuple(chunk.sizes) == lengths, (name, chunk, lengths)
-        offsets = tuple(chunk.offsets)
-    return Part(name, tensor.dtype, tuple(tensor.shape), offsets, lengths)
+    return [Part(name, tensor.dtype, tuple(tensor.shape), *box_of(tensor)) for name, tensor in tensors.items()]
 
 
 def encode(parts: Sequence[Part]) -> str:

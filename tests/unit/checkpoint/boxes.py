@@ -4,12 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 import xxhash
 
-from areal_ray.checkpoint import Catalog, Manifest, read_manifest, save
+from areal_ray.checkpoint import Catalog, CheckpointDamaged, Manifest, load, read_manifest, save
 from areal_ray.checkpoint.format.manifest import FileRecord
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import LocalStorage
 
 
@@ -112,3 +113,17 @@ def do_damage(directory, kind):
     name, work, _ = DAMAGE[kind]
     work(Path(directory.location, name))
     return name
+
+
+def load_box(directory):
+    box = Box(**{name: torch.zeros_like(tensor) for name, tensor in weights().items()}, count=0)
+    load(directory, {"box": box}, Ranks())
+    return box
+
+
+def damage_found(directory):
+    """What loading says of a damaged checkpoint."""
+    with pytest.raises(RankError) as caught:
+        load_box(directory)
+    assert caught.value.only(CheckpointDamaged)
+    return str(caught.value).partition("CheckpointDamaged: ")[2]

@@ -96,3 +96,8 @@ def test_the_type_of_a_key(key, hint):
 )
 def test_yaml_means_what_it_meant(text):
     assert yaml.safe_load(keep_text(text, object)) == yaml.safe_load(text)
+
+
+def test_auto_saves_need_no_word_about_what_nobody_wrote(tmp_path):
+    config = load(experiment(tmp_path, "run: {seed: 1}"), ["checkpoint.every=auto"])
+    assert config.checkpoint.every == "auto"
