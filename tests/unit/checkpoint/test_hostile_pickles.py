@@ -81,11 +81,12 @@ def test_metadata_of_pickled_objects_is_refused(old):
     assert damage_found(old).startswith(".metadata: 'box.weight' is a pickled object")
 
 
-DEEP = {
-    "a deep tuple": b"\x80\x04)" + b"\x85" * 1_000_000 + b".",
-    "a deep tuple of pairs": b"\x80\x04)" + b"N\x86" * 1000 + b".",
+PAIRS = b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))
+DEEP = {  # keys of a dict: Python looks at all of a key when it puts it in
+    "a deep tuple": b"\x80\x04})" + b"\x85" * 1_000_000 + b"Ns.",
+    "a deep tuple of pairs": b"\x80\x04}" + b"N" * 100_000 + b")" + b"\x86" * 100_000 + b"Ns.",
     "deep lists": b"\x80\x04" + b"]" * 1000 + b"a" * 999 + b".",
-    "pairs of one pair": b"\x80\x04)\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60)) + b".",
+    "pairs of one pair": b"\x80\x04}" + PAIRS + b"Ns.",
     "a persistent object": b"\x80\x04N" + b"Q.",
     "an extension": b"\x80\x04\x82\x01.",
     "a stack without its mark": b"\x80\x04Nt.",

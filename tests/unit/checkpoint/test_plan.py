@@ -124,6 +124,16 @@ def test_with_replicas_and_counts_of_steps_a_layout_grows_with_the_tensors_only(
     assert written.max() < 1.2 * written.min()
 
 
+def test_replicas_write_tensors_and_not_parts_so_that_uneven_ones_are_cut_in_few_ways_too():
+    shapes = {f"w{i:03}": (16 * 8 - i % 5, 4096) for i in range(100)}
+
+    def of(rank):
+        return held(*[rows(name, shape, 16, rank % 16) for name, shape in shapes.items()])
+
+    _, layout, _ = plan_all([of(rank) for rank in range(32)])
+    assert len({id(tensor.cut) for tensor in layout.tensors.values()}) <= 2 * 5
+
+
 def test_what_every_rank_reads_lies_together_in_one_file():
     def of(rank):
         large = [rows(f"w{i:02}", (80, 4096), 8, rank) for i in range(50)]
