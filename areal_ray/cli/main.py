@@ -1,4 +1,4 @@
-"""areal-ray: train an experiment, submit it to a cluster, look at its checkpoints."""
+"""areal-ray: train an experiment, submit it to a cluster, look at runs and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli.ckpt import add_ckpt
 from areal_ray.cli.output import losable_output
+from areal_ray.cli.runs import add_runs
 
 if TYPE_CHECKING:
     from areal_ray.tools.verify_resume import Check
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     chaos.add_argument("--only", action="append", metavar="KIND", help="only faults of this kind; may be repeated")
     chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
+    add_runs(commands)
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
     arguments = parser.parse_args(argv)
     with losable_output() as output:

@@ -27,8 +27,10 @@ from areal_ray.driver.preflight import prepare
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
+from areal_ray.run.directory import REPORT
 from areal_ray.run.goodput import History, account, history, table
 from areal_ray.run.lease import RunInUse, hold_lease
+from areal_ray.tools.report import page, read_course
 
 
 def train(
@@ -141,7 +143,15 @@ def _close(run: RunDir, status: str, outcome: dict[str, Any], **fields: Any) -> 
         run.write_result(result)
     except OSError as error:
         print(f"could not write result.json: {error}", flush=True)
+    _report(run)
     return result, past
+
+
+def _report(run: RunDir) -> None:
+    try:
+        run.write_report(page([read_course(run)]))
+    except Exception as error:  # noqa: BLE001  (a picture of the run, whose outcome must not depend on it)
+        print(f"could not write report.html: {type(error).__name__}: {error}", flush=True)
 
 
 def _interrupted(run: RunDir) -> int:
@@ -182,7 +192,8 @@ def _summary(run: RunDir, result: dict[str, Any], past: History | None) -> None:
     print(f"{result['status']}: step {result['step']}, {loss}{n} restart{'s' * (n != 1)}")
     if past is not None:
         _summarize(past, n)
-    print(f"checkpoint: {run.storage.location}/{result['checkpoint']}", flush=True)
+    print(f"checkpoint: {run.storage.location}/{result['checkpoint']}")
+    print(f"report: {run.storage.location}/{REPORT}", flush=True)
 
 
 def _summarize(past: History, restarts: int) -> None:
