@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from areal_ray.cli.ckpt import add_ckpt
 from areal_ray.cli.output import losable_output
 from areal_ray.cli.runs import add_runs
+from areal_ray.cli.start_project import add_init
 
 if TYPE_CHECKING:
     from areal_ray.tools.verify_resume import Check
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     chaos.add_argument("--only", action="append", metavar="KIND", help="only faults of this kind; may be repeated")
     chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
+    add_init(commands)
     add_runs(commands)
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
     arguments = parser.parse_args(argv)

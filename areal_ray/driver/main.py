@@ -22,6 +22,7 @@ from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_t
 from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.head_watch import watching
+from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
 from areal_ray.driver.supervisor import choose_fit, supervise
@@ -106,7 +107,7 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
         cause = failures.cause_of(error, run)
         shown.wait_for_end(timeout_s=1.0)
         logs = ray_internals.log_directory() if context.fast_restarts else "Ray's session directory"
-        show(cause, run, logs)
+        show(cause, run, logs, hint(cause, config))
         _close(run, "failed", {}, cause=cause.kind, error=cause.message[:500])
         return 1
     except (KeyboardInterrupt, SystemExit):  # Ray Train makes the latter of Ctrl-C once it has ended the workers
