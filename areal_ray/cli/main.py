@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import signal
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli.ckpt import add_ckpt
+from areal_ray.cli.jobs import add_address, add_jobs, submit
 from areal_ray.cli.output import losable_output
 from areal_ray.cli.runs import add_runs
 from areal_ray.cli.start_project import add_init
@@ -34,7 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_experiment(
         commands.add_parser("train", help="run an experiment here, or on the cluster of RAY_ADDRESS"), _train
     )
-    _add_experiment(commands.add_parser("submit", help="run an experiment as a job of a running cluster"), _submit)
+    submitting = commands.add_parser("submit", help="run an experiment as a job of a running cluster")
+    _add_experiment(submitting, _submit)
+    add_address(submitting)
+    waits = submitting.add_mutually_exclusive_group()
+    waits.add_argument("--wait", action="store_true", help="show its output until it ends (the default)")
+    waits.add_argument("--detach", action="store_true", help="only submit it")
+    add_jobs(commands)
     verify = commands.add_parser(
         "verify-resume", help="run an experiment undisturbed, with kills and at other numbers of workers, and compare"
     )
@@ -55,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_init(commands)
     add_runs(commands)
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one run only: --config FILE a=1 --detach b=2 leaves b=2.
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     with losable_output() as output:
         status = int(arguments.run(arguments))
     # Of these the output is not what they are for; of all others it is.
@@ -80,21 +91,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from areal_ray.config import ConfigError, redact_override
-
-    def submit(_: Any) -> int:
-        from areal_ray.driver.submit import submit
-
-        def has_secret(text: str) -> bool:
-            return redact_override(text) != text or re.search(r"://[^/\s]*@", text) is not None
-
-        if shown := [text for text in arguments.overrides if has_secret(text)]:
-            key = shown[0].partition("=")[0]
-            hint = "the command of a job is shown on the dashboard; give it through the environment of the cluster"
-            raise ConfigError(key, hint, "command line")
-        return submit(arguments.config, arguments.overrides)
-
-    return _with_config(arguments, submit)
+    return _with_config(arguments, lambda config: submit(config, arguments))
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """YAML and key=value to one checked, frozen Config. Imports nothing of this package."""
 
 from areal_ray.config.errors import ConfigError
-from areal_ray.config.load import dump, load
+from areal_ray.config.load import config_hash, dump, load
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
     BadStepConfig,
@@ -48,6 +48,7 @@ __all__ = [
     "TrackerConfig",
     "TrainConfig",
     "WatchdogConfig",
+    "config_hash",
     "dump",
     "load",
     "redact",

@@ -86,6 +86,11 @@ def compose(schema: type[T], layers: Sequence[Layer]) -> T:
     return config
 
 
+def merged_text(layers: Sequence[Layer]) -> str:
+    """The layers as the YAML of one experiment; what refers to another key or the environment still does."""
+    return OmegaConf.to_yaml(OmegaConf.merge(*(layer.values for layer in layers)))
+
+
 def source_of(key: str, layers: Sequence[Layer]) -> str:
     """The file or command line that set a dotted key last; the experiment's file if it is a default."""
     depths = [_depth(OmegaConf.to_container(layer.values, resolve=False), key) for layer in layers]

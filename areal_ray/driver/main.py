@@ -31,6 +31,7 @@ from areal_ray.run import JobContext, RunDir
 from areal_ray.run.directory import REPORT
 from areal_ray.run.goodput import History, account, history, table
 from areal_ray.run.lease import RunInUse, hold_lease
+from areal_ray.run.stop_request import hearing_stop
 from areal_ray.tools.report import page, read_course
 
 
@@ -85,6 +86,7 @@ def train(
             stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
             run.write_config(_record(config, overrides))
             readmit(run, config.cluster.use_again, _print)
+            stack.enter_context(hearing_stop(run.storage, lambda: _asked_to_stop(requests)))
         except RunInUse as error:
             raise ConfigError("run.name", str(error)) from None
         except OSError as error:
@@ -127,6 +129,11 @@ def _lost_head(run: RunDir, address: str) -> None:
     checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
     print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
     os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
+
+
+def _asked_to_stop(requests: Requests) -> None:
+    _print("asked to stop: saving")
+    requests.ask("stop")
 
 
 def _print(text: str) -> None:
