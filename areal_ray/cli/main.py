@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli.ckpt import add_ckpt
 from areal_ray.cli.jobs import add_address, add_jobs, submit
+from areal_ray.cli.manifest import add_manifest, manifest
 from areal_ray.cli.output import losable_output
 from areal_ray.cli.runs import add_runs
 from areal_ray.cli.start_project import add_init
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     waits.add_argument("--wait", action="store_true", help="show its output until it ends (the default)")
     waits.add_argument("--detach", action="store_true", help="only submit it")
     add_jobs(commands)
+    render = commands.add_parser("manifest", help="the experiment for KubeRay, Anyscale, Docker, SLURM or systemd")
+    add_manifest(render)
+    _add_experiment(render, lambda arguments: _with_config(arguments, lambda config: manifest(config, arguments)))
     verify = commands.add_parser(
         "verify-resume", help="run an experiment undisturbed, with kills and at other numbers of workers, and compare"
     )
