@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli.ckpt import add_ckpt
+from areal_ray.cli.doctor import doctor
 from areal_ray.cli.jobs import add_address, add_jobs, submit
 from areal_ray.cli.manifest import add_manifest, manifest
 from areal_ray.cli.output import losable_output
@@ -32,15 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="areal-ray", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_experiment(
-        commands.add_parser("train", help="run an experiment here, or on the cluster of RAY_ADDRESS"), _train
-    )
+    train = commands.add_parser("train", help="run an experiment here, or on the cluster of RAY_ADDRESS")
+    _add_experiment(train, _train)
+    train.add_argument("--dry-run", action="store_true", help="only look, as `areal-ray doctor` does")
     submitting = commands.add_parser("submit", help="run an experiment as a job of a running cluster")
     _add_experiment(submitting, _submit)
     add_address(submitting)
     waits = submitting.add_mutually_exclusive_group()
     waits.add_argument("--wait", action="store_true", help="show its output until it ends (the default)")
     waits.add_argument("--detach", action="store_true", help="only submit it")
+    examine = commands.add_parser("doctor", help="look at everything that a run will meet, before it starts")
+    _add_experiment(examine, lambda arguments: _with_config(arguments, lambda config: doctor(config, arguments)))
     add_jobs(commands)
     render = commands.add_parser("manifest", help="the experiment for KubeRay, Anyscale, Docker, SLURM or systemd")
     add_manifest(render)
@@ -91,7 +94,8 @@ def _add_experiment(parser: argparse.ArgumentParser, run: Callable[[argparse.Nam
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    return _with_config(arguments, lambda config: _driver_train(config, arguments))
+    train = doctor if arguments.dry_run else _driver_train
+    return _with_config(arguments, lambda config: train(config, arguments))
 
 
 def _submit(arguments: argparse.Namespace) -> int:

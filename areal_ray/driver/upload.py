@@ -46,7 +46,7 @@ def upload(config: str, overrides: Sequence[str]) -> Iterator[Upload]:
     """
     here, path = Path.cwd(), Path(config).resolve()
     if path.is_relative_to(here):
-        _check_size(here)
+        check_size(here)
         yield Upload(here, os.path.relpath(path, here), tuple(overrides))
         return
     stage = Path(tempfile.mkdtemp(prefix="areal_ray-submit-"))
@@ -60,13 +60,14 @@ def upload(config: str, overrides: Sequence[str]) -> Iterator[Upload]:
                 (target / entry.name).symlink_to(entry)
         groups = [text for text in overrides if text.partition("=")[0] in GROUPS]
         (target / path.name).write_text(merged_text(read_layers(config, groups, Config)))
-        _check_size(stage)
+        check_size(stage)
         yield Upload(stage, f"{_STAGED}/{path.name}", tuple(text for text in overrides if text not in groups))
     finally:
         shutil.rmtree(stage)
 
 
-def _check_size(folder: Path) -> None:
+def check_size(folder: Path) -> None:
+    """Raise ConfigError, with the largest files, if a folder is larger than the job server takes."""
     files = ray_internals.uploaded_files(folder)
     if files is None or sum(files.values()) <= LIMIT_BYTES or _compressed(files) <= LIMIT_BYTES:
         return
