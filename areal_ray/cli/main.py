@@ -20,6 +20,7 @@ from areal_ray.cli.manifest import add_manifest, manifest
 from areal_ray.cli.output import losable_output
 from areal_ray.cli.runs import add_runs
 from areal_ray.cli.start_project import add_init
+from areal_ray.cli.sweep import sweep
 
 if TYPE_CHECKING:
     from areal_ray.tools.verify_resume import Check
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     examine = commands.add_parser("doctor", help="look at everything that a run will meet, before it starts")
     _add_experiment(examine, lambda arguments: _with_config(arguments, lambda config: doctor(config, arguments)))
     add_jobs(commands)
+    many = commands.add_parser("sweep", help="many runs of an experiment with other values, on Ray Tune")
+    many.add_argument("--space", required=True, metavar="FILE", help="what is tried, see the README")
+    _add_experiment(many, lambda arguments: _with_config(arguments, lambda config: sweep(config, arguments)))
     render = commands.add_parser("manifest", help="the experiment for KubeRay, Anyscale, Docker, SLURM or systemd")
     add_manifest(render)
     _add_experiment(render, lambda arguments: _with_config(arguments, lambda config: manifest(config, arguments)))

@@ -70,7 +70,7 @@ def _runs(arguments: argparse.Namespace) -> int:
         ]
         for row in rows
     ]
-    print(_aligned([heads, *table], left=2))
+    print(aligned([heads, *table], left=2))
     return 0
 
 
@@ -111,7 +111,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([{"key": key, "a": of_a, "b": of_b} for key, of_a, of_b in rows], indent=2))
         return 0
-    print(_aligned([["", a.name, b.name], *([key, _value(x), _value(y)] for key, x, y in rows)], left=3))
+    print(aligned([["", a.name, b.name], *([key, _value(x), _value(y)] for key, x, y in rows)], left=3))
     return 0
 
 
@@ -131,7 +131,7 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _aligned(rows: list[list[str]], left: int) -> str:
+def aligned(rows: list[list[str]], left: int) -> str:
     """A table; the first `left` columns begin at the same place, the others end there."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
