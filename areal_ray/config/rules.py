@@ -41,6 +41,8 @@ def check(config: Config) -> None:
 def _check_run(config: Config) -> None:
     if not _NAME.fullmatch(config.run.name) or ".." in config.run.name:
         raise ConfigError("run.name", f"{config.run.name!r} must be letters, digits, '.', '_' or '-', without '..'")
+    if config.run.name == "data" and config.data.prepared_path is None:
+        raise ConfigError("run.name", "data is where prepared corpora lie; choose another, or set data.prepared_path")
     path = config.run.storage_path
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/+", path):
         meant = "s3://" + path[scheme.end() :] if scheme[1] == "s3" else "/" + path[scheme.end() :]

@@ -70,6 +70,9 @@ class DataConfig:
     args: dict[str, Any] = field(default_factory=dict)  # of one's own source
     paths: list[str] = field(default_factory=list)  # text: files, directories or globs, one document a file
     tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer
+    prepared_path: str | None = None  # of prepared corpora, or of one; null: <run.storage_path>/data
+    prepare_in_process_mb: float = 128.0  # of sources that the driver prepares itself; more by Ray Data on the cluster
+    prefetch_batches: int = 2  # that are read ahead of training, in a thread; 0: each when it is needed
     held_out: float = 0.05  # share of the documents kept for evaluation, chosen by the hash of their content
 
 
