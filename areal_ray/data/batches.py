@@ -25,9 +25,10 @@ class GlobalBatches:
         seed: of the shuffle, which differs from epoch to epoch.
         global_batch_size: sequences per batch over all ranks.
         rank, world_size: which part is this rank's: rows rank, rank + world_size, ... of the global batch.
-        device: where batches are put. To a GPU they are brought one ahead of need; the cursor knows nothing of that.
+        device: where batches are put. To a GPU they are brought one ahead of need.
         may_differ: "data" or "run.seed", if a checkpoint's cursor may be taken over into other data or another order.
         record: told of every global batch: the cursor at which it begins and the numbers of its sequences.
+        ahead: batches whose rows are read before they are needed, in a thread; the cursor knows nothing of it.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class GlobalBatches:
         device: torch.device | str = "cpu",
         may_differ: Collection[str] = (),
         record: Callable[[int, list[int]], None] | None = None,
+        ahead: int = 0,
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(f"a global batch of {global_batch_size} cannot be shared evenly by {world_size} ranks")
@@ -51,7 +53,7 @@ class GlobalBatches:
         self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
         self._fingerprint, self._seed, self._may_differ = sequences.fingerprint, seed, may_differ
         self._record = record
-        self._maker = batch_maker(self._rows, global_batch_size, torch.device(device))
+        self._maker = batch_maker(self._rows, global_batch_size, torch.device(device), ahead)
         self.next_sample = 0
         self.seconds = 0.0  # that training has waited for batches
 
@@ -79,7 +81,7 @@ class GlobalBatches:
         return batch
 
     def _rows(self, first: int) -> Rows:
-        """This rank's rows of the global batch that begins at cursor `first`. On a GPU called ahead, in a thread."""
+        """This rank's rows of the global batch that begins at cursor `first`. Called in a thread where there is one."""
         mine = range(first + self._rank, first + self._batch_size, self._world_size)
         rows = dict(self._sequences[np.asarray([int(self._order[n]) for n in mine])])
         # Here, where it costs nothing. Of a mask the model asks on the device whether it masks anything, and waits.

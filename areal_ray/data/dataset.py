@@ -12,9 +12,9 @@ IGNORED = -100  # in labels: nothing is predicted at this position; cross entrop
 class TokenDataset(Protocol):
     """Rows of equal length, the same on every machine and at every start.
 
-    A data source of one's own (`data.source: package.module:function`) returns two of them; see `load_splits`. Where
-    there is a GPU each is read in a thread of its own, so that both may be read at once, and beside a training step:
-    rows must not be drawn from the global random generators.
+    A data source of one's own (`data.source: package.module:function`) returns two of them; see `own_splits`. Each is
+    read in a thread of its own, so that both may be read at once, and beside a training step: rows must not be drawn
+    from the global random generators.
     """
 
     def __len__(self) -> int:

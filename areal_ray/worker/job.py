@@ -68,7 +68,8 @@ def build_job(
 
     def batches(of: TokenDataset, record: Callable[[int, list[int]], None] | None = None) -> GlobalBatches:
         sizes = train.global_batch_size, engine.dp_rank, engine.dp_size
-        return GlobalBatches(of, config.run.seed, *sizes, engine.device, config.run.allow_changes, record)
+        change, ahead = config.run.allow_changes, config.data.prefetch_batches
+        return GlobalBatches(of, config.run.seed, *sizes, engine.device, change, record, ahead)
 
     sequences, held_out = data
     record = start.record_samples if start.first and config.logging.sample_ids else None
@@ -78,7 +79,8 @@ def build_job(
         args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
         evaluator = Evaluator(*args)
     log = Cadence(config.logging.every_steps)
-    metrics = StepMetrics(log, _sinks(config, start), train.steps, train.global_batch_size * train.seq_len)
+    tokens = train.global_batch_size * train.seq_len
+    metrics = StepMetrics(log, _sinks(config, start), train.steps, tokens, lambda: cursor.seconds)
     save = auto or Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
     copy = Cadence(every.memory_every_steps)
     evaluate = Cadence(config.eval.every_steps)
