@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from areal_ray.data.dataset import TokenDataset
+from areal_ray.data.dataset import TokenDataset, is_same
 from areal_ray.data.prefetch import Batch, Rows, batch_maker
 
 
@@ -115,7 +115,7 @@ class GlobalBatches:
                 f"run.seed is {self._seed}, but the checkpoint's data are in the order of seed {state['seed']}: some "
                 "samples would be repeated, others left out. Restore it, or start a new run under another run.name"
             )
-        if state["fingerprint"] != self._fingerprint and "data" not in self._may_differ:
+        if "data" not in self._may_differ and not is_same(self._sequences, state["fingerprint"]):
             raise ValueError(
                 f"the data is not what the checkpoint was trained on (fingerprint {self._fingerprint}, then "
                 f"{state['fingerprint']}): files, tokenizer or train.seq_len have changed. Restore them, or start a "

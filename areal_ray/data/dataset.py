@@ -36,6 +36,14 @@ class TokenDataset(Protocol):
         ...
 
 
+def is_same(sequences: TokenDataset, fingerprint: str) -> bool:
+    """Whether rows are those of a fingerprint, also of one that an earlier version made, for which all are read."""
+    if sequences.fingerprint == fingerprint:
+        return True
+    old = getattr(sequences, "old_fingerprint", None)
+    return old is not None and old() == fingerprint
+
+
 def next_tokens(input_ids: np.ndarray) -> np.ndarray:
     """Labels of rows of text: at each position the next token; nothing at the last."""
     labels = np.full_like(input_ids, IGNORED)

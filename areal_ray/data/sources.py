@@ -20,12 +20,16 @@ def documents(config: DataConfig) -> Iterator[tuple[str, bytes]]:
     Raises:
         ConfigError: if there is nothing to read, or a file cannot be read.
     """
-    named = _stdlib() if config.source == "stdlib" else _text(config.paths)
-    for name, path in named:
+    for name, path in named_files(config):
         try:
             yield name, path.read_bytes()
         except OSError as error:
             raise ConfigError("data.paths", f"cannot read {path}: {error.strerror}") from None
+
+
+def named_files(config: DataConfig) -> list[tuple[str, Path]]:
+    """(name, path) of every file, sorted by name."""
+    return _stdlib() if config.source == "stdlib" else _text(config.paths)
 
 
 def _stdlib() -> list[tuple[str, Path]]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.config import Config, ConfigError
-from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer, load_splits
+from areal_ray.config import Config, ConfigError, plugin
+from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer
+from areal_ray.data.corpus.corpus import Corpus
+from areal_ray.data.splits import open_splits, own_splits
 from areal_ray.distributed import Ranks
 from areal_ray.engine import Objective, TrainEngine
+from areal_ray.run import RunDir
+from areal_ray.storage import storage_at
 from areal_ray.train import loop
 from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import AutoCadence, Cadence
@@ -120,16 +125,22 @@ def build_job(
     return job, restore
 
 
-def load_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:
+def load_data(config: Config, run: RunDir, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:
     """The data to train on and the held-out data, the same on all ranks. A collective.
 
+    A prepared corpus is opened, which reads its manifest; the driver has noted in the run directory which one.
+
     Raises:
+        FileNotFoundError: if the corpus is not where it was: it must be at a path that every node sees.
         ValueError: if ranks read different files: they would train on something that no seed names, or wait for each
             other for ever.
     """
-    train = config.train
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    data = load_splits(config.data, tokenizer, train.seq_len, train.global_batch_size)
+    if plugin.is_plugin(config.data.source):
+        data = own_splits(config.data, build_tokenizer(config.data.tokenizer), config.train.seq_len)
+    else:
+        noted = ranks.on_rank_zero(run.data)
+        assert noted is not None, "the driver notes the corpus before it starts workers"
+        data = open_splits(Corpus(storage_at(noted["path"], asdict(config.run.s3))), config.train.seq_len)
     mine = [split.fingerprint for split in data]
     same = mine == ranks.broadcast(mine)
     if not ranks.all_reduce_min(same):

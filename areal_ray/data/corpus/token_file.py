@@ -89,11 +89,14 @@ class Index:
         pointer = storage.read_range(name, _HEADER.size + 4 * self.sequences + 8 * (self.sequences - 1), 8)
         return int.from_bytes(pointer, "little") // self.dtype.itemsize + int.from_bytes(length, "little")
 
+    def document_bounds(self, storage: Storage, name: str) -> np.ndarray:
+        """Number of the first sequence of each document, and of sequences, int64: 8 bytes a document are read."""
+        return np.frombuffer(storage.read_range(name, _HEADER.size + 12 * self.sequences, 8 * self.bounds), "<i8")
+
     def documents(self, storage: Storage, name: str) -> np.ndarray:
         """Tokens of each document, int64: 12 bytes a sequence are read."""
-        bounds = storage.read_range(name, _HEADER.size + 12 * self.sequences, 8 * self.bounds)
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths(storage, name), dtype=np.int64)])
-        return np.diff(ends[np.frombuffer(bounds, "<i8")])
+        return np.diff(ends[self.document_bounds(storage, name)])
 
 
 class TokenWriter:
@@ -108,7 +111,7 @@ class TokenWriter:
     """
 
     def __init__(self, storage: Storage, stem: str, dtype: np.dtype[Any]) -> None:
-        self._storage, self._stem, self._dtype = storage, stem, dtype
+        self._storage, self.stem, self._dtype = storage, stem, dtype
         self._files = ExitStack()
         self._tokens = self._predicted = None  # type: _SummedFile | None
         self._lengths, self._first = array("i"), array("q")
@@ -129,13 +132,13 @@ class TokenWriter:
             ValueError: for an id that the type of the file does not hold.
         """
         if self._tokens is None:
-            self._tokens = self._files.enter_context(_summed(self._storage, f"{self._stem}.bin"))
+            self._tokens = self._files.enter_context(_summed(self._storage, f"{self.stem}.bin"))
         count = len(tokens.ids)
         largest = int(tokens.ids.max(initial=0))
         if largest > np.iinfo(self._dtype).max:
             raise ValueError(f"the tokenizer gave id {largest}, more than it says that it has")
         if tokens.predicted is not None and self._predicted is None:
-            self._predicted = self._files.enter_context(_summed(self._storage, f"{self._stem}.predicted.bin"))
+            self._predicted = self._files.enter_context(_summed(self._storage, f"{self.stem}.predicted.bin"))
             for begin in range(0, self.tokens, _BUFFER):
                 self._predicted.write(b"\x01" * min(_BUFFER, self.tokens - begin))
         if self._predicted is not None:
@@ -155,7 +158,7 @@ class TokenWriter:
     def __exit__(self, *error: Any) -> None:
         if error[0] is None and self._tokens is not None:
             data = index(np.asarray(self._lengths), self._dtype, np.asarray(self._first))
-            with self._storage.create_whole(f"{self._stem}.idx") as sink:
+            with self._storage.create_whole(f"{self.stem}.idx") as sink:
                 sink.write(data)
             self._index = {"bytes": len(data), "digest": xxhash.xxh3_128_hexdigest(data)}
         self._files.__exit__(*error)
@@ -165,9 +168,9 @@ class TokenWriter:
         assert (self._tokens is None) == (self._index is None), "the block is not left"
         found: dict[str, dict[str, Any]] = {}
         if self._tokens is not None and self._index is not None:
-            found |= {f"{self._stem}.bin": self._tokens.summed(), f"{self._stem}.idx": self._index}
+            found |= {f"{self.stem}.bin": self._tokens.summed(), f"{self.stem}.idx": self._index}
         if self._predicted is not None:
-            found[f"{self._stem}.predicted.bin"] = self._predicted.summed()
+            found[f"{self.stem}.predicted.bin"] = self._predicted.summed()
         return found
 
 

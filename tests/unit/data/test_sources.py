@@ -128,9 +128,8 @@ def test_of_two_documents_one_is_held_out(tmp_path):
         ({}, "no file matches"),
         ({"empty": b"", "void": b""}, "give 0 sequences"),
         ({"short": b"abc", "brief": b"abc"}, "but a global batch takes 2"),
-        ({"alone": b"a" * 1000}, "0 documents to hold out"),
     ],
-    ids=["missing", "empty", "too short", "one document"],
+    ids=["missing", "empty", "too short"],
 )
 def test_too_little_text_is_a_config_error(tmp_path, files, part):
     for name, content in files.items():

@@ -41,7 +41,7 @@ def key_of(config):
 
 
 def test_a_new_run_is_prepared_without_touching_anything(config, tmp_path):
-    run, fixed = prepare(config())
+    run, fixed, _ = prepare(config())
     assert run.storage.location == str(tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
     assert fixed == config()

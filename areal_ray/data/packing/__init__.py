@@ -1,0 +1,5 @@
+"""Packing: tokens to rows of equal length, addressed by number."""
+
+from areal_ray.data.packing.concatenate import ConcatenatedRows, PackedTokens
+
+__all__ = ["ConcatenatedRows", "PackedTokens"]
