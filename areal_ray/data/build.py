@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from areal_ray.config import ConfigError, DataConfig
@@ -17,6 +18,7 @@ class Files:
     """A Source of whole files, one document each."""
 
     config: DataConfig
+    skipped: Counter[str] = field(default_factory=Counter)
 
     def parts(self) -> list[Part]:
         return [Part(str(path), size=path.stat().st_size) for _, path in named_files(self.config)]

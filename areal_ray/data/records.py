@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,13 +51,45 @@ class Tokens:
 
 
 class Source(Protocol):
-    def parts(self) -> list[Part]: ...
+    """Documents by parts; can be pickled.
 
-    def read(self, part: Part) -> Iterator[Document]: ...
+    Attributes:
+        skipped: how many documents were left out so far, by reason; it only grows, and a copy of it counts for itself.
+    """
+
+    skipped: Counter[str]
+
+    def parts(self) -> list[Part]:
+        """All parts, in an order that is the same on every machine.
+
+        Raises:
+            ConfigError: if there is nothing to read.
+        """
+        ...
+
+    def read(self, part: Part) -> Iterator[Document]:
+        """The documents of a part, in order, in the memory of one of them.
+
+        Raises:
+            ConfigError: with file and line, if there is something that cannot be read.
+        """
+        ...
 
 
 class Renderer(Protocol):
+    """Tokens of a document; can be pickled.
+
+    Attributes:
+        fingerprint: of everything but the document that the tokens depend on.
+    """
+
     @property
     def fingerprint(self) -> str: ...
 
-    def __call__(self, document: Document) -> Iterator[Tokens]: ...
+    def __call__(self, document: Document) -> Iterator[Tokens]:
+        """The tokens of a document, one after the other; what an iterator gives belongs to one document.
+
+        Raises:
+            ConfigError: with file and line, if the record cannot be rendered.
+        """
+        ...

@@ -69,6 +69,6 @@ class HuggingFaceTokenizer:
         self._tokenizer.save_pretrained(folder)
 
 
-def build_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or the path of a Hugging Face tokenizer."""
-    return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
+def build_tokenizer(name: str | None) -> Tokenizer:
+    """`bytes` (or None), or the path of a Hugging Face tokenizer."""
+    return ByteTokenizer() if name is None or name == "bytes" else HuggingFaceTokenizer(name)

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data.build import build_renderer, build_source
@@ -26,7 +26,10 @@ from areal_ray.data.tokenizers import Tokenizer
 from areal_ray.storage import Storage
 
 GROUP_BYTES = 64 << 20
-_NOT_TOKENS = ("prepared_path", "prepare_in_process_mb", "prefetch_batches", "packing", "document_mask", "mixture")
+_NOT_TOKENS = (
+    *("prepared_path", "prepare_in_process_mb", "prefetch_batches"),
+    *("packing", "document_mask", "truncation", "mixture", "allow_other_tokenizer"),
+)
 _ALWAYS = ("source", "tokenizer", "held_out")
 _SAY_EVERY_S = 5.0
 # Prepares the groups; see `in_process` and `ray_prepare.on_cluster`.
@@ -59,7 +62,7 @@ def settings_of(config: DataConfig) -> dict[str, object]:
 
     So a later version with more keys finds what this one has prepared.
     """
-    default = asdict(DataConfig())
+    default, config = asdict(DataConfig()), replace(config, tokenizer=config.tokenizer or "bytes")
     return {
         name: value
         for name, value in asdict(config).items()
