@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from areal_ray.config import Config
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "csv", "hub", "megatron")
-_FIELDS = {
+FIELDS = {
     "text": ("text",),
     "messages": ("messages", "tools"),
     "completion": ("prompt", "completion"),
@@ -66,9 +66,9 @@ def _check_source(data: SourceConfig, key: str) -> None:
         what = "names of data sets" if source == "hub" else "files, directories or globs"
         raise ConfigError(f"{key}.paths", f"source `{source}` needs {what}")
     formats = {"text": ("text",), "megatron": ("text",), "stdlib": ("text", "messages", "completion")}
-    if not is_plugin(source) and data.format not in formats.get(source, _FIELDS):
+    if not is_plugin(source) and data.format not in formats.get(source, FIELDS):
         raise ConfigError(f"{key}.format", f"source `{source}` has no records of format `{data.format}`")
-    known_fields = _FIELDS[data.format]
+    known_fields = FIELDS[data.format]
     if other := [name for name in data.fields if name not in known_fields]:
         text = f"of format `{data.format}` are {', '.join(known_fields)}; not {other[0]!r}"
         raise ConfigError(f"{key}.fields", text)

@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from areal_ray.config import ConfigError, DataConfig
-from areal_ray.data.records import Document, Part, Renderer, Source, Tokens
-from areal_ray.data.sources import named_files
+from areal_ray.config import DataConfig
+from areal_ray.data.records import Renderer, Source
+from areal_ray.data.rendering.records import Completion, Messages, Preference, RecordRenderer
+from areal_ray.data.rendering.text import TextRenderer
+from areal_ray.data.sources.files import Options
+from areal_ray.data.sources.hub import Hub
+from areal_ray.data.sources.jsonl import JsonLines
+from areal_ray.data.sources.source import FileSource, TextFiles
+from areal_ray.data.sources.stdlib import StandardLibrary
+from areal_ray.data.sources.tables import Csv, Parquet
 from areal_ray.data.tokenizers import Tokenizer
 
-
-@dataclass(frozen=True)
-class Files:
-    """A Source of whole files, one document each."""
-
-    config: DataConfig
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def parts(self) -> list[Part]:
-        return [Part(str(path), size=path.stat().st_size) for _, path in named_files(self.config)]
-
-    def read(self, part: Part) -> Iterator[Document]:
-        try:
-            yield Document(Path(part.path).read_bytes(), part.path)
-        except OSError as error:
-            raise ConfigError("data.paths", f"cannot read {part.path}: {error.strerror}") from None
+_FILES: dict[str, type[FileSource]] = {"text": TextFiles, "jsonl": JsonLines, "csv": Csv, "parquet": Parquet}
+_RENDERERS: dict[str, type[RecordRenderer]] = {"messages": Messages, "completion": Completion, "preference": Preference}
 
 
-@dataclass(frozen=True)
-class Text:
-    """A Renderer of text, its end marked."""
+def build_source(config: DataConfig, s3: Options | None = None) -> Source:
+    """The Source that data.source names.
 
-    tokenizer: Tokenizer
-
-    @property
-    def fingerprint(self) -> str:
-        return type(self.tokenizer).__name__
-
-    def __call__(self, document: Document) -> Iterator[Tokens]:
-        assert isinstance(document.content, bytes)
-        yield Tokens(self.tokenizer.encode(document.content))
-
-
-def build_source(config: DataConfig) -> Source:
-    """The Source that data.source names."""
-    return Files(config)
+    Args:
+        config: of one source.
+        s3: endpoint, region and credentials of s3:// paths, see `storage_at`.
+    """
+    if config.source == "stdlib":
+        return StandardLibrary(config)
+    return Hub(config) if config.source == "hub" else _FILES[config.source](config, s3)
 
 
 def build_renderer(config: DataConfig, tokenizer: Tokenizer) -> Renderer:
-    """The Renderer that fits the source."""
-    return Text(tokenizer)
+    """The Renderer of data.format.
+
+    Raises:
+        ConfigError: if the tokenizer lacks what it needs.
+    """
+    if config.format == "text":
+        return TextRenderer(config, tokenizer)
+    return _RENDERERS[config.format](config, tokenizer)

@@ -18,12 +18,14 @@ class Part:
         path: file, or name in an archive.
         begin, end: bytes of it, for formats that can be cut at lines; end None: to its end.
         size: bytes of the file.
+        split: train or held_out, if all of its documents go there; None: each by its content.
     """
 
     path: str
     begin: int = 0
     end: int | None = None
     size: int = 0
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ class Source(Protocol):
 
     Attributes:
         skipped: how many documents were left out so far, by reason; it only grows, and a copy of it counts for itself.
+        notes: lines that `parts` has for the user, on what it has left out.
     """
 
     skipped: Counter[str]
+    notes: list[str]
 
     def parts(self) -> list[Part]:
         """All parts, in an order that is the same on every machine.
@@ -81,7 +85,10 @@ class Renderer(Protocol):
 
     Attributes:
         fingerprint: of everything but the document that the tokens depend on.
+        skipped: how many documents were left out so far, by reason, as a Source's.
     """
+
+    skipped: Counter[str]
 
     @property
     def fingerprint(self) -> str: ...

@@ -84,39 +84,43 @@ def make_plan(config: DataConfig, tokenizer: Tokenizer, folder: Storage) -> Plan
     source, renderer = build_source(config), build_renderer(config, tokenizer)
     settings, parts = settings_of(config), source.parts()
     listing = listing_of(parts)
-    key = digest([{**settings, "paths": None}, renderer.fingerprint, listing])[:16]
-    dtype = token_dtype(getattr(tokenizer, "largest_id", tokenizer.vocab_size - 1)).str
-    work = Work(folder.sub(key), source, renderer, config.held_out, dtype)
+    key = digest([{**settings, "paths": None, "held_out_paths": None}, renderer.fingerprint, listing])[:16]
+    work = Work(folder.sub(key), source, renderer, config.held_out, token_dtype(tokenizer.vocab_size - 1).str)
     return Plan(work, tuple(groups_of(parts)), settings, listing)
 
 
-def groups_of(parts: Sequence[Part], split: str | None = None, first: int = 0) -> list[Group]:
-    """Parts in groups of GROUP_BYTES, or a little more."""
+def groups_of(parts: Sequence[Part]) -> list[Group]:
+    """Parts in groups of GROUP_BYTES, or a little more, each of a single split if parts say theirs."""
     found: list[Group] = []
     waiting: list[Part] = []
     size = 0
     for part in parts:
+        if waiting and (part.split != waiting[0].split or size >= GROUP_BYTES):
+            found.append(Group(len(found), tuple(waiting), waiting[0].split))
+            waiting, size = [], 0
         waiting.append(part)
         size += part_bytes(part)
-        if size >= GROUP_BYTES:
-            found.append(Group(first + len(found), tuple(waiting), split))
-            waiting, size = [], 0
     if waiting:
-        found.append(Group(first + len(found), tuple(waiting), split))
+        found.append(Group(len(found), tuple(waiting), waiting[0].split))
     return found
 
 
 def listing_of(parts: Sequence[Part]) -> str:
     """A digest of names, sizes and times of change, with which it is noticed that sources are not what they were."""
     paths = dict.fromkeys(part.path for part in parts)
-    above = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    files = [os.path.dirname(path) for path in paths if path.startswith("/")]
+    above = os.path.commonpath(files) if files else ""
     times: dict[str, int | None] = dict.fromkeys(paths)
     for path in paths:
         with suppress(OSError):  # not of this file system: its size must do
             times[path] = os.stat(path).st_mtime_ns
-    return digest(
-        [(os.path.relpath(part.path, above), part.begin, part.end, part.size, times[part.path]) for part in parts]
-    )
+    return digest([(*_place(part, above), part.begin, part.end, part.size, times[part.path]) for part in parts])
+
+
+def _place(part: Part, above: str) -> tuple[str, ...]:
+    """The name of a part's file below a folder (a URI, or the name of a data set, is one as it is), and its split."""
+    name = os.path.relpath(part.path, above) if part.path.startswith("/") else part.path
+    return (name,) if part.split is None else (name, part.split)
 
 
 def is_prepared(storage: Storage) -> bool:
@@ -152,6 +156,8 @@ def prepare(plan: Plan, map_groups: MapGroups, say: Callable[[str], None]) -> Ma
         if is_prepared(storage):
             return Manifest.read(storage)
         storage.ensure()
+        for note in plan.work.source.notes:
+            say(note)
         records = map_groups(plan.work, plan.groups, Progress(plan.bytes, say))
         splits = _splits(plan, records)
         manifest = _manifest(plan, records, splits)

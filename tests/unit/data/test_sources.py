@@ -1,13 +1,16 @@
 """Documents and their split: by name, the same wherever the corpus lies."""
 
 import shutil
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import build_tokenizer, load_splits
-from areal_ray.data.sources import documents
+from areal_ray.data.build import build_source
+from areal_ray.data.sources.files import find
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +36,7 @@ def tokens(split):
 
 
 def names(*paths):
-    return [name for name, _ in documents(DataConfig(source="text", paths=[str(path) for path in paths]))]
+    return [file.name for file in find([str(path) for path in paths]).found]
 
 
 def test_byte_tokens_make_the_round_trip_with_an_end_token():
@@ -56,7 +59,10 @@ def test_a_tokenizer_that_cannot_be_loaded_is_a_config_error(tmp_path):
 def test_the_standard_library_is_split_by_file():
     config = DataConfig(held_out=0.05)
     train, held_out = load_splits(config, build_tokenizer("bytes"), 256, 8)
-    files = dict(documents(config))
+    source = build_source(config)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    read = [document for part in source.parts() for document in source.read(part)]
+    files = {Path(document.origin).relative_to(root).as_posix(): document.content for document in read}
     assert "json/decoder.py" in files
     assert not any("test" in name.split("/") or "site-packages" in name for name in files)
     assert 0.01 < len(held_out) / (len(train) + len(held_out)) < 0.15
