@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -112,6 +113,7 @@ def prepare_group(work: Work, group: Group, keep: bool, advance: Advance = lambd
         return found
     parts: list[tuple[str, int, int, int, str]] = []
     least: tuple[int, int] | None = None
+    before = _skipped(work)
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenWriter(work.storage, f"{group.number:05}.{split}", np.dtype(work.dtype)))
@@ -134,11 +136,16 @@ def prepare_group(work: Work, group: Group, keep: bool, advance: Advance = lambd
                     writer.add(tokens)
                 advance(len(content), writer.tokens - made)
             parts.append((part.path, part.begin, part_bytes(part), documents, read.hexdigest()))
-    record = Record(_shards(writers), parts, least, dict(getattr(work.source, "skipped", {})))
+    record = Record(_shards(writers), parts, least, dict(_skipped(work) - before))
     if keep:
         with work.storage.create_whole(name) as sink:
             sink.write(record.dump())
     return record
+
+
+def _skipped(work: Work) -> Counter[str]:
+    """What this process has left out so far, by reason."""
+    return work.source.skipped + getattr(work.renderer, "skipped", Counter())
 
 
 def _content(document: Document) -> bytes:
