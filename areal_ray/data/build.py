@@ -35,6 +35,7 @@ class Text:
     """A Renderer of text, its end marked."""
 
     tokenizer: Tokenizer
+    skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def fingerprint(self) -> str:

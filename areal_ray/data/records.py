@@ -81,7 +81,10 @@ class Renderer(Protocol):
 
     Attributes:
         fingerprint: of everything but the document that the tokens depend on.
+        skipped: how many documents were left out so far, by reason; as a source's.
     """
+
+    skipped: Counter[str]
 
     @property
     def fingerprint(self) -> str: ...

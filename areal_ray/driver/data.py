@@ -65,18 +65,17 @@ def prepare_all(config: Config, say: Say) -> None:
 def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say) -> Corpus:
     """The corpus of a single source as it is now; it is prepared if it is not there."""
     folder = corpora(config)
-    if prepare.is_prepared(folder):
-        return _as_configured(config, Corpus(folder), tokenizer)
-    plan = prepare.make_plan(config.data, tokenizer, folder)
-    storage = plan.work.storage
     try:
-        if not prepare.is_prepared(storage):
+        if prepare.is_prepared(folder):
+            return _as_configured(config, Corpus(folder), tokenizer)
+        plan = prepare.make_plan(config.data, tokenizer, folder)
+        if not prepare.is_prepared(plan.work.storage):
             _prepare(config, plan, say)
-    except ValueError as error:
-        raise ConfigError("data", str(error)) from None
-    except OSError as error:
+        return Corpus(plan.work.storage)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError("data.prepared_path", str(error)) from None
-    return Corpus(storage)
 
 
 def corpora(config: Config) -> Storage:

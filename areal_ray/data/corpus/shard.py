@@ -67,6 +67,11 @@ class Work:
     held_out: float
     dtype: str
 
+    @property
+    def skipped(self) -> Counter[str]:
+        """What this process has left out so far, by reason."""
+        return self.source.skipped + self.renderer.skipped
+
 
 @dataclass(frozen=True)
 class Record:
@@ -113,7 +118,7 @@ def prepare_group(work: Work, group: Group, keep: bool, advance: Advance = lambd
         return found
     parts: list[tuple[str, int, int, int, str]] = []
     least: tuple[int, int] | None = None
-    before = _skipped(work)
+    before = work.skipped
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenWriter(work.storage, f"{group.number:05}.{split}", np.dtype(work.dtype)))
@@ -136,16 +141,11 @@ def prepare_group(work: Work, group: Group, keep: bool, advance: Advance = lambd
                     writer.add(tokens)
                 advance(len(content), writer.tokens - made)
             parts.append((part.path, part.begin, part_bytes(part), documents, read.hexdigest()))
-    record = Record(_shards(writers), parts, least, dict(_skipped(work) - before))
+    record = Record(_shards(writers), parts, least, dict(work.skipped - before))
     if keep:
         with work.storage.create_whole(name) as sink:
             sink.write(record.dump())
     return record
-
-
-def _skipped(work: Work) -> Counter[str]:
-    """What this process has left out so far, by reason."""
-    return work.source.skipped + getattr(work.renderer, "skipped", Counter())
 
 
 def _content(document: Document) -> bytes:
