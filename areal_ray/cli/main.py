@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli.ckpt import add_ckpt
+from areal_ray.cli.data import add_data
 from areal_ray.cli.output import losable_output
 
 if TYPE_CHECKING:
@@ -50,12 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     chaos.add_argument("--only", action="append", metavar="KIND", help="only faults of this kind; may be repeated")
     chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
+    _add_experiment(
+        commands.add_parser("prepare", help="make the prepared corpus of an experiment, which train does by itself"),
+        _prepare,
+    )
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
+    add_data(commands.add_parser("data", help="look at prepared corpora"))
     arguments = parser.parse_args(argv)
     with losable_output() as output:
         status = int(arguments.run(arguments))
     # Of these the output is not what they are for; of all others it is.
-    works = arguments.run in (_train, _submit, _verify, _chaos) and not arguments.print_config
+    works = arguments.run in (_train, _submit, _verify, _chaos, _prepare) and not arguments.print_config
     if output.lost is None:
         return status
     if isinstance(output.lost, BrokenPipeError):  # the reader has seen enough, as in `areal-ray ckpt diff A B | head`
@@ -91,6 +97,20 @@ def _submit(arguments: argparse.Namespace) -> int:
         return submit(arguments.config, arguments.overrides)
 
     return _with_config(arguments, submit)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    def prepare(config: Any) -> int:
+        from areal_ray.driver.connect import use_token
+
+        if os.environ.get("RAY_ADDRESS"):
+            use_token()
+        from areal_ray.driver.data import prepare_all
+
+        prepare_all(config, lambda text: print(text, flush=True))
+        return 0
+
+    return _with_config(arguments, prepare)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from areal_ray.config.plugin import check_form, is_plugin
 if TYPE_CHECKING:
     from areal_ray.config import Config
 
-SOURCES = ("stdlib", "text", "jsonl", "parquet", "csv", "hub", "megatron")
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "csv", "hub", "megatron", "datasets")
 FIELDS = {
     "text": ("text",),
     "messages": ("messages", "tools"),
@@ -65,7 +65,12 @@ def _check_source(data: SourceConfig, key: str) -> None:
     elif not data.paths:
         what = "names of data sets" if source == "hub" else "files, directories or globs"
         raise ConfigError(f"{key}.paths", f"source `{source}` needs {what}")
-    formats = {"text": ("text",), "megatron": ("text",), "stdlib": ("text", "messages", "completion")}
+    formats = {
+        "text": ("text",),
+        "megatron": ("text",),
+        "datasets": ("text",),
+        "stdlib": ("text", "messages", "completion"),
+    }
     if not is_plugin(source) and data.format not in formats.get(source, FIELDS):
         raise ConfigError(f"{key}.format", f"source `{source}` has no records of format `{data.format}`")
     known_fields = FIELDS[data.format]

@@ -12,7 +12,8 @@ Format = Literal["text", "messages", "completion", "preference"]
 class SourceConfig:
     """Documents, or records, of one kind and from one place."""
 
-    source: str = "stdlib"  # Python's standard library · text · jsonl · parquet · csv · hub · package.module:function
+    # stdlib: Python's own · text · jsonl · parquet · csv · hub · megatron, datasets: tokens · package.module:function
+    source: str = "stdlib"
     args: dict[str, Any] = field(default_factory=dict)  # of one's own source, or of `datasets` (hub): name, split, ...
     paths: list[str] = field(default_factory=list)  # files, directories or globs, s3:// too; hub: names of data sets
     format: Format = "text"  # or records: messages (chat), prompt and completion, prompt with chosen and rejected

@@ -17,8 +17,8 @@ class GlobalBatches:
     """This rank's part of an endless sequence of global batches.
 
     The cursor is the number of samples that have been given out, over all ranks. Sample `n` is a pure function of
-    (seed, n): position n % N of the shuffle of epoch n // N. So the cursor is the whole state, any world size that
-    divides the batch continues any other's, and no sample is lost or repeated.
+    (seed, n): position n % N of the shuffle of epoch n // N, or what the data set's own order says. So the cursor is
+    the whole state, any world size that divides the batch continues any other's, and no sample is lost or repeated.
 
     Args:
         sequences: the data, N sequences.
@@ -45,11 +45,10 @@ class GlobalBatches:
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(f"a global batch of {global_batch_size} cannot be shared evenly by {world_size} ranks")
-        from areal_ray.data.shuffle import (
-            shuffled,
-        )  # brings grain, which other users of this package's data need not have
+        # Brings grain, which other users of this package's data need not have.
+        from areal_ray.data.shuffle import order_of
 
-        self._sequences, self._order = sequences, shuffled(len(sequences), seed)
+        self._sequences, self._order = sequences, order_of(sequences, seed)
         self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
         self._fingerprint, self._seed, self._may_differ = sequences.fingerprint, seed, may_differ
         self._record = record
@@ -61,6 +60,11 @@ class GlobalBatches:
     def epoch(self) -> int:
         """Passes over the data that are complete."""
         return self.next_sample // len(self._sequences)
+
+    def metrics(self) -> dict[str, float]:
+        """What the data set has to say of the samples that have been given out."""
+        own = getattr(self._sequences, "metrics", None)
+        return {} if own is None else dict(own(self.next_sample))
 
     def ids(self, first: int) -> list[int]:
         """The sequence numbers of the global batch that begins at cursor `first`, in order, over all ranks."""

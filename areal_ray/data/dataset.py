@@ -9,6 +9,12 @@ import numpy as np
 IGNORED = -100  # in labels: nothing is predicted at this position; cross entropy's own ignore_index
 
 
+class Order(Protocol):
+    """Which row each sample is."""
+
+    def __getitem__(self, n: int) -> int: ...
+
+
 class TokenDataset(Protocol):
     """Rows of equal length, the same on every machine and at every start.
 

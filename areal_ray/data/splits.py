@@ -3,29 +3,63 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
+from collections.abc import Mapping
 
 from areal_ray.config import ConfigError, DataConfig, plugin
-from areal_ray.data.corpus.corpus import Corpus
+from areal_ray.data.corpus.corpus import Corpus, TokenSource
+from areal_ray.data.corpus.manifest import SPLITS
+from areal_ray.data.corpus.megatron import MegatronPairs
 from areal_ray.data.dataset import TokenDataset
-from areal_ray.data.packing import ConcatenatedRows
+from areal_ray.data.mixture import MixedRows
+from areal_ray.data.packing import build_rows
 from areal_ray.data.tokenizers import Tokenizer
 from areal_ray.storage import LocalStorage, Storage
 
 Splits = tuple[TokenDataset, TokenDataset]
 
 
-def open_splits(corpus: Corpus, seq_len: int) -> Splits:
-    """The rows of a prepared corpus: to train on, and held out. Reads nothing.
+def open_source(config: DataConfig, s3: Mapping[str, str | None] | None = None) -> TokenSource | None:
+    """The tokens of a source that takes no preparation, as others have prepared it; None: it takes one.
 
     Args:
-        corpus: whose tokens they are.
+        config: of one source.
+        s3: as for `storage_at`.
+
+    Raises:
+        ConfigError: if there are none, or they are not what the source says.
+    """
+    if config.source == "megatron":
+        return MegatronPairs(config.paths, config.held_out_paths, config.held_out, s3)
+    if config.source == "datasets":
+        from areal_ray.data.corpus.arrow import ArrowTokens  # brings pyarrow
+
+        return ArrowTokens(config.paths, config.held_out_paths, config.held_out)
+    return None
+
+
+def open_splits(config: DataConfig, sources: Mapping[str, TokenSource], seq_len: int) -> Splits:
+    """The rows of tokens that are there: to train on, and held out. Reads nothing.
+
+    Args:
+        config: of the data.
+        sources: by name, as in `config.sources`.
         seq_len: tokens per row.
     """
-    # Before corpora were prepared, tokens of bytes had 16 bits and all others 32.
-    old = "<u2" if corpus.manifest.settings.get("tokenizer") == "bytes" else "<u4"
-    train, held_out = (ConcatenatedRows(corpus.split(name), seq_len, old) for name in ("train", "held_out"))
-    return train, held_out
+    settings, weights = config.sources, {each.name: each.weight for each in config.mixture}
+    train, held_out = (
+        {
+            name: build_rows(settings[name], source.split(split), seq_len, source.old_dtype)
+            for name, source in sources.items()
+        }
+        for split in SPLITS
+    )
+    if not weights:
+        return train[""], held_out[""]
+    if empty := [name for name, rows in train.items() if not len(rows)]:
+        raise ConfigError("data.mixture", f"{empty[0]} has no row of train.seq_len={seq_len} tokens: give it more text")
+    # Of a source that holds nothing out nothing is evaluated.
+    some = {name: rows for name, rows in held_out.items() if len(rows)} or held_out
+    return MixedRows(train, weights), MixedRows(some, weights)
 
 
 def own_splits(config: DataConfig, tokenizer: Tokenizer, seq_len: int) -> Splits:
@@ -45,21 +79,25 @@ def own_splits(config: DataConfig, tokenizer: Tokenizer, seq_len: int) -> Splits
     return train, held_out
 
 
-def check_sizes(splits: Splits, config: DataConfig, corpus: Corpus | None, seq_len: int, batch: int) -> None:
-    """Raise ConfigError if there is too little for one global batch of each.
+def check_sizes(
+    splits: Splits, config: DataConfig, sources: Mapping[str, TokenSource], seq_len: int, batch: int
+) -> None:
+    """Raise ConfigError if there is too little for one global batch of each; nothing held out is a choice, too.
 
     Args:
         splits: rows to train on and held out.
-        config: that they are of.
-        corpus: that they are from, if it is a prepared one.
+        config: of the data.
+        sources: that the rows are from; none for a source of one's own.
         seq_len, batch: tokens per row and rows per global batch.
     """
     for side, name, split in (("train on", "train", splits[0]), ("hold out", "held_out", splits[1])):
+        if name == "held_out" and sources and not (config.held_out or config.held_out_paths):
+            continue
         if len(split) < batch:
-            found = f"{len(split)} rows" if corpus is None else f"{corpus.manifest.count(name, 'documents')} documents"
+            found = " and ".join(source.about(name) for source in sources.values()) or f"{len(split)} rows"
             hint = "give more text or smaller sizes"
-            if corpus is not None and name == "held_out":
-                hint = "give more text or smaller sizes, or hold more out (data.held_out)"
+            if sources and name == "held_out":
+                hint += ", or hold more out (data.held_out)"
             raise ConfigError(
                 "data.paths" if config.paths else "data.source",
                 f"{found} to {side} give {len(split)} sequences of train.seq_len={seq_len} tokens, "
@@ -86,19 +124,24 @@ def load_splits(
     """
     from areal_ray.data.corpus import prepare
 
-    splits: Splits
     if plugin.is_plugin(config.source):
-        corpus, splits = None, own_splits(config, tokenizer, seq_len)
-    else:
-        temporary: Any = None
-        if folder is None:
-            temporary = tempfile.TemporaryDirectory(prefix="areal_ray-data-")
-            folder = LocalStorage(temporary.name)
-        plan = prepare.make_plan(config, tokenizer, folder)
-        prepare.prepare(plan, prepare.in_process, print)
-        corpus = Corpus(plan.work.storage)
-        splits = open_splits(corpus, seq_len)
-        for split in splits:
-            split.kept = temporary  # type: ignore[attr-defined]
-    check_sizes(splits, config, corpus, seq_len, global_batch_size)
+        splits = own_splits(config, tokenizer, seq_len)
+        check_sizes(splits, config, {}, seq_len, global_batch_size)
+        return splits
+    temporary = None
+    if folder is None:
+        temporary = tempfile.TemporaryDirectory(prefix="areal_ray-data-")
+        folder = LocalStorage(temporary.name)
+    sources: dict[str, TokenSource] = {}
+    for name, each in config.sources.items():
+        found = open_source(each)
+        if found is None:
+            plan = prepare.make_plan(each, tokenizer, folder)
+            prepare.prepare(plan, prepare.in_process, print)
+            found = Corpus(plan.work.storage)
+        sources[name] = found
+    splits = open_splits(config, sources, seq_len)
+    check_sizes(splits, config, sources, seq_len, global_batch_size)
+    for split in splits:
+        split.folder = temporary  # type: ignore[attr-defined]  # removed with the rows
     return splits

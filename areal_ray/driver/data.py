@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import ray
 
-from areal_ray.config import Config, ConfigError
+from areal_ray.config import Config, ConfigError, DataConfig, plugin
+from areal_ray.data import build_tokenizer
 from areal_ray.data.build import build_renderer, build_source
 from areal_ray.data.corpus import prepare
-from areal_ray.data.corpus.corpus import Corpus
+from areal_ray.data.corpus.corpus import Corpus, TokenSource
 from areal_ray.data.corpus.manifest import Manifest
+from areal_ray.data.splits import open_source
 from areal_ray.data.tokenizers import Tokenizer
 from areal_ray.driver.connect import cluster
 from areal_ray.run import RunDir
@@ -21,14 +23,14 @@ from areal_ray.storage import Storage, storage_at
 Say = Callable[[str], None]
 
 
-def corpus_of(config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool, say: Say) -> Corpus:
-    """The corpus that a run trains on; it is prepared if it is not there.
+def sources_of(config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool, say: Say) -> dict[str, TokenSource]:
+    """The tokens that a run trains on, by the name of their source; what is not prepared yet is prepared.
 
-    A run that goes on does so with the corpus that it was started with, whatever has become of its sources, unless
+    A run that goes on does so with the corpora that it was started with, whatever has become of their sources, unless
     config.data has changed or run.allow_changes has `data`.
 
     Args:
-        config: with an absolute storage path, of a source that is prepared.
+        config: with an absolute storage path, of sources that are not one's own.
         run: the run directory.
         tokenizer: of config.data.tokenizer.
         goes_on: whether there is a checkpoint to go on from.
@@ -37,29 +39,43 @@ def corpus_of(config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool, 
     Raises:
         ConfigError: if a source cannot be read, or data.prepared_path is a corpus of something else.
     """
-    if goes_on and "data" not in config.run.allow_changes:
-        recorded = run.data()
-        if recorded is not None and (corpus := _recorded(config, recorded, tokenizer)) is not None:
-            _tell_if_newer(config, corpus.manifest, say)
-            return corpus
-    return prepared_corpus(config, tokenizer, say)
+    recorded = (run.data() or {}) if goes_on and "data" not in config.run.allow_changes else {}
+    found: dict[str, TokenSource] = {}
+    for name, data in config.data.sources.items():
+        one = replace(config, data=data)
+        source = open_source(data, asdict(config.run.s3))
+        if source is None and name in recorded and (source := _recorded(one, recorded[name], tokenizer)) is not None:
+            _tell_if_newer(data, source.manifest, say)
+        found[name] = source or prepared_corpus(one, tokenizer, say)
+    return found
+
+
+def prepare_all(config: Config, say: Say) -> None:
+    """Prepare what a run of this configuration would train on, and say where it is; for `areal-ray prepare`."""
+    if plugin.is_plugin(config.data.source):
+        raise ConfigError("data.source", f"{config.data.source} prepares its rows itself")
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    for name, data in config.data.sources.items():
+        source = open_source(data, asdict(config.run.s3))
+        source = source or prepared_corpus(replace(config, data=data), tokenizer, say)
+        held = f"{source.about('train')} to train on, {source.about('held_out')} held out"
+        say(f"{f'{name}: ' if name else ''}{held}, {source.location}")
 
 
 def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say) -> Corpus:
-    """The corpus of a configuration and of the sources as they are now; it is prepared if it is not there."""
+    """The corpus of a single source as it is now; it is prepared if it is not there."""
     folder = corpora(config)
-    if prepare.is_prepared(folder):
-        return _as_configured(config, Corpus(folder), tokenizer)
-    plan = prepare.make_plan(config.data, tokenizer, folder)
-    storage = plan.work.storage
     try:
-        if not prepare.is_prepared(storage):
+        if prepare.is_prepared(folder):
+            return _as_configured(config, Corpus(folder), tokenizer)
+        plan = prepare.make_plan(config.data, tokenizer, folder)
+        if not prepare.is_prepared(plan.work.storage):
             _prepare(config, plan, say)
-    except ValueError as error:
-        raise ConfigError("data", str(error)) from None
-    except OSError as error:
+        return Corpus(plan.work.storage)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError("data.prepared_path", str(error)) from None
-    return Corpus(storage)
 
 
 def corpora(config: Config) -> Storage:
@@ -116,10 +132,10 @@ def _as_configured(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Corp
     return corpus
 
 
-def _tell_if_newer(config: Config, manifest: Manifest, say: Say) -> None:
+def _tell_if_newer(data: DataConfig, manifest: Manifest, say: Say) -> None:
     go_on = "the run goes on with the corpus that it was started with"
     try:
-        listing = prepare.listing_of(build_source(config.data).parts())
+        listing = prepare.listing_of(build_source(data).parts())
     except ConfigError as error:
         say(f"data: the sources cannot be looked at ({error.message}); {go_on}")
         return

@@ -54,7 +54,7 @@ def train(
     Raises:
         ConfigError: before anything is trained or written.
     """
-    run, config, corpus = prepare(config)
+    run, config, sources = prepare(config)
     done = Catalog(run.storage).newest()
     if done is not None and done.step >= config.last_step:
         print(
@@ -81,8 +81,8 @@ def train(
             # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
             stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
             run.write_config(_record(config, overrides))
-            if corpus is not None:  # the workers open the one that is noted here
-                run.write_data({"path": corpus.storage.location, "fingerprint": corpus.fingerprint})
+            # The workers open what is noted here.
+            run.write_data({name: {"path": s.location, "fingerprint": s.fingerprint} for name, s in sources.items()})
             readmit(run, config.cluster.use_again, _print)
         except RunInUse as error:
             raise ConfigError("run.name", str(error)) from None

@@ -11,24 +11,26 @@ from typing import Any
 from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, plugin, redact
-from areal_ray.data.corpus.corpus import Corpus
+from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
 from areal_ray.data.splits import check_sizes, open_splits, own_splits
 from areal_ray.distributed.tensor_parallel import tensor_plan
-from areal_ray.driver.data import corpus_of
+from areal_ray.driver.data import sources_of
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
 
+Sources = dict[str, TokenSource]
 
-def prepare(config: Config) -> tuple[RunDir, Config, Corpus | None]:
+
+def prepare(config: Config) -> tuple[RunDir, Config, Sources]:
     """Checks a config, model, data and run directory without a cluster, and makes the storage path absolute.
 
     Returns:
-        The run directory, the config with an absolute storage path, and the prepared corpus to train on; None for a
-        source of one's own.
+        The run directory, the config with an absolute storage path, and the tokens to train on by the name of their
+        source; none for a source of one's own.
 
     Raises:
         ConfigError: if the run could not start, or must not touch what it would find.
@@ -54,16 +56,16 @@ def prepare(config: Config) -> tuple[RunDir, Config, Corpus | None]:
         )
     if config.run.recover == "resume" and newest is None:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
-    corpus = None
+    sources: Sources = {}
     if plugin.is_plugin(config.data.source):
         splits = own_splits(config.data, tokenizer, config.train.seq_len)
     else:
-        corpus = corpus_of(config, run, tokenizer, newest is not None, _print)
-        splits = open_splits(corpus, config.train.seq_len)
-    check_sizes(splits, config.data, corpus, config.train.seq_len, config.train.global_batch_size)
+        sources = sources_of(config, run, tokenizer, newest is not None, _print)
+        splits = open_splits(config.data, sources, config.train.seq_len)
+    check_sizes(splits, config.data, sources, config.train.seq_len, config.train.global_batch_size)
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, splits[0])
-    return run, config, corpus
+    return run, config, sources
 
 
 def _print(text: str) -> None:

@@ -14,7 +14,7 @@ from areal_ray.storage import Storage
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
 EVENT_INDEX = "events.index.json"
-DATA = "data.json"  # which prepared corpus the run trains on
+DATA = "data.json"  # which prepared corpora the run trains on
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
 _INDEX_EVERY = 4096  # events of one process: what a reader finds behind the index stays below a few megabytes
 
@@ -130,11 +130,11 @@ class RunDir:
     def write_config(self, text: str) -> None:
         self.storage.replace(CONFIG, text.encode())
 
-    def write_data(self, data: dict[str, str]) -> None:
-        """Note which prepared corpus the run trains on: path and fingerprint."""
+    def write_data(self, data: dict[str, dict[str, str]]) -> None:
+        """Note what the run trains on: path and fingerprint of the corpus of each source, by its name."""
         self.storage.replace(DATA, json.dumps(data, indent=2).encode() + b"\n")
 
-    def data(self) -> dict[str, str] | None:
+    def data(self) -> dict[str, dict[str, str]] | None:
         """What `write_data` has noted; None: nothing."""
         return json.loads(self.storage.read(DATA)) if self.storage.size(DATA) is not None else None
 

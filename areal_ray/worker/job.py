@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from areal_ray.config import Config, ConfigError, plugin
 from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer
 from areal_ray.data.corpus.corpus import Corpus
-from areal_ray.data.splits import open_splits, own_splits
+from areal_ray.data.splits import open_source, open_splits, own_splits
 from areal_ray.distributed import Ranks
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.run import RunDir
@@ -75,7 +75,7 @@ def build_job(
     record = start.record_samples if start.first and config.logging.sample_ids else None
     cursor, progress = batches(sequences, record), loop.Progress()
     evaluator = None
-    if config.eval.every_steps:
+    if config.eval.every_steps and len(held_out):
         args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
         evaluator = Evaluator(*args)
     log = Cadence(config.logging.every_steps)
@@ -142,7 +142,12 @@ def load_data(config: Config, run: RunDir, ranks: Ranks) -> tuple[TokenDataset, 
     else:
         noted = ranks.on_rank_zero(run.data)
         assert noted is not None, "the driver notes the corpus before it starts workers"
-        data = open_splits(Corpus(storage_at(noted["path"], asdict(config.run.s3))), config.train.seq_len)
+        s3 = asdict(config.run.s3)
+        sources = {
+            name: open_source(each, s3) or Corpus(storage_at(noted[name]["path"], s3))
+            for name, each in config.data.sources.items()
+        }
+        data = open_splits(config.data, sources, config.train.seq_len)
     mine = [split.fingerprint for split in data]
     same = mine == ranks.broadcast(mine)
     if not ranks.all_reduce_min(same):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,16 +21,16 @@ class TokenFile:
     """A stretch of tokens in one file.
 
     Args:
-        stem: of its name.
+        name: of the file.
         tokens: how many.
-        masked: whether a file beside it says which are predicted.
-        first: where in the file they begin.
+        first: where in the file they begin, counted in tokens.
+        mask: file that says which are predicted, a byte a token; None: all of them are.
     """
 
-    stem: str
+    name: str
     tokens: int
-    masked: bool = False
     first: int = 0
+    mask: str | None = None
 
 
 class TokenStream:
@@ -41,13 +41,21 @@ class TokenStream:
         files: in order.
         dtype: of a token.
         fingerprint: of all of it.
+        lengths: reads how long its documents are.
     """
 
-    def __init__(self, storage: Storage, files: Sequence[TokenFile], dtype: np.dtype[Any], fingerprint: str) -> None:
-        self._storage, self._files, self.dtype, self.fingerprint = storage, list(files), dtype, fingerprint
+    def __init__(
+        self,
+        storage: Storage,
+        files: Sequence[TokenFile],
+        dtype: np.dtype[Any],
+        fingerprint: str,
+        lengths: Callable[[], np.ndarray],
+    ) -> None:
+        self._files, self.dtype, self.fingerprint, self._lengths = list(files), dtype, fingerprint, lengths
         self._ends = np.cumsum([file.tokens for file in files], dtype=np.int64)
         self._ranges: Ranges = ranges_of(storage)
-        self.masked = any(file.masked for file in files)
+        self.masked = any(file.mask for file in files)
 
     def __len__(self) -> int:
         """Tokens."""
@@ -55,21 +63,23 @@ class TokenStream:
 
     def read(self, begins: np.ndarray, length: int) -> np.ndarray:
         """The `length` tokens from each position on, (len(begins), length)."""
-        return self._read(begins, length, ".bin", self.dtype)
+        return self._read(begins, length, self.dtype, lambda file: file.name)
 
     def predicted(self, begins: np.ndarray, length: int) -> np.ndarray:
         """Whether each of these tokens is predicted; only where the stream is `masked`."""
-        return self._read(begins, length, ".predicted.bin", np.dtype(bool))
+        return self._read(begins, length, np.dtype(bool), lambda file: file.mask)
 
-    def _read(self, begins: np.ndarray, length: int, suffix: str, dtype: np.dtype[Any]) -> np.ndarray:
+    def _read(
+        self, begins: np.ndarray, length: int, dtype: np.dtype[Any], name_of: Callable[[TokenFile], str | None]
+    ) -> np.ndarray:
         spans = [(row, *span) for row, begin in enumerate(begins.tolist()) for span in self._spans(begin, length)]
         found = np.ones((len(begins), length), dtype)  # of a file without a mask all are predicted
         wanted: list[Range] = []
         where: list[tuple[int, int, int]] = []
         for row, at, file, first, count in spans:
-            if suffix == ".bin" or file.masked:
+            if (name := name_of(file)) is not None:
                 size = dtype.itemsize
-                wanted.append((file.stem + suffix, (file.first + first) * size, count * size))
+                wanted.append((name, (file.first + first) * size, count * size))
                 where.append((row, at, count))
         for (row, at, count), data in zip(where, self._ranges.read(wanted), strict=True):
             found[row, at : at + count] = np.frombuffer(data, dtype)
@@ -95,15 +105,35 @@ class TokenStream:
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, int64. Grows with the number of documents: all indexes are read."""
-        lengths = [np.zeros(0, np.int64)]
-        for file in self._files:
-            name = f"{file.stem}.idx"
-            lengths.append(Index.read(self._storage, name).documents(self._storage, name))
-        return np.concatenate(lengths)
+        return self._lengths()
+
+
+class TokenSource(Protocol):
+    """Tokens that are there, to train on and held out."""
+
+    fingerprint: str
+
+    @property
+    def location(self) -> str:
+        """Where they lie, as a user would type it."""
+        ...
+
+    @property
+    def old_dtype(self) -> str:
+        """Of tokens in fingerprints that were made before corpora were prepared."""
+        ...
+
+    def split(self, name: str) -> TokenStream:
+        """The tokens of `train` or `held_out`."""
+        ...
+
+    def about(self, name: str) -> str:
+        """How much a split has, for messages."""
+        ...
 
 
 class Corpus:
-    """A prepared corpus. To open it reads its manifest only.
+    """A TokenSource that this package has prepared corpus. To open it reads its manifest only.
 
     Args:
         storage: where it lies.
@@ -117,8 +147,31 @@ class Corpus:
         self.storage, self.manifest = storage, Manifest.read(storage)
         self.fingerprint = self.manifest.fingerprint
 
+    @property
+    def location(self) -> str:
+        return self.storage.location
+
+    @property
+    def old_dtype(self) -> str:
+        return "<u2" if self.manifest.settings.get("tokenizer") == "bytes" else "<u4"
+
+    def about(self, name: str) -> str:
+        return f"{self.manifest.count(name, 'documents')} documents"
+
     def split(self, name: str) -> TokenStream:
-        """The tokens of `train` or `held_out`."""
         assert name in SPLITS
-        files = [TokenFile(shard.stem, shard.tokens, shard.masked) for shard in self.manifest.splits[name]]
-        return TokenStream(self.storage, files, np.dtype(self.manifest.dtype), digest([self.fingerprint, name]))
+        stems = [(shard, shard.stem) for shard in self.manifest.splits[name]]
+        files = [
+            TokenFile(f"{stem}.bin", shard.tokens, mask=f"{stem}.predicted.bin" if shard.masked else None)
+            for shard, stem in stems
+        ]
+        dtype, fingerprint = np.dtype(self.manifest.dtype), digest([self.fingerprint, name])
+        indexes = [f"{stem}.idx" for _, stem in stems]
+        return TokenStream(self.storage, files, dtype, fingerprint, lambda: document_lengths(self.storage, indexes))
+
+
+def document_lengths(storage: Storage, indexes: Sequence[str]) -> np.ndarray:
+    """Tokens of each document of several .idx files, int64."""
+    return np.concatenate(
+        [np.zeros(0, np.int64), *(Index.read(storage, name).documents(storage, name) for name in indexes)]
+    )

@@ -28,7 +28,7 @@ from areal_ray.storage import Storage
 GROUP_BYTES = 64 << 20
 _NOT_TOKENS = (
     *("prepared_path", "prepare_in_process_mb", "prefetch_batches"),
-    *("packing", "document_mask", "truncation", "mixture", "allow_other_tokenizer"),
+    *("packing", "document_mask", "truncation", "mixture", "allow_other_tokenizer"),  # of rows, checks
 )
 _ALWAYS = ("source", "tokenizer", "held_out")
 _SAY_EVERY_S = 5.0

@@ -10,8 +10,6 @@ import ray.data
 
 from areal_ray.data.corpus.shard import Advance, Group, Record, Work, prepare_group
 
-_TRIES = 10  # of a group whose node or process was lost; what a source or a renderer raises is not tried again
-
 
 def on_cluster(work: Work, groups: Sequence[Group], advance: Advance) -> list[Record]:
     """Prepare the groups in tasks of Ray Data, one CPU each; a lost node costs the groups that it had in work.
@@ -32,10 +30,10 @@ def on_cluster(work: Work, groups: Sequence[Group], advance: Advance) -> list[Re
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     numbers = ray.data.from_items(list(by_number), override_num_blocks=len(groups))
-    done = numbers.map(run, num_cpus=1, max_retries=_TRIES)
+    done = numbers.map(run, num_cpus=1)  # tried again, for ever, when a node or a process is lost
     records: dict[int, Record] = {}
     try:
-        for row in done.iter_rows(prefetch_batches=0):
+        for row in done.iter_rows():
             record = Record.load(row["record"])
             records[row["number"]] = record
             tokens = sum(shard.tokens for shard in record.shards.values())

@@ -12,7 +12,7 @@ import pytest
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import PackedTokens, build_tokenizer
 from areal_ray.data.corpus import prepare, shard
-from areal_ray.data.corpus.corpus import Corpus
+from areal_ray.data.corpus.corpus import Corpus, TokenFile, TokenStream, document_lengths
 from areal_ray.data.corpus.manifest import MANIFEST
 from areal_ray.data.corpus.ranges import LocalRanges, RemoteRanges
 from areal_ray.data.corpus.token_file import TokenWriter, token_dtype
@@ -53,6 +53,10 @@ def prepared(sources, folder, **settings):
     return Corpus(plan.work.storage)
 
 
+def splits(corpus, seq_len):
+    return open_splits(DataConfig(), {"": corpus}, seq_len)
+
+
 def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -64,7 +68,7 @@ def tokens(rows):
 def test_rows_and_old_fingerprints_are_those_of_the_version_before(sources, tmp_path, small_groups):
     corpus = prepared(sources, tmp_path / "data")
     assert len(corpus.manifest.splits["train"]) > 1  # rows lie across files
-    train, held_out = open_splits(corpus, 8)
+    train, held_out = splits(corpus, 8)
     whole = PackedTokens(np.asarray(tokens(train), np.uint16), 8)
     assert train.old_fingerprint() == whole.fingerprint == OLD_TRAIN
     assert held_out.old_fingerprint() == OLD_HELD_OUT
@@ -75,9 +79,9 @@ def test_rows_and_old_fingerprints_are_those_of_the_version_before(sources, tmp_
 
 
 def test_how_documents_are_grouped_changes_no_row(sources, tmp_path, monkeypatch):
-    alone = open_splits(prepared(sources, tmp_path / "one"), 8)
+    alone = splits(prepared(sources, tmp_path / "one"), 8)
     monkeypatch.setattr(prepare, "GROUP_BYTES", 100)
-    many = open_splits(prepared(sources, tmp_path / "many"), 8)
+    many = splits(prepared(sources, tmp_path / "many"), 8)
     assert [tokens(split) for split in alone] == [tokens(split) for split in many]
 
 
@@ -184,7 +188,7 @@ def test_two_jobs_that_prepare_the_same_do_not_harm_each_other(sources, tmp_path
 def test_of_few_documents_the_one_of_the_least_hash_is_held_out(sources, tmp_path, monkeypatch, small):
     if small:
         monkeypatch.setattr(prepare, "GROUP_BYTES", 100)
-    train, held_out = open_splits(prepared(sources, tmp_path / "data", held_out=1e-9), 1)
+    train, held_out = splits(prepared(sources, tmp_path / "data", held_out=1e-9), 1)
     from zlib import crc32
 
     least = min(range(20), key=lambda i: crc32(bytes([i]) * (37 + i)))
@@ -195,7 +199,7 @@ def test_of_few_documents_the_one_of_the_least_hash_is_held_out(sources, tmp_pat
 
 def test_of_one_document_its_last_tokens_are_held_out(tmp_path):
     (tmp_path / "one").write_bytes(bytes(range(127)))
-    train, held_out = open_splits(prepared(tmp_path / "one", tmp_path / "data", held_out=0.1), 1)
+    train, held_out = splits(prepared(tmp_path / "one", tmp_path / "data", held_out=0.1), 1)
     assert tokens(train) + tokens(held_out) == [*range(127), 256]
     assert len(held_out) == 13
 
@@ -213,10 +217,14 @@ def test_tokens_that_are_not_predicted_have_no_label(tmp_path):
         writer.begin_document()
         writer.add(Tokens(np.asarray([4, 5, 6], np.uint32), np.asarray([False, True, False])))
         writer.add(Tokens(np.asarray([7, 8], np.uint32), np.asarray([True, False])))
-    from areal_ray.data.corpus.corpus import TokenFile, TokenStream
-
     assert (writer.tokens, writer.predicted, writer.documents) == (8, 5, 2)
-    stream = TokenStream(storage, [TokenFile("a", 8, masked=True)], np.dtype("<u2"), "")
+    stream = TokenStream(
+        storage,
+        [TokenFile("a.bin", 8, mask="a.predicted.bin")],
+        np.dtype("<u2"),
+        "",
+        lambda: document_lengths(storage, ["a.idx"]),
+    )
     assert stream.document_lengths().tolist() == [3, 5]
     rows = ConcatenatedRows(stream, 4)[np.asarray([1, 0])]
     assert rows["input_ids"].tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
@@ -225,7 +233,7 @@ def test_tokens_that_are_not_predicted_have_no_label(tmp_path):
 
 def test_a_file_that_is_shorter_than_it_was_is_named(sources, tmp_path):
     corpus = prepared(sources, tmp_path / "data")
-    train, _ = open_splits(corpus, 8)
+    train, _ = splits(corpus, 8)
     path = os.path.join(corpus.storage.location, "00000.train.bin")
     os.truncate(path, 100)
     with pytest.raises(OSError, match=r"00000\.train\.bin ends before byte"):
