@@ -56,6 +56,11 @@ class MixedRows:
         """A hash of the parts' and of their proportions; reads nothing."""
         return digest([(name, self._counts[name], part.fingerprint) for name, part in self._parts.items()])
 
+    @property
+    def note(self) -> str:
+        """What the parts have to say of how their rows are made."""
+        return "\n".join(note for part in self._parts.values() if (note := getattr(part, "note", "")))
+
     def order(self, seed: int) -> Order:
         """The row of each sample: a fixed round of sources, each with a shuffle and epochs of its own."""
         return _Mix(self, seed)

@@ -14,11 +14,13 @@ from areal_ray.config import Config, ConfigError, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
 from areal_ray.data.splits import check_sizes, open_splits, own_splits
+from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import sources_of
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights
+from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
 
@@ -42,7 +44,11 @@ def prepare(config: Config) -> tuple[RunDir, Config, Sources]:
     _check_writable(config, storage)
     config = replace(config, run=replace(config.run, storage_path=storage.location))
     tokenizer = data.build_tokenizer(config.data.tokenizer)
+    if config.model.path and not config.data.allow_other_tokenizer:
+        check_of_model(config.data.tokenizer, tokenizer, config.model.path)
     models.check_model(config.model, tokenizer.vocab_size)
+    if config.data.document_mask and (why := keeps_no_documents_apart(models.build_model(config.model))):
+        raise ConfigError("data.document_mask", f"{why}; without it documents of a row see each other")
     if config.engine.mesh.tensor > 1:
         tensor_plan(models.build_model(config.model), config.engine.mesh.tensor)
     if config.model.path:
@@ -62,6 +68,8 @@ def prepare(config: Config) -> tuple[RunDir, Config, Sources]:
     else:
         sources = sources_of(config, run, tokenizer, newest is not None, _print)
         splits = open_splits(config.data, sources, config.train.seq_len)
+        if note := getattr(splits[0], "note", ""):
+            _print(note)
     check_sizes(splits, config.data, sources, config.train.seq_len, config.train.global_batch_size)
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, splits[0])

@@ -42,6 +42,7 @@ class TokenStream:
         dtype: of a token.
         fingerprint: of all of it.
         lengths: reads how long its documents are.
+        sequences: reads how long their sequences are, if that is another question.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class TokenStream:
         dtype: np.dtype[Any],
         fingerprint: str,
         lengths: Callable[[], np.ndarray],
+        sequences: Callable[[], np.ndarray] | None = None,
     ) -> None:
         self._files, self.dtype, self.fingerprint, self._lengths = list(files), dtype, fingerprint, lengths
+        self._sequences = sequences or lengths
         self._ends = np.cumsum([file.tokens for file in files], dtype=np.int64)
         self._ranges: Ranges = ranges_of(storage)
         self.masked = any(file.mask for file in files)
@@ -106,6 +109,10 @@ class TokenStream:
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, int64. Grows with the number of documents: all indexes are read."""
         return self._lengths()
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence, of which a document has one or more: those of a pair, or pieces of a long text."""
+        return self._sequences()
 
 
 class TokenSource(Protocol):
@@ -167,11 +174,21 @@ class Corpus:
         ]
         dtype, fingerprint = np.dtype(self.manifest.dtype), digest([self.fingerprint, name])
         indexes = [f"{stem}.idx" for _, stem in stems]
-        return TokenStream(self.storage, files, dtype, fingerprint, lambda: document_lengths(self.storage, indexes))
+        return TokenStream(
+            *(self.storage, files, dtype, fingerprint, lambda: document_lengths(self.storage, indexes)),
+            sequences=lambda: sequence_lengths(self.storage, indexes),
+        )
 
 
 def document_lengths(storage: Storage, indexes: Sequence[str]) -> np.ndarray:
     """Tokens of each document of several .idx files, int64."""
     return np.concatenate(
         [np.zeros(0, np.int64), *(Index.read(storage, name).documents(storage, name) for name in indexes)]
+    )
+
+
+def sequence_lengths(storage: Storage, indexes: Sequence[str]) -> np.ndarray:
+    """Tokens of each sequence of several .idx files, int64."""
+    return np.concatenate(
+        [np.zeros(0, np.int64), *(Index.read(storage, name).lengths(storage, name) for name in indexes)]
     )

@@ -7,6 +7,7 @@ from areal_ray.data.corpus.corpus import TokenStream
 from areal_ray.data.dataset import TokenDataset
 from areal_ray.data.packing.concatenate import ConcatenatedRows
 from areal_ray.data.packing.masked import MaskedRows
+from areal_ray.data.packing.pairs import PairRows
 from areal_ray.data.packing.whole import Truncation, WholeRows, best_fit, one_a_row
 
 
@@ -21,6 +22,9 @@ def build_rows(config: DataConfig, stream: TokenStream, seq_len: int, old_dtype:
     """
     if config.packing == "concatenate":
         return MaskedRows(stream, seq_len) if config.document_mask else ConcatenatedRows(stream, seq_len, old_dtype)
+    if config.format == "preference":
+        assert config.truncation != "split"
+        return PairRows(stream, seq_len, config.truncation or "error")
     usual: Truncation = "split" if config.format == "text" else "error"
     arrange = best_fit if config.packing == "best_fit" else one_a_row
     return WholeRows(stream, seq_len, arrange, config.truncation or usual, config.document_mask)

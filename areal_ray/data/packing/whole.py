@@ -76,7 +76,7 @@ def pieces_of(lengths: np.ndarray, seq_len: int, truncation: Truncation) -> Piec
     return Pieces(begins[keep], np.minimum(lengths, seq_len)[keep], note)
 
 
-def one_a_row(pieces: Pieces, seq_len: int) -> Plan:
+def one_a_row(pieces: Pieces, seq_len: int = 0) -> Plan:
     """Each piece in a row of its own."""
     return Plan(pieces, np.arange(len(pieces.begins) + 1))
 
@@ -147,33 +147,46 @@ class WholeRows:
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of the given numbers, as wide as the longest of them needs, in steps of 64 tokens."""
-        pieces, bounds = self._plan
-        firsts, lasts = bounds[indices], bounds[np.asarray(indices) + 1]
-        chosen = np.concatenate([np.arange(first, last) for first, last in zip(firsts, lasts, strict=True)])
-        row = np.repeat(np.arange(len(firsts)), lasts - firsts)
-        lengths = pieces.lengths[chosen]
-        before = np.cumsum(lengths) - lengths
-        at = before - before[np.searchsorted(row, np.arange(len(firsts)))][row]
-        width = min(self._seq_len, -(-int((at + lengths).max()) // _WIDTHS) * _WIDTHS)
-        rows = {"input_ids": np.zeros((len(firsts), width), np.int64), "labels": np.full((len(firsts), width), IGNORED)}
-        filled = np.zeros((len(firsts), width), np.int64)
-        positions = np.zeros((len(firsts), width), np.int64)
-        content = read_pieces(self._stream, pieces.begins[chosen], lengths)
-        for (ids, predicted), r, a in zip(content, row.tolist(), at.tolist(), strict=True):
-            to = a + len(ids)
-            rows["input_ids"][r, a:to] = ids
-            filled[r, a:to], positions[r, a:to] = 1, np.arange(len(ids))
-            # What begins a document is predicted from the one before it, if that is seen.
-            first = 1 if a == 0 or self._document_mask else 0
-            rows["labels"][r, a + first - 1 : to - 1] = np.where(predicted, ids, IGNORED)[first:]
-        # Padding begins anew as well, and so is a document of its own.
-        return rows | ({"position_ids": positions} if self._document_mask else {"attention_mask": filled})
+        return rows_of(self._stream, self._plan, np.asarray(indices), self._seq_len, self._document_mask)
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the stream's and of how rows are made of it; reads nothing."""
         about = (self._arrange.__name__, self._truncation, self._document_mask)
         return digest([*about, self._stream.fingerprint, self._seq_len])
+
+
+def rows_of(
+    stream: TokenStream, plan: Plan, indices: np.ndarray, seq_len: int, document_mask: bool = False
+) -> dict[str, np.ndarray]:
+    """Rows of a plan, padded to the width that the longest of them needs: a multiple of 64, so that there are few.
+
+    Args:
+        stream, plan: the tokens and where each row has them.
+        indices: numbers of rows.
+        seq_len: the widest that a row may be.
+        document_mask: see `WholeRows`.
+    """
+    pieces, bounds = plan
+    firsts, lasts = bounds[indices], bounds[indices + 1]
+    chosen = np.concatenate([np.arange(first, last) for first, last in zip(firsts, lasts, strict=True)])
+    row = np.repeat(np.arange(len(indices)), lasts - firsts)
+    lengths = pieces.lengths[chosen]
+    before = np.cumsum(lengths) - lengths
+    at = before - before[np.searchsorted(row, np.arange(len(indices)))][row]
+    shape = len(indices), min(seq_len, -(-int((at + lengths).max()) // _WIDTHS) * _WIDTHS)
+    ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    filled, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    content = read_pieces(stream, pieces.begins[chosen], lengths)
+    for (tokens, predicted), r, begin in zip(content, row.tolist(), at.tolist(), strict=True):
+        end = begin + len(tokens)
+        ids[r, begin:end], filled[r, begin:end], positions[r, begin:end] = tokens, 1, np.arange(len(tokens))
+        # What begins a document is predicted from the one before it, if that is seen.
+        first = 1 if begin == 0 or document_mask else 0
+        labels[r, begin + first - 1 : end - 1] = np.where(predicted, tokens, IGNORED)[first:]
+    if document_mask:  # padding begins anew with each of its tokens, and so is seen by none
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {"input_ids": ids, "labels": labels, "attention_mask": filled}
 
 
 def read_pieces(stream: TokenStream, begins: np.ndarray, lengths: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

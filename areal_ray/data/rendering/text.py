@@ -57,9 +57,16 @@ class TextRenderer:
 
     def __call__(self, document: Document) -> Iterator[Tokens]:
         if isinstance(document.content, dict):
-            yield Tokens(np.asarray(document.content["input_ids"], np.uint32))
+            yield self._given(document.content["input_ids"], document.origin)
             return
         yield from self._pieces(document.content)
+
+    def _given(self, ids: list[int], origin: str) -> Tokens:
+        tokens = np.asarray(ids, np.int64)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._tokenizer.vocab_size:
+            text = f"input_ids from {tokens.min()} to {tokens.max()}, and data.tokenizer has those below"
+            raise ConfigError("data.tokenizer", f"{origin}: {text} {self._tokenizer.vocab_size}")
+        return Tokens(tokens.astype(np.uint32))
 
     def _pieces(self, content: bytes) -> Iterator[Tokens]:
         begin, end = self._marks.begin, self._marks.end

@@ -1,5 +1,7 @@
 """Rows of documents: each where it belongs, whole or cut as configured, and apart from the others."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,25 @@ def test_only_what_is_predicted_has_labels():
         _, rows = rows_of([4, 2], 8, predicted, **options)
         labels = sorted(rows["labels"][rows["labels"] != IGNORED].tolist())
         assert labels == [1, 3, 1001]
+
+
+def test_a_preference_is_a_row_of_two_answers():
+    predicted = [np.arange(n) >= 2 for n in (5, 4, 70, 3)]
+    stream = Stream([5, 4, 70, 3], predicted)
+    stream.sequence_lengths = stream.document_lengths
+    config = DataConfig(source="jsonl", format="preference", packing="none")
+    rows = build_rows(config, stream, 128, "<u2")
+    assert len(rows) == 2
+    found = rows[np.asarray([1, 0])]
+    assert found["input_ids"][:, 0].tolist() == [2000, 0]
+    assert found["rejected_input_ids"][:, 0].tolist() == [3000, 1000]
+    assert found["rejected_labels"][1, :5].tolist() == [IGNORED, 1002, 1003, IGNORED, IGNORED]
+    assert found["rejected_attention_mask"].sum(1).tolist() == [3, 4]
+    assert {values.shape for values in found.values()} == {(2, 128)}
+    with pytest.raises(ConfigError, match="1 of 4 documents are longer"):
+        len(build_rows(config, stream, 64, "<u2"))
+    drop = build_rows(replace(config, truncation="drop"), stream, 64, "<u2")
+    assert (len(drop), drop.note) == (1, "data: 1 of 2 pairs are longer than train.seq_len=64 tokens: left out")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
