@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import ray
 
-from areal_ray.config import Config, ConfigError, DataConfig, plugin
+from areal_ray.config import Config, ConfigError, plugin
 from areal_ray.data import build_tokenizer
 from areal_ray.data.build import build_renderer, build_source
 from areal_ray.data.corpus import prepare
@@ -45,7 +45,7 @@ def sources_of(config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool,
         one = replace(config, data=data)
         source = open_source(data, asdict(config.run.s3))
         if source is None and name in recorded and (source := _recorded(one, recorded[name], tokenizer)) is not None:
-            _tell_if_newer(data, source.manifest, say)
+            _tell_if_newer(one, source.manifest, say)
         found[name] = source or prepared_corpus(one, tokenizer, say)
     return found
 
@@ -68,7 +68,7 @@ def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say) -> Corpus:
     try:
         if prepare.is_prepared(folder):
             return _as_configured(config, Corpus(folder), tokenizer)
-        plan = prepare.make_plan(config.data, tokenizer, folder)
+        plan = prepare.make_plan(config.data, tokenizer, folder, asdict(config.run.s3))
         if not prepare.is_prepared(plan.work.storage):
             _prepare(config, plan, say)
         return Corpus(plan.work.storage)
@@ -132,10 +132,10 @@ def _as_configured(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Corp
     return corpus
 
 
-def _tell_if_newer(data: DataConfig, manifest: Manifest, say: Say) -> None:
+def _tell_if_newer(config: Config, manifest: Manifest, say: Say) -> None:
     go_on = "the run goes on with the corpus that it was started with"
     try:
-        listing = prepare.listing_of(build_source(data).parts())
+        listing = prepare.listing_of(build_source(config.data, asdict(config.run.s3)).parts())
     except ConfigError as error:
         say(f"data: the sources cannot be looked at ({error.message}); {go_on}")
         return

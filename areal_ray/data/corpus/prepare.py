@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -70,18 +70,21 @@ def settings_of(config: DataConfig) -> dict[str, object]:
     }
 
 
-def make_plan(config: DataConfig, tokenizer: Tokenizer, folder: Storage) -> Plan:
+def make_plan(
+    config: DataConfig, tokenizer: Tokenizer, folder: Storage, s3: Mapping[str, str | None] | None = None
+) -> Plan:
     """What is to be prepared for a configuration; looks at the sources' names, sizes and times, not into them.
 
     Args:
         config: of the data.
         tokenizer: of config.tokenizer.
         folder: where corpora lie, each under a name that follows from its settings and sources.
+        s3: of sources in s3://, as for `storage_at`.
 
     Raises:
         ConfigError: if there is nothing to read.
     """
-    source, renderer = build_source(config), build_renderer(config, tokenizer)
+    source, renderer = build_source(config, s3), build_renderer(config, tokenizer)
     settings, parts = settings_of(config), source.parts()
     listing = listing_of(parts)
     key = digest([{**settings, "paths": None, "held_out_paths": None}, renderer.fingerprint, listing])[:16]
