@@ -94,7 +94,8 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ConfigError("data.tokenizer", f"cannot load {path!r}: {' '.join(str(error).split())[:200]}") from None
+            text = f"cannot load {path!r}: {' '.join(str(error).split())[:200]}; `bytes` needs no files"
+            raise ConfigError("data.tokenizer", text) from None
         self._path = path
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.eos_id: int | None = self._tokenizer.eos_token_id

@@ -208,19 +208,16 @@ def open_plain(path: str, s3: Options | None = None) -> io.BufferedReader:
     return io.BufferedReader(_Stream(storage.open(name)), 1 << 20)
 
 
-def compression(path: str, s3: Options | None = None) -> str | None:
+def compression(file: io.BufferedReader) -> str | None:
     """How a file is compressed by its first bytes, whatever it is called: gz, zst, xz or not at all."""
-    with open_plain(path, s3) as file:
-        begin = file.read(6)
+    begin = file.peek(6)
     return next((name for magic, name in _MAGIC.items() if begin.startswith(magic)), None)
 
 
 def open_file(path: str, s3: Options | None = None) -> BinaryIO:
-    """The content of a file for reading, decompressed.
-
-    Reading a damaged file raises one of `DAMAGED`.
-    """
-    packed, file = compression(path, s3), open_plain(path, s3)
+    """The content of a file for reading, decompressed. Reading a damaged file raises one of `DAMAGED`."""
+    file = open_plain(path, s3)
+    packed = compression(file)
     if packed == "gz":
         return gzip.open(file)  # type: ignore[return-value]
     if packed == "xz":

@@ -27,7 +27,7 @@ class Hub:
         self._config, self.skipped = config, Counter[str]()
         self.notes: list[str] = []
         self._text = Text(config, self.skipped)
-        self._records = Records(config, self._text)
+        self._records = Records(config, self._text, table=True)
 
     def parts(self) -> list[Part]:
         return with_held_out(self._parts(self._config.paths), self._parts(self._config.held_out_paths))

@@ -19,9 +19,11 @@ class Records:
     Args:
         config: the format, and which of a record's fields are meant.
         text: of the source.
+        table: whether records are rows, so that each has every field, and None in those that it does not have.
     """
 
-    def __init__(self, config: SourceConfig, text: Text) -> None:
+    def __init__(self, config: SourceConfig, text: Text, table: bool = False) -> None:
+        self._table = table
         self._is_text, self._text = config.format == "text", text
         self.fields = {name: config.fields.get(name, name) for name in FIELDS[config.format]}
 
@@ -41,7 +43,7 @@ class Records:
             return Document({"input_ids": record["input_ids"]}, origin)
         found = {}
         for name, field in self.fields.items():
-            value = _without_nothing(record.get(field))
+            value = _without_nothing(record.get(field)) if self._table else record.get(field)
             if value is not None:
                 found[name] = value
             elif name not in _OPTIONAL:
@@ -63,7 +65,7 @@ class Records:
 
 
 def _without_nothing(value: Any) -> Any:
-    """The value without fields that are None: tables have every field in every record."""
+    """The value without fields that are None."""
     if isinstance(value, Mapping):
         return {name: _without_nothing(below) for name, below in value.items() if below is not None}
     return [_without_nothing(below) for below in value] if isinstance(value, list) else value

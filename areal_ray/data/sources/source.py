@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 from areal_ray.config import SourceConfig
 from areal_ray.data.records import Document, Part
-from areal_ray.data.sources.files import DAMAGED, Options, compression, find, left_out_note, open_file
+from areal_ray.data.sources.files import DAMAGED, Options, compression, find, left_out_note, open_file, open_plain
 from areal_ray.data.sources.text import Text
 
 PART_BYTES = 64 << 20
@@ -62,12 +62,16 @@ class FileSource:
         self.notes += left_out_note(files)
         parts: list[Part] = []
         for file in files.found:
-            if self.can_be_cut and file.size > PART_BYTES and compression(file.path, self.s3) is None:
+            if self.can_be_cut and file.size > PART_BYTES and self._is_plain(file.path):
                 begins = range(0, file.size, PART_BYTES)
                 parts += [Part(file.path, at, min(at + PART_BYTES, file.size), file.size) for at in begins]
             else:
                 parts.append(Part(file.path, size=file.size))
         return parts
+
+    def _is_plain(self, path: str) -> bool:
+        with open_plain(path, self.s3) as file:
+            return compression(file) is None
 
 
 class TextFiles(FileSource):

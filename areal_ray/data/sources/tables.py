@@ -69,7 +69,7 @@ class Parquet(FileSource):
 
     def __init__(self, config: SourceConfig, s3: Options | None = None) -> None:
         super().__init__(config, s3)
-        self._records = Records(config, self._text)
+        self._records = Records(config, self._text, table=True)
         try:
             import pyarrow  # noqa: F401
         except ModuleNotFoundError:

@@ -188,11 +188,17 @@ def test_folders_that_datasets_has_saved_are_read_as_they_are(tmp_path):
     assert read(tmp_path, source="parquet")[0] == [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
 
 
-def test_records_have_the_fields_of_their_format_and_nothing_that_is_none(tmp_path):
-    message = {"role": "user", "content": "hi", "tool_calls": None}
-    write(tmp_path / "a.jsonl", json.dumps({"conversation": [message], "id": 1}).encode())
-    contents, _ = read(tmp_path, source="jsonl", format="messages", fields={"messages": "conversation"})
-    assert contents == [{"messages": [{"role": "user", "content": "hi"}]}]
+def test_records_have_the_fields_of_their_format_and_of_tables_nothing_that_is_none(tmp_path):
+    chat = [
+        {"role": "user", "content": "hi", "args": None},
+        {"role": "tool", "content": "a", "args": {"x": 1, "y": None}},
+    ]
+    write(tmp_path / "a.jsonl", json.dumps({"conversation": chat, "id": 1}).encode())
+    options = {"format": "messages", "fields": {"messages": "conversation"}}
+    assert read(tmp_path, source="jsonl", **options)[0] == [{"messages": chat}]
+    pq.write_table(pa.Table.from_pylist([{"conversation": chat, "id": 1}]), tmp_path / "a.parquet")
+    without = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "a", "args": {"x": 1}}]
+    assert read(tmp_path, source="parquet", **options)[0] == [{"messages": without}]
 
 
 def test_the_standard_library_has_pairs_of_docstring_and_body():

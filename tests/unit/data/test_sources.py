@@ -153,3 +153,11 @@ def test_a_pattern_that_matches_nothing_is_a_config_error_also_beside_one_that_d
         splits(corpus, tmp_path / pattern)
     assert caught.value.key == "data.paths"
     assert pattern in caught.value.message
+
+
+def test_named_files_are_held_out_and_are_in_no_row_to_train_on(tmp_path):
+    write_corpus(tmp_path)
+    config = DataConfig(source="text", paths=[str(tmp_path)], held_out_paths=[str(tmp_path / "wiki")])
+    train, held_out = load_splits(config, build_tokenizer("bytes"), 1, 2)
+    assert set(tokens(train)) == {*range(1, 40, 2), END}
+    assert set(tokens(held_out)) == {*range(0, 40, 2), END}
