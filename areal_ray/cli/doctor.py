@@ -26,7 +26,7 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
     bad = _print([Finding("ok", "configuration", f"{arguments.config}: {config.train.steps:,} steps")])
     from areal_ray.driver.preflight import prepare
 
-    run, config = prepare(config)
+    run, config, _ = prepare(config)
     bad += _print([Finding("ok", "model, data, run", f"as `train` checks them; run directory {run.storage.location}")])
     storage = storage_at(config.run.storage_path, asdict(config.run.s3))
     bad += _print(local_findings(config, storage))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli.ckpt import add_ckpt
+from areal_ray.cli.data import add_data
 from areal_ray.cli.doctor import doctor
 from areal_ray.cli.jobs import add_address, add_jobs, submit
 from areal_ray.cli.manifest import add_manifest, manifest
@@ -72,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_init(commands)
     add_runs(commands)
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
+    making = commands.add_parser("prepare", help="make an experiment's prepared corpus, as train does by itself")
+    _add_experiment(making, _prepare)
+    add_data(commands.add_parser("data", help="look at prepared corpora"))
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes positional arguments in one run only: --config FILE a=1 --detach b=2 leaves b=2.
     if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with losable_output() as output:
         status = int(arguments.run(arguments))
     # Of these the output is not what they are for; of all others it is.
-    works = arguments.run in (_train, _submit, _verify, _chaos) and not arguments.print_config
+    works = arguments.run in (_train, _submit, _verify, _chaos, _prepare) and not arguments.print_config
     if output.lost is None:
         return status
     if isinstance(output.lost, BrokenPipeError):  # the reader has seen enough, as in `areal-ray ckpt diff A B | head`
@@ -104,6 +108,20 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     return _with_config(arguments, lambda config: submit(config, arguments))
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    def prepare(config: Any) -> int:
+        from areal_ray.driver.connect import use_token
+
+        if os.environ.get("RAY_ADDRESS"):
+            use_token()
+        from areal_ray.driver.data import prepare_all
+
+        prepare_all(config, lambda text: print(text, flush=True))
+        return 0
+
+    return _with_config(arguments, prepare)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def sweep(config: Any, arguments: argparse.Namespace) -> int:
     from areal_ray.driver.connect import cluster, use_token
     from areal_ray.driver.preflight import prepare
 
-    _, config = prepare(config)
+    _, config, _ = prepare(config)
     if os.environ.get("RAY_ADDRESS"):
         use_token()
     # Of its own cluster it needs room for the workers of all trials that train at the same time.

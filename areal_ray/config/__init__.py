@@ -1,5 +1,6 @@
 """YAML and key=value to one checked, frozen Config. Imports nothing of this package."""
 
+from areal_ray.config.data_schema import DataConfig, MixtureConfig, SourceConfig
 from areal_ray.config.errors import ConfigError
 from areal_ray.config.load import config_hash, dump, load
 from areal_ray.config.redact import redact, redact_override
@@ -8,7 +9,6 @@ from areal_ray.config.schema import (
     CheckpointConfig,
     ClusterConfig,
     Config,
-    DataConfig,
     EngineConfig,
     EvalConfig,
     Fault,
@@ -39,12 +39,14 @@ __all__ = [
     "KeepConfig",
     "LoggingConfig",
     "MeshConfig",
+    "MixtureConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "ParameterGroupConfig",
     "RunConfig",
     "S3Config",
+    "SourceConfig",
     "TrackerConfig",
     "TrainConfig",
     "WatchdogConfig",

@@ -32,6 +32,7 @@ _POSITIVE = (
     "checkpoint.max_failed_saves",
     "checkpoint.keep.last",
     "checkpoint.keep.every_steps",
+    "data.prepare_in_process_mb",
     "eval.every_steps",
     "eval.batches",
     "logging.every_steps",

@@ -6,6 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from areal_ray.config.data_rules import check_data
 from areal_ray.config.errors import ConfigError
 from areal_ray.config.numbers import check_numbers
 from areal_ray.config.plugin import check_form, is_plugin
@@ -32,6 +33,7 @@ def check(config: Config) -> None:
     _check_run(config)
     _check_env(config)
     _check_plugins(config)
+    check_data(config)
     _check_train(config)
     _check_sizes(config)
     _check_resources(config)
@@ -73,12 +75,6 @@ def _check_run(config: Config) -> None:
         raise ConfigError("model.config", text + hint)
     if config.model.config and "model_type" not in config.model.config:
         raise ConfigError("model.config", "model_type is missing, for example model_type: qwen3")
-    if config.data.source == "text" and not config.data.paths:
-        raise ConfigError("data.paths", "source `text` needs files, directories or globs")
-    if config.data.source != "text" and config.data.paths:
-        raise ConfigError("data.paths", f"are for source `text`; the source is {config.data.source!r}")
-    if not 0 < config.data.held_out < 1:
-        raise ConfigError("data.held_out", f"must be between 0 and 1, not {config.data.held_out}")
 
 
 def _check_env(config: Config) -> None:
@@ -94,7 +90,6 @@ def _check_env(config: Config) -> None:
 def _check_plugins(config: Config) -> None:
     """Parts are named: this package's by a short name, the user's, which alone take args, as package.module:name."""
     parts = (
-        ("data.source", config.data.source, ("stdlib", "text"), "data.args", config.data.args),
         ("optim.name", config.optim.name, ("adamw",), "optim.args", config.optim.args),
         ("objective.name", config.objective.name, ("language_modeling",), "objective.args", config.objective.args),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from areal_ray.config.data_schema import DataConfig
 from areal_ray.config.types import StandbyCount, WorkerRange
 
 
@@ -62,15 +63,6 @@ class ModelConfig:
     factory: str | None = None  # instead: "package.module:function", called with args, returns an nn.Module
     args: dict[str, Any] = field(default_factory=dict)
     shard_units: list[str] = field(default_factory=list)  # class names sharded one by one; default: the model's own
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    source: str = "stdlib"  # Python's standard library · text: files of one's own · package.module:function
-    args: dict[str, Any] = field(default_factory=dict)  # of one's own source
-    paths: list[str] = field(default_factory=list)  # text: files, directories or globs, one document a file
-    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer
-    held_out: float = 0.05  # share of the documents kept for evaluation, chosen by the hash of their content
 
 
 @dataclass(frozen=True)
@@ -218,6 +210,8 @@ class Config:
     def __post_init__(self) -> None:
         """Fill in what is null because it depends on another key, so that everybody sees it."""
         gpu, watchdog = self.cluster.use_gpu, self.cluster.watchdog
+        if self.data.tokenizer is None:
+            object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.path or "bytes"))
         if self.engine.precision is None:
             object.__setattr__(self, "engine", replace(self.engine, precision="bfloat16" if gpu else "float32"))
         if watchdog is not None and watchdog.floor_s is None:

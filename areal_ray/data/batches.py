@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from areal_ray.data.dataset import TokenDataset
+from areal_ray.data.dataset import TokenDataset, is_same
 from areal_ray.data.prefetch import Batch, Rows, batch_maker
 
 
@@ -17,17 +17,18 @@ class GlobalBatches:
     """This rank's part of an endless sequence of global batches.
 
     The cursor is the number of samples that have been given out, over all ranks. Sample `n` is a pure function of
-    (seed, n): position n % N of the shuffle of epoch n // N. So the cursor is the whole state, any world size that
-    divides the batch continues any other's, and no sample is lost or repeated.
+    (seed, n): position n % N of the shuffle of epoch n // N, or what the data set's own order says. So the cursor is
+    the whole state, any world size that divides the batch continues any other's, and no sample is lost or repeated.
 
     Args:
         sequences: the data, N sequences.
         seed: of the shuffle, which differs from epoch to epoch.
         global_batch_size: sequences per batch over all ranks.
         rank, world_size: which part is this rank's: rows rank, rank + world_size, ... of the global batch.
-        device: where batches are put. To a GPU they are brought one ahead of need; the cursor knows nothing of that.
+        device: where batches are put. To a GPU they are brought one ahead of need.
         may_differ: "data" or "run.seed", if a checkpoint's cursor may be taken over into other data or another order.
         record: told of every global batch: the cursor at which it begins and the numbers of its sequences.
+        ahead: batches whose rows are read before they are needed, in a thread; the cursor knows nothing of it.
     """
 
     def __init__(
@@ -40,18 +41,18 @@ class GlobalBatches:
         device: torch.device | str = "cpu",
         may_differ: Collection[str] = (),
         record: Callable[[int, list[int]], None] | None = None,
+        ahead: int = 0,
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(f"a global batch of {global_batch_size} cannot be shared evenly by {world_size} ranks")
-        from areal_ray.data.shuffle import (
-            shuffled,
-        )  # brings grain, which other users of this package's data need not have
+        # Brings grain, which other users of this package's data need not have.
+        from areal_ray.data.shuffle import order_of
 
-        self._sequences, self._order = sequences, shuffled(len(sequences), seed)
+        self._sequences, self._order = sequences, order_of(sequences, seed)
         self._batch_size, self._rank, self._world_size = global_batch_size, rank, world_size
         self._fingerprint, self._seed, self._may_differ = sequences.fingerprint, seed, may_differ
         self._record = record
-        self._maker = batch_maker(self._rows, global_batch_size, torch.device(device))
+        self._maker = batch_maker(self._rows, global_batch_size, torch.device(device), ahead)
         self.next_sample = 0
         self.seconds = 0.0  # that training has waited for batches
 
@@ -59,6 +60,11 @@ class GlobalBatches:
     def epoch(self) -> int:
         """Passes over the data that are complete."""
         return self.next_sample // len(self._sequences)
+
+    def metrics(self) -> dict[str, float]:
+        """What the data set has to say of the samples that have been given out."""
+        own = getattr(self._sequences, "metrics", None)
+        return {} if own is None else dict(own(self.next_sample))
 
     def ids(self, first: int) -> list[int]:
         """The sequence numbers of the global batch that begins at cursor `first`, in order, over all ranks."""
@@ -79,7 +85,7 @@ class GlobalBatches:
         return batch
 
     def _rows(self, first: int) -> Rows:
-        """This rank's rows of the global batch that begins at cursor `first`. On a GPU called ahead, in a thread."""
+        """This rank's rows of the global batch that begins at cursor `first`. Called in a thread where there is one."""
         mine = range(first + self._rank, first + self._batch_size, self._world_size)
         rows = dict(self._sequences[np.asarray([int(self._order[n]) for n in mine])])
         # Here, where it costs nothing. Of a mask the model asks on the device whether it masks anything, and waits.
@@ -115,7 +121,7 @@ class GlobalBatches:
                 f"run.seed is {self._seed}, but the checkpoint's data are in the order of seed {state['seed']}: some "
                 "samples would be repeated, others left out. Restore it, or start a new run under another run.name"
             )
-        if state["fingerprint"] != self._fingerprint and "data" not in self._may_differ:
+        if "data" not in self._may_differ and not is_same(self._sequences, state["fingerprint"]):
             raise ValueError(
                 f"the data is not what the checkpoint was trained on (fingerprint {self._fingerprint}, then "
                 f"{state['fingerprint']}): files, tokenizer or train.seq_len have changed. Restore them, or start a "

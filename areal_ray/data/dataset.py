@@ -9,12 +9,18 @@ import numpy as np
 IGNORED = -100  # in labels: nothing is predicted at this position; cross entropy's own ignore_index
 
 
+class Order(Protocol):
+    """Which row each sample is."""
+
+    def __getitem__(self, n: int) -> int: ...
+
+
 class TokenDataset(Protocol):
     """Rows of equal length, the same on every machine and at every start.
 
-    A data source of one's own (`data.source: package.module:function`) returns two of them; see `load_splits`. Where
-    there is a GPU each is read in a thread of its own, so that both may be read at once, and beside a training step:
-    rows must not be drawn from the global random generators.
+    A data source of one's own (`data.source: package.module:function`) returns two of them; see `own_splits`. Each is
+    read in a thread of its own, so that both may be read at once, and beside a training step: rows must not be drawn
+    from the global random generators.
     """
 
     def __len__(self) -> int:
@@ -34,6 +40,14 @@ class TokenDataset(Protocol):
     def fingerprint(self) -> str:
         """A hash of everything that the rows depend on: a run goes on only with the data that it began with."""
         ...
+
+
+def is_same(sequences: TokenDataset, fingerprint: str) -> bool:
+    """Whether rows are those of a fingerprint, also of one that an earlier version made, for which all are read."""
+    if sequences.fingerprint == fingerprint:
+        return True
+    old = getattr(sequences, "old_fingerprint", None)
+    return old is not None and old() == fingerprint
 
 
 def next_tokens(input_ids: np.ndarray) -> np.ndarray:

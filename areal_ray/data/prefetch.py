@@ -1,7 +1,8 @@
-"""Batches as tensors on their device: made when they are asked for on a CPU, one ahead of that on a GPU."""
+"""Batches as tensors on their device; their rows are read ahead of need: no step waits for a disk or a server."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -25,20 +26,83 @@ class BatchMaker(Protocol):
         ...
 
 
-class OnDemand:
-    """A BatchMaker for the CPU, whose memory the rows are in already.
+class RowReader(Protocol):
+    """Gives the rows of the batch that begins at a cursor."""
+
+    def take(self, first: int) -> Rows:
+        """The rows; raises what reading them raises."""
+        ...
+
+    def close(self) -> None:
+        """Drop what was read ahead."""
+        ...
+
+
+class Direct:
+    """A RowReader that reads rows when they are asked for.
 
     Args:
         rows: reads the rows of the batch that begins at a cursor.
     """
 
     def __init__(self, rows: Callable[[int], Rows]) -> None:
+        self.take = rows
+
+    def close(self) -> None: ...
+
+
+class ReadAhead:
+    """A RowReader whose thread reads the rows of the next batches meanwhile.
+
+    Rows that were read ahead are given out only for their own cursor: those of one that is gone past, or gone back
+    from, are dropped, and with them an error in reading them. Memory: that of so many batches.
+
+    Args:
+        rows: as for Direct; called in the thread, one batch after the other.
+        samples: from one batch's cursor to the next one's.
+        ahead: batches, at least 1.
+    """
+
+    def __init__(self, rows: Callable[[int], Rows], samples: int, ahead: int) -> None:
+        self._rows, self._samples, self._ahead = rows, samples, ahead
+        self._thread = ThreadPoolExecutor(1, "rows")
+        self._waiting: deque[tuple[int, Future[Rows]]] = deque()
+
+    def take(self, first: int) -> Rows:
+        while self._waiting and self._waiting[0][0] != first:
+            self._waiting.popleft()[1].cancel()
+        if not self._waiting:
+            self._submit(first)
+        wanted = self._waiting.popleft()[1]
+        last = self._waiting[-1][0] if self._waiting else first
+        while len(self._waiting) < self._ahead:
+            last += self._samples
+            self._submit(last)
+        return wanted.result()
+
+    def _submit(self, first: int) -> None:
+        self._waiting.append((first, self._thread.submit(self._rows, first)))
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class OnDemand:
+    """A BatchMaker for the CPU: its memory is that which rows are read to.
+
+    Args:
+        rows: of the batches.
+    """
+
+    def __init__(self, rows: RowReader) -> None:
         self._rows = rows
 
     def take(self, first: int) -> Batch:
-        return {name: torch.from_numpy(array) for name, array in self._rows(first).items()}
+        return {name: torch.from_numpy(array) for name, array in self._rows.take(first).items()}
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._rows.close()
 
 
 class Prefetch:
@@ -49,12 +113,12 @@ class Prefetch:
     from, is dropped, and with it an error in making it. It takes the memory of one batch more, on both sides.
 
     Args:
-        rows: as for OnDemand; called in the thread.
+        rows: of the batches; asked in the thread.
         samples: from one batch's cursor to the next one's.
         device: a CUDA device.
     """
 
-    def __init__(self, rows: Callable[[int], Rows], samples: int, device: torch.device) -> None:
+    def __init__(self, rows: RowReader, samples: int, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._rows, self._samples, self._device = rows, samples, torch.device("cuda", index)
         self._stream = torch.cuda.Stream(self._device)
@@ -74,7 +138,7 @@ class Prefetch:
         return batch
 
     def _make(self, first: int) -> tuple[Batch, torch.cuda.Event]:
-        pinned = {name: torch.from_numpy(array).pin_memory() for name, array in self._rows(first).items()}
+        pinned = {name: torch.from_numpy(array).pin_memory() for name, array in self._rows.take(first).items()}
         with torch.cuda.stream(self._stream):
             batch = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
             copied = torch.cuda.Event()
@@ -84,8 +148,17 @@ class Prefetch:
     def close(self) -> None:
         self._ahead = None
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._rows.close()
 
 
-def batch_maker(rows: Callable[[int], Rows], samples: int, device: torch.device) -> BatchMaker:
-    """The BatchMaker for a device; see `Prefetch` for the arguments."""
-    return Prefetch(rows, samples, device) if device.type == "cuda" else OnDemand(rows)
+def batch_maker(rows: Callable[[int], Rows], samples: int, device: torch.device, ahead: int) -> BatchMaker:
+    """The BatchMaker for a device.
+
+    Args:
+        rows: reads the rows of the batch that begins at a cursor.
+        samples: from one batch's cursor to the next one's.
+        device: where batches are put.
+        ahead: batches whose rows are read before they are needed.
+    """
+    reader: RowReader = ReadAhead(rows, samples, ahead) if ahead else Direct(rows)
+    return Prefetch(reader, samples, device) if device.type == "cuda" else OnDemand(reader)

@@ -58,7 +58,7 @@ def train(
     Raises:
         ConfigError: before anything is trained or written.
     """
-    run, config = prepare(config)
+    run, config, sources = prepare(config)
     done = Catalog(run.storage).newest()
     if done is not None and done.step >= config.last_step:
         print(
@@ -85,6 +85,8 @@ def train(
             # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
             stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
             run.write_config(_record(config, overrides))
+            # The workers open what is noted here.
+            run.write_data({name: {"path": s.location, "fingerprint": s.fingerprint} for name, s in sources.items()})
             readmit(run, config.cluster.use_again, _print)
             stack.enter_context(hearing_stop(run.storage, lambda: _asked_to_stop(requests)))
         except RunInUse as error:

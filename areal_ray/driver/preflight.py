@@ -11,20 +11,29 @@ from typing import Any
 from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, plugin, redact
+from areal_ray.data.corpus.corpus import TokenSource
+from areal_ray.data.dataset import is_same
+from areal_ray.data.splits import check_sizes, open_splits, own_splits
+from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
+from areal_ray.driver.data import sources_of
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights
+from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
 from areal_ray.train.trackers import check_tracker
 
+Sources = dict[str, TokenSource]
 
-def prepare(config: Config) -> tuple[RunDir, Config]:
+
+def prepare(config: Config) -> tuple[RunDir, Config, Sources]:
     """Checks a config, model, data and run directory without a cluster, and makes the storage path absolute.
 
     Returns:
-        The run directory, and the config with an absolute storage path.
+        The run directory, the config with an absolute storage path, and the tokens to train on by the name of their
+        source; none for a source of one's own.
 
     Raises:
         ConfigError: if the run could not start, or must not touch what it would find.
@@ -36,13 +45,16 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     _check_writable(config, storage)
     config = replace(config, run=replace(config.run, storage_path=storage.location))
     tokenizer = data.build_tokenizer(config.data.tokenizer)
+    if config.model.path and not config.data.allow_other_tokenizer:
+        check_of_model(config.data.tokenizer, tokenizer, config.model.path)
     models.check_model(config.model, tokenizer.vocab_size)
+    if config.data.document_mask and (why := keeps_no_documents_apart(models.build_model(config.model))):
+        raise ConfigError("data.document_mask", f"{why}; without it documents of a row see each other")
     if config.engine.mesh.tensor > 1:
         tensor_plan(models.build_model(config.model), config.engine.mesh.tensor)
     if config.model.path:
         _check_weights(config)
     _check_plugins(config)
-    sequences, _ = data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
     run = RunDir(storage.sub(config.run.name))
     newest = Catalog(run.storage).newest()
     if config.run.recover == "fresh" and run.exists():
@@ -51,9 +63,22 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
         )
     if config.run.recover == "resume" and newest is None:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
+    sources: Sources = {}
+    if plugin.is_plugin(config.data.source):
+        splits = own_splits(config.data, tokenizer, config.train.seq_len)
+    else:
+        sources = sources_of(config, run, tokenizer, newest is not None, _print)
+        splits = open_splits(config.data, sources, config.train.seq_len)
+        if note := getattr(splits[0], "note", ""):
+            _print(note)
+    check_sizes(splits, config.data, sources, config.train.seq_len, config.train.global_batch_size)
     if newest is not None and newest.manifest is not None:
-        _check_continues(newest.manifest.info, config, sequences.fingerprint)
-    return run, config
+        _check_continues(newest.manifest.info, config, splits[0])
+    return run, config, sources
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
 
 
 def _check_plugins(config: Config) -> None:
@@ -79,7 +104,7 @@ def _check_weights(config: Config) -> None:
         raise ConfigError("model.path", str(error)) from None
 
 
-def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) -> None:
+def _check_continues(saved: dict[str, Any], config: Config, sequences: data.TokenDataset) -> None:
     """Compares a checkpoint's run with the one that is asked for, in all that must not differ to go on."""
     if not {"model", "seed", "data"} <= set(saved):
         return  # an engine's own save, put here by hand; the workers compare the state itself
@@ -99,7 +124,7 @@ def _check_continues(saved: dict[str, Any], config: Config, fingerprint: str) ->
         if saved["seed"] != config.run.seed
         else "",
         "data": "files, tokenizer or train.seq_len are not those that this run has trained on"
-        if saved["data"] != fingerprint
+        if "data" not in config.run.allow_changes and not is_same(sequences, saved["data"])
         else "",
     }
     _check_optimizer_continues(saved.get("config", {}).get("optim", {}), config)

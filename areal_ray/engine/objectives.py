@@ -15,7 +15,8 @@ Batch = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]
 LossWeightFn = Callable[[Batch], torch.Tensor | float]
 FrozenModel = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # inputs of the model -> its output, no gradients
-RESERVED = ("step", "loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "skipped")  # metrics of any run
+# Metrics of any run.
+RESERVED = ("step", "loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "data_s", "skipped")
 IGNORED = -100  # in labels: nothing is predicted at this position
 
 

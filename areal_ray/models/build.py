@@ -37,7 +37,9 @@ def check_model(config: ModelConfig, vocab_size: int) -> None:
     rows = getattr(_transformers_config(config), "vocab_size", vocab_size)
     if rows < vocab_size:
         key = "model.path" if config.path else "model.config.vocab_size"
-        raise ConfigError(key, f"the model has {rows} rows of embeddings, but the tokenizer has {vocab_size} tokens")
+        raise ConfigError(
+            key, f"the model has {rows} rows of embeddings, but the tokenizer has ids up to {vocab_size - 1}"
+        )
 
 
 def architecture(config: ModelConfig) -> dict[str, Any] | None:

@@ -26,6 +26,28 @@ def _insists(kind: type[nn.Module]) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def keeps_no_documents_apart(module: nn.Module) -> str | None:
+    """Why a model does not keep documents of a row apart whose position_ids begin anew with each; None: it does.
+
+    Those of transformers do that make their masks by its masking_utils, unless a layer is no attention and carries
+    something on from token to token. Of others all that is known is whether they are given positions.
+    """
+    kind = type(module)
+    if "position_ids" not in inspect.signature(kind.forward).parameters:
+        return f"{kind.__name__} takes no position_ids, by which documents are told apart"
+    if not kind.__module__.startswith("transformers."):
+        return None
+    if not hasattr(sys.modules[kind.__module__], "create_causal_mask"):
+        return f"{kind.__name__} makes masks of its own, which know no documents"
+    layers = set(getattr(module.config, "layer_types", None) or ())
+    if others := sorted(layers - _ATTENTION):
+        return f"{kind.__name__} has layers of {', '.join(others)}, which carry on from one document to the next"
+    return None
+
+
 @contextmanager
 def unasked(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """A context in which transformers asks the device nothing about masks and positions: the host would wait for it.

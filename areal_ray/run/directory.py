@@ -16,6 +16,7 @@ from areal_ray.storage import Storage
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
 EVENT_INDEX, REPORT = "events.index.json", "report.html"
+DATA = "data.json"  # which prepared corpora the run trains on
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
 _INDEX_EVERY = 4096  # events of one process: what a reader finds behind the index stays below a few megabytes
 
@@ -176,6 +177,14 @@ class RunDir:
             return None
         found = re.search(rb"^# git revision: (\S+)", self.storage.read(CONFIG), re.M)
         return found[1].decode(errors="replace") if found else None
+
+    def write_data(self, data: dict[str, dict[str, str]]) -> None:
+        """Note what the run trains on: path and fingerprint of the corpus of each source, by its name."""
+        self.storage.replace(DATA, json.dumps(data, indent=2).encode() + b"\n")
+
+    def data(self) -> dict[str, dict[str, str]] | None:
+        """What `write_data` has noted; None: nothing."""
+        return json.loads(self.storage.read(DATA)) if self.storage.size(DATA) is not None else None
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.storage.replace(RESULT, json.dumps(result, indent=2).encode() + b"\n")

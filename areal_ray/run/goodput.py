@@ -34,7 +34,7 @@ class History:
 
     Args:
         events: on which starts and restarts turn, oldest first; some for every attempt.
-        wall_s, steps_s, saves_s: as `goodput` has them.
+        wall_s, steps_s, saves_s, data_s: as `account` has them.
         held_out: (step, loss) of every evaluation.
     """
 
@@ -42,6 +42,7 @@ class History:
     wall_s: float
     steps_s: float
     saves_s: float
+    data_s: float
     held_out: list[tuple[int, float]]
 
 
@@ -66,17 +67,18 @@ def course(events: Iterable[dict[str, Any]], metrics: Iterable[dict[str, Any]]) 
             saves += event["blocked_s"]
         last = event.get("time", last)
     wall += 0.0 if submitted is None else last - submitted
-    timed: list[tuple[int, float]] = []
+    timed: list[tuple[int, float, float]] = []
     held_out: list[tuple[int, float]] = []
     for line in metrics:
         if "step_time_s" in line:
-            timed.append((line["step"], line["step_time_s"]))
+            timed.append((line["step"], line["step_time_s"], line.get("data_s", 0.0)))
         if "held_out_loss" in line:
             held_out.append((line["step"], line["held_out_loss"]))
-    steps, before = 0.0, 0
-    for step, seconds in sorted(timed):  # clocks of different nodes may differ
-        steps, before = steps + seconds * (step - before), step
-    return History(told, wall, steps, saves, sorted(held_out))
+    steps = waits = 0.0
+    before = 0
+    for step, seconds, waited in sorted(timed):  # clocks of different nodes may differ
+        steps, waits, before = steps + seconds * (step - before), waits + waited * (step - before), step
+    return History(told, wall, steps, saves, waits, sorted(held_out))
 
 
 def goodput(run: RunDir) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def account(past: History) -> dict[str, Any]:
         steps_s: in steps that stand; those that were lost with a worker and computed again stand once.
         share: steps_s / wall_s.
         saves_s: in which training was blocked by saves.
+        data_s: of steps_s, in which rank 0 waited for batches.
         lost_steps: that were computed and lost, as far as that is known.
         attempts: for every start of the workers why it came, its phases in seconds, and lost steps.
     """
@@ -101,6 +104,7 @@ def account(past: History) -> dict[str, Any]:
         "steps_s": round(past.steps_s, 2),
         "share": round(past.steps_s / past.wall_s, 4) if past.wall_s > 0 else None,
         "saves_s": round(past.saves_s, 2),
+        "data_s": round(past.data_s, 2),
         "lost_steps": sum(attempt["lost_steps"] or 0 for attempt in attempts),
         "attempts": attempts,
     }

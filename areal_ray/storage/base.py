@@ -81,6 +81,14 @@ class Storage(Protocol):
         """A new file to write to, which must not exist yet (FileExistsError); durable once the block is left."""
         ...
 
+    @contextmanager
+    def create_whole(self, name: str) -> Iterator[Sink]:
+        """A file to write to that appears under its name, durably, once the block is left; what was there is replaced.
+
+        Several may write the same name at a time: the last one that is done stays. If the block fails nothing changes.
+        """
+        ...
+
     def replace(self, name: str, data: bytes) -> None:
         """Write the small file `name` so that a reader sees either all of the old bytes or all of the new ones."""
         ...

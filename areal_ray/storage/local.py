@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
@@ -76,6 +78,22 @@ class LocalStorage:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        _sync_directory(os.path.dirname(path))
+
+    @contextmanager
+    def create_whole(self, name: str) -> Iterator[Sink]:
+        path = self._inside(name)
+        temporary = f"{path}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
         _sync_directory(os.path.dirname(path))
 
     def replace(self, name: str, data: bytes) -> None:

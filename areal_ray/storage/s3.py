@@ -7,6 +7,7 @@ is complete. What is written by one PUT or one multipart upload is durable when 
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -101,6 +102,16 @@ class S3Storage:
                     self._files.delete_file(path)
                 raise
             stream.close()
+
+    @contextmanager
+    def create_whole(self, name: str) -> Iterator[_Upload]:
+        # Under another name first: an upload that fails becomes an object all the same, and here it might take the
+        # place of another writer's whole one. The server copies it; no bytes come back.
+        temporary = f"{name}.{secrets.token_hex(8)}.tmp"
+        with self.create(temporary) as upload:
+            yield upload
+        with self._client.plain_errors(self.location):
+            self._files.move(self._inside(temporary), self._inside(name))
 
     def replace(self, name: str, data: bytes) -> None:
         # In one request, where pyarrow takes three: every line of a log is one of these.

@@ -25,7 +25,7 @@ BOUND = 3e-4
 # On a GPU, where no order of sums is fixed, and in bfloat16: on an H200 two runs of 0.13B parameters from the same
 # start on the same batch were 1.2e-3 apart after 8 steps and 0.3 after 60; other weights altogether would be 1.4 apart.
 GPU_BOUND = 0.6
-_TIMES = ("tokens_per_s", "step_time_s")
+_TIMES = ("tokens_per_s", "step_time_s", "data_s")
 
 
 @dataclass(frozen=True)

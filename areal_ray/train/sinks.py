@@ -7,7 +7,9 @@ from typing import Protocol
 
 from areal_ray.run import RunDir
 
-_KNOWN = ("loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "skipped")
+_KNOWN = ("loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "data_s", "skipped")
+
+_SLOW_DATA = 0.1  # of a step's time: from which on waiting for data is shown
 
 
 class MetricsSink(Protocol):
@@ -54,6 +56,8 @@ class Console:
             parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items()]
             parts += [f"lr {values['lr']:.2e}", f"{values['tokens_per_s']:,.0f} tokens/s"]
             parts += [f"{values['step_time_s']:.3f} s/step"]
+            if values.get("data_s", 0.0) > _SLOW_DATA * values["step_time_s"]:
+                parts += [f"{values['data_s']:.3f} of them waiting for data"]
             parts += [f"{values['skipped']} skipped"] if "skipped" in values else []
             self._line(step, parts)
         if held_out:

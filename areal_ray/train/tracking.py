@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from areal_ray.train.cadence import Cadence
@@ -46,9 +46,19 @@ class StepMetrics:
         sinks: where to.
         total_steps: the last of them is always logged.
         tokens_per_step: of the global batch.
+        waited: seconds that this rank has waited for batches so far.
+        of_data: what there is to say of the data so far.
     """
 
-    def __init__(self, cadence: Cadence, sinks: Sequence[MetricsSink], total_steps: int, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        cadence: Cadence,
+        sinks: Sequence[MetricsSink],
+        total_steps: int,
+        tokens_per_step: int,
+        waited: Callable[[], float] = lambda: 0.0,
+        of_data: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         self._cadence, self._sinks = cadence, sinks
         self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
         self._window = Window()
@@ -56,6 +66,7 @@ class StepMetrics:
         self._skipped = 0  # steps of this window that were left out
         self._line: dict[str, Any] = {}
         self._began = self._seconds = 0.0
+        self._waited, self._waited_before, self._of_data = waited, 0.0, of_data
         self._steps_timed = 0
 
     def begin_step(self) -> None:
@@ -89,9 +100,12 @@ class StepMetrics:
         self._cadence.fired(step, epoch)
         seconds = self._seconds / self._steps_timed
         timing = {"tokens_per_s": round(self._tokens_per_step / seconds, 1), "step_time_s": round(seconds, 4)}
+        waited = self._waited()
+        timing["data_s"] = round((waited - self._waited_before) / self._steps_timed, 4)
+        self._waited_before = waited
         skipped = {"skipped": self._skipped} if self._skipped else {}
         self._seconds, self._steps_timed, self._skipped = 0.0, 0, 0
-        self._line |= {**means, "lr": lr, "epoch": epoch, **timing, **skipped}
+        self._line |= {**means, "lr": lr, "epoch": epoch, **self._of_data(), **timing, **skipped}
 
     def evaluated(self, results: dict[str, float]) -> None:
         """Take the results of an evaluation after the step."""

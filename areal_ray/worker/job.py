@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.config import Config, ConfigError
-from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer, load_splits
+from areal_ray.config import Config, ConfigError, plugin
+from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer
+from areal_ray.data.corpus.corpus import Corpus
+from areal_ray.data.splits import open_source, open_splits, own_splits
 from areal_ray.distributed import Ranks
 from areal_ray.engine import Objective, TrainEngine
+from areal_ray.run import RunDir
+from areal_ray.storage import storage_at
 from areal_ray.train import loop
 from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import AutoCadence, Cadence
@@ -64,17 +69,19 @@ def build_job(
 
     def batches(of: TokenDataset, record: Callable[[int, list[int]], None] | None = None) -> GlobalBatches:
         sizes = train.global_batch_size, engine.dp_rank, engine.dp_size
-        return GlobalBatches(of, config.run.seed, *sizes, engine.device, config.run.allow_changes, record)
+        change, ahead = config.run.allow_changes, config.data.prefetch_batches
+        return GlobalBatches(of, config.run.seed, *sizes, engine.device, change, record, ahead)
 
     sequences, held_out = data
     record = start.record_samples if start.first and config.logging.sample_ids else None
     cursor, progress = batches(sequences, record), loop.Progress()
     evaluator = None
-    if config.eval.every_steps:
+    if config.eval.every_steps and len(held_out):
         args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
         evaluator = Evaluator(*args)
     log = Cadence(config.logging.every_steps)
-    metrics = StepMetrics(log, _sinks(config, start), train.steps, train.global_batch_size * train.seq_len)
+    tokens = train.global_batch_size * train.seq_len
+    metrics = StepMetrics(log, _sinks(config, start), train.steps, tokens, lambda: cursor.seconds, cursor.metrics)
     save = auto or Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
     copy = Cadence(every.memory_every_steps)
     evaluate = Cadence(config.eval.every_steps)
@@ -121,16 +128,27 @@ def build_job(
     return job, restore
 
 
-def load_data(config: Config, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:
+def load_data(config: Config, run: RunDir, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:
     """The data to train on and the held-out data, the same on all ranks. A collective.
 
+    A prepared corpus is opened, which reads its manifest; the driver has noted in the run directory which one.
+
     Raises:
+        FileNotFoundError: if the corpus is not where it was: it must be at a path that every node sees.
         ValueError: if ranks read different files: they would train on something that no seed names, or wait for each
             other for ever.
     """
-    train = config.train
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    data = load_splits(config.data, tokenizer, train.seq_len, train.global_batch_size)
+    if plugin.is_plugin(config.data.source):
+        data = own_splits(config.data, build_tokenizer(config.data.tokenizer), config.train.seq_len)
+    else:
+        noted = ranks.on_rank_zero(run.data)
+        assert noted is not None, "the driver notes the corpus before it starts workers"
+        s3 = asdict(config.run.s3)
+        sources = {
+            name: open_source(each, s3) or Corpus(storage_at(noted[name]["path"], s3))
+            for name, each in config.data.sources.items()
+        }
+        data = open_splits(config.data, sources, config.train.seq_len)
     mine = [split.fingerprint for split in data]
     same = mine == ranks.broadcast(mine)
     if not ranks.all_reduce_min(same):

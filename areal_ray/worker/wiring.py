@@ -97,7 +97,7 @@ def wire(
     standbys = sidecars.standbys(config, run, ranks, nodes) if context.fast_restarts else []
     requests = requests_to(context.submission, context.fast_restarts)
     session = RaySession(faults, ranks, requests, run.storage, standbys, watchdog, context.fast_restarts)
-    data = load_data(config, ranks)
+    data = load_data(config, run, ranks)
     kept = retention(run, attempt, start.say, catalog, config.checkpoint.keep)
     journal = Journal(run if start.first else None, attempt, start.say, kept)
     auto = auto_cadence(config, start, len(set(nodes)))

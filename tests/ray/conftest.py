@@ -66,7 +66,7 @@ class Run:
     def metrics(self) -> list[dict]:
         """The logged lines without what the clock says."""
         return [
-            {k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s")}
+            {k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s", "data_s")}
             for x in self.lines("metrics.jsonl")
         ]
 

@@ -143,7 +143,7 @@ def train(ray_cluster, experiment, tmp_path):
         run = tmp_path / "runs" / name
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert logged == metrics
-        return run, [{k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s")} for x in logged]
+        return run, [{k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s", "data_s")} for x in logged]
 
     return train
 

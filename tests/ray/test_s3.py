@@ -39,7 +39,10 @@ class Run:
 
     def metrics(self):
         """The logged lines without what the clock says."""
-        return [{k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s")} for x in self.files.metrics()]
+        return [
+            {k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s", "data_s")}
+            for x in self.files.metrics()
+        ]
 
 
 class Screen(io.StringIO):

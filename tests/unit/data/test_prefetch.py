@@ -166,6 +166,28 @@ def test_on_a_cpu_there_is_no_thread_and_nothing_is_made_ahead():
     assert data.read == [plain(data, 0)[0]]
 
 
+@pytest.mark.parametrize("device", ["cpu", DEVICE], ids=["cpu", "cuda"])
+def test_rows_are_read_so_many_batches_ahead_and_no_further(cuda, device):
+    data = Rows(80)
+    made = batches(data, device, ahead=3)
+    wanted = [plain(data, n * BATCH) for n in range(9)]
+    assert given(made) == wanted[0]
+    on_device = device != "cpu"  # one batch more is on its way there
+    data.wait_for(4 + on_device)
+    assert data.read == [ids[0] for ids in wanted[: 4 + on_device]]
+    assert [given(made) for _ in range(3)] == wanted[1:4]
+    made.skip()
+    assert given(made) == wanted[5]
+    start = {**made.state_dict(), "next_sample": 2 * BATCH}
+    data.bad = {wanted[4][0]}
+    made.load_state_dict(start)
+    assert [given(made) for _ in range(2)] == wanted[2:4]
+    with pytest.raises(OSError, match="cannot read"):
+        next(made)
+    assert given(made) == wanted[5]
+    made.close()
+
+
 def test_after_its_end_nothing_is_made_any_more(cuda):
     data = Rows()
     made = batches(data)

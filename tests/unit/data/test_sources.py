@@ -1,13 +1,16 @@
 """Documents and their split: by name, the same wherever the corpus lies."""
 
 import shutil
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import build_tokenizer, load_splits
-from areal_ray.data.sources import documents
+from areal_ray.data.build import build_source
+from areal_ray.data.sources.files import find
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +36,7 @@ def tokens(split):
 
 
 def names(*paths):
-    return [name for name, _ in documents(DataConfig(source="text", paths=[str(path) for path in paths]))]
+    return [file.name for file in find([str(path) for path in paths]).found]
 
 
 def test_byte_tokens_make_the_round_trip_with_an_end_token():
@@ -56,7 +59,10 @@ def test_a_tokenizer_that_cannot_be_loaded_is_a_config_error(tmp_path):
 def test_the_standard_library_is_split_by_file():
     config = DataConfig(held_out=0.05)
     train, held_out = load_splits(config, build_tokenizer("bytes"), 256, 8)
-    files = dict(documents(config))
+    source = build_source(config)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    read = [document for part in source.parts() for document in source.read(part)]
+    files = {Path(document.origin).relative_to(root).as_posix(): document.content for document in read}
     assert "json/decoder.py" in files
     assert not any("test" in name.split("/") or "site-packages" in name for name in files)
     assert 0.01 < len(held_out) / (len(train) + len(held_out)) < 0.15
@@ -128,9 +134,8 @@ def test_of_two_documents_one_is_held_out(tmp_path):
         ({}, "no file matches"),
         ({"empty": b"", "void": b""}, "give 0 sequences"),
         ({"short": b"abc", "brief": b"abc"}, "but a global batch takes 2"),
-        ({"alone": b"a" * 1000}, "0 documents to hold out"),
     ],
-    ids=["missing", "empty", "too short", "one document"],
+    ids=["missing", "empty", "too short"],
 )
 def test_too_little_text_is_a_config_error(tmp_path, files, part):
     for name, content in files.items():
@@ -148,3 +153,11 @@ def test_a_pattern_that_matches_nothing_is_a_config_error_also_beside_one_that_d
         splits(corpus, tmp_path / pattern)
     assert caught.value.key == "data.paths"
     assert pattern in caught.value.message
+
+
+def test_named_files_are_held_out_and_are_in_no_row_to_train_on(tmp_path):
+    write_corpus(tmp_path)
+    config = DataConfig(source="text", paths=[str(tmp_path)], held_out_paths=[str(tmp_path / "wiki")])
+    train, held_out = load_splits(config, build_tokenizer("bytes"), 1, 2)
+    assert set(tokens(train)) == {*range(1, 40, 2), END}
+    assert set(tokens(held_out)) == {*range(0, 40, 2), END}

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from areal_ray.config import ConfigError, load
+from areal_ray.data.splits import open_splits
 from areal_ray.driver import main as driver_main
 from areal_ray.driver import preflight
 from areal_ray.driver.main import _record, prepare
 from areal_ray.storage import s3
 from areal_ray.storage.s3_client import S3Client
 from tests.unit.checkpoint.boxes import save_box
+from tests.unit.data.tokenizer_files import save_tokenizer
 
 pytestmark = pytest.mark.unit
 
@@ -41,7 +43,7 @@ def key_of(config):
 
 
 def test_a_new_run_is_prepared_without_touching_anything(config, tmp_path):
-    run, fixed = prepare(config())
+    run, fixed, _ = prepare(config())
     assert run.storage.location == str(tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
     assert fixed == config()
@@ -60,6 +62,30 @@ def test_what_cannot_be_is_found_before_anything_starts(config, monkeypatch):
     assert key_of(config("train.seq_len=1024")) == "data.paths"
     assert key_of(config("data.tokenizer=/nothing")) == "data.tokenizer"
     assert key_of(config("engine.mesh.tensor=4", "cluster.num_workers=4")) == "engine.mesh.tensor"
+
+
+def test_a_tokenizer_with_ids_that_the_model_has_no_row_for_is_found_before_anything_starts(config, tmp_path):
+    special = {"<s>": 256, "</s>": 257, "<tool>": 400}  # 259 tokens
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", special=special)
+    with pytest.raises(ConfigError, match="264 rows of embeddings, but the tokenizer has ids up to 400") as caught:
+        prepare(config(f"data.tokenizer={tokenizer}"))
+    assert caught.value.key == "model.config.vocab_size"
+
+
+def test_a_mixture_is_prepared_by_its_sources_and_what_is_cut_is_said(config, tmp_path, capsys):
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "a", "completion": "' + "b" * 90 + '"}\n' * 40)
+    mixture = [
+        f"{{name: notes, source: text, paths: [{tmp_path}/corpus], weight: 3}}",
+        f"{{name: chats, source: jsonl, format: completion, paths: [{tmp_path}/chats.jsonl], held_out: 0, weight: 1}}",
+    ]
+    own = ["data.source=stdlib", "data.paths=[]", "data.packing=best_fit", "data.truncation=right"]
+    _, fixed, sources = prepare(config(*own, f"data.mixture=[{', '.join(mixture)}]", "train.global_batch_size=2"))
+    assert list(sources) == ["notes", "chats"]
+    train, held_out = open_splits(fixed.data, sources, 64)
+    assert (len(train), len(held_out)) == (16 + 40, 16)
+    order = train.order(0)
+    assert sum(order[n] >= 16 for n in range(400)) == 100
+    assert "40 of 40 documents are longer than train.seq_len=64 tokens: without their end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

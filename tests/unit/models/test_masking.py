@@ -6,7 +6,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
-from areal_ray.models.masking import unasked, with_mask
+from areal_ray.models.masking import keeps_no_documents_apart, unasked, with_mask
 
 pytestmark = pytest.mark.unit
 
@@ -108,3 +108,15 @@ def test_a_mask_is_made_for_a_model_that_insists_on_one():
     assert set(with_mask(Takes(), {"input_ids": IDS})) == {"input_ids"}
     given = {"input_ids": IDS, "attention_mask": 0 * ONES}
     assert with_mask(Insists(), given) is given
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("qwen3", None), ("gpt2", None), ("bloom", "takes no position_ids"), ("mamba", "takes no position_ids")],
+)
+def test_models_that_cannot_keep_documents_apart_are_known(model_type, why):
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "n_layer": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    found = keeps_no_documents_apart(model)
+    assert found is None if why is None else why in found

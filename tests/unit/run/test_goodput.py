@@ -31,11 +31,11 @@ def test_the_share_is_that_of_the_steps_that_stand(run):
     ledger(run, (1000, "submitted"), (1005, "saved", {"blocked_s": 0.5}), (1040, "saved", {"blocked_s": 0.25}))
     ledger(run, (1100, "finished"))
     run.log_metrics(0, {"held_out_loss": 5.0})
-    run.log_metrics(10, {"step_time_s": 2.0})
+    run.log_metrics(10, {"step_time_s": 2.0, "data_s": 0.5})
     run.log_metrics(15, {"held_out_loss": 4.0})
-    run.log_metrics(30, {"step_time_s": 1.5})
+    run.log_metrics(30, {"step_time_s": 1.5, "data_s": 0.25})
     assert shares(run) == (100, 50.0, 0.5)
-    assert goodput(run)["saves_s"] == 0.75
+    assert (goodput(run)["saves_s"], goodput(run)["data_s"]) == (0.75, 10.0)
 
 
 def test_the_time_between_two_submissions_is_left_out(run):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
 
 NAN, INF = math.nan, math.inf
 SPIKES = BadStepConfig(on_bad="skip", spike_factor=2.0, spike_window=3, max_bad_steps=100)
-TIMES = {"step_time_s", "tokens_per_s"}
+TIMES = {"step_time_s", "tokens_per_s", "data_s"}
 
 
 def lines(job):

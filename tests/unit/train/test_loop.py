@@ -10,7 +10,7 @@ from .loop_fakes import SEQUENCES, TOTAL, Engine
 
 pytestmark = pytest.mark.unit
 
-TIMES = {"step_time_s", "tokens_per_s"}
+TIMES = {"step_time_s", "tokens_per_s", "data_s"}
 
 
 def lines(job):

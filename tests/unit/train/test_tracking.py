@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_ray.train.tracking import Window
+from areal_ray.train.cadence import Cadence
+from areal_ray.train.tracking import StepMetrics, Window
 
 pytestmark = pytest.mark.unit
 
@@ -44,6 +45,22 @@ def test_a_window_resumed_in_its_middle_has_the_same_mean(before, after):
     for value in before + after:
         undisturbed.add({"loss": value})
     assert second.flush() == undisturbed.flush()
+
+
+def test_waiting_for_data_is_a_mean_over_the_steps_of_a_line():
+    class Sink:
+        def log(self, step, values):
+            lines.append(values["data_s"])
+
+    lines, waited = [], 0.0
+    metrics = StepMetrics(Cadence(2), [Sink()], 100, 1, lambda: waited)
+    for step, seconds in ((1, 1.0), (2, 3.0), (3, 0.0), (4, 0.5)):
+        metrics.begin_step()
+        waited += seconds
+        metrics.add({"loss": 1.0})
+        metrics.end_step(step, 0, 0.1)
+        metrics.write(step)
+    assert lines == [2.0, 0.25]
 
 
 def test_a_state_is_not_changed_by_what_is_added_later():

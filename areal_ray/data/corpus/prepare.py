@@ -1,0 +1,275 @@
+"""Preparing a corpus: sources to token files, committed whole.
+
+Documents of about 64 MiB of sources make a group, whose files are a pure function of them (shard.py). So groups can be
+prepared in any order by any number of processes, one that was interrupted is prepared again, and two jobs that prepare
+the same corpus write the same bytes under the same names. `manifest.json` comes last: before it there is no corpus.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+
+from areal_ray.config import ConfigError, DataConfig
+from areal_ray.data.build import build_renderer, build_source
+from areal_ray.data.corpus.manifest import SOURCES, SPLITS, Manifest, Shard, digest, library_versions
+from areal_ray.data.corpus.shard import Advance, Group, Record, Work, hold_back, part_bytes, prepare_group
+from areal_ray.data.corpus.token_file import token_dtype
+from areal_ray.data.records import Part
+from areal_ray.data.tokenizers import Tokenizer
+from areal_ray.storage import Storage
+
+GROUP_BYTES = 64 << 20
+_NOT_TOKENS = (
+    *("prepared_path", "prepare_in_process_mb", "prefetch_batches"),
+    *("packing", "document_mask", "truncation", "mixture", "allow_other_tokenizer"),  # of rows, checks
+)
+_ALWAYS = ("source", "tokenizer", "held_out")
+_SAY_EVERY_S = 5.0
+# Prepares the groups; see `in_process` and `ray_prepare.on_cluster`.
+MapGroups = Callable[[Work, Sequence[Group], Advance], list[Record]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A corpus that is to be there.
+
+    Args:
+        work: how to prepare it, and where.
+        groups: of its sources.
+        settings: of config.data that its tokens depend on.
+        listing: digest of names, sizes and times of the sources.
+    """
+
+    work: Work
+    groups: tuple[Group, ...]
+    settings: dict[str, object]
+    listing: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(group.bytes for group in self.groups)
+
+
+def settings_of(config: DataConfig) -> dict[str, object]:
+    """The part of config.data that the tokens of a corpus depend on, as far as it is not the default.
+
+    So a later version with more keys finds what this one has prepared.
+    """
+    default, config = asdict(DataConfig()), replace(config, tokenizer=config.tokenizer or "bytes")
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name in _ALWAYS or (name not in _NOT_TOKENS and value != default[name])
+    }
+
+
+def make_plan(
+    config: DataConfig, tokenizer: Tokenizer, folder: Storage, s3: Mapping[str, str | None] | None = None
+) -> Plan:
+    """What is to be prepared for a configuration; looks at the sources' names, sizes and times, not into them.
+
+    Args:
+        config: of the data.
+        tokenizer: of config.tokenizer.
+        folder: where corpora lie, each under a name that follows from its settings and sources.
+        s3: of sources in s3://, as for `storage_at`.
+
+    Raises:
+        ConfigError: if there is nothing to read.
+    """
+    source, renderer = build_source(config, s3), build_renderer(config, tokenizer)
+    settings, parts = settings_of(config), source.parts()
+    listing = listing_of(parts)
+    key = digest([{**settings, "paths": None, "held_out_paths": None}, renderer.fingerprint, listing])[:16]
+    work = Work(folder.sub(key), source, renderer, config.held_out, token_dtype(tokenizer.vocab_size - 1).str)
+    return Plan(work, tuple(groups_of(parts)), settings, listing)
+
+
+def groups_of(parts: Sequence[Part]) -> list[Group]:
+    """Parts in groups of GROUP_BYTES, or a little more, each of a single split if parts say theirs."""
+    found: list[Group] = []
+    waiting: list[Part] = []
+    size = 0
+    for part in parts:
+        if waiting and (part.split != waiting[0].split or size >= GROUP_BYTES):
+            found.append(Group(len(found), tuple(waiting), waiting[0].split))
+            waiting, size = [], 0
+        waiting.append(part)
+        size += part_bytes(part)
+    if waiting:
+        found.append(Group(len(found), tuple(waiting), waiting[0].split))
+    return found
+
+
+def listing_of(parts: Sequence[Part]) -> str:
+    """A digest of names, sizes and times of change, with which it is noticed that sources are not what they were."""
+    paths = dict.fromkeys(part.path for part in parts)
+    files = [os.path.dirname(path) for path in paths if path.startswith("/")]
+    above = os.path.commonpath(files) if files else ""
+    times: dict[str, int | None] = dict.fromkeys(paths)
+    for path in paths:
+        with suppress(OSError):  # not of this file system: its size must do
+            times[path] = os.stat(path).st_mtime_ns
+    return digest([(*_place(part, above), part.begin, part.end, part.size, times[part.path]) for part in parts])
+
+
+def _place(part: Part, above: str) -> tuple[str, ...]:
+    """The name of a part's file below a folder (a URI, or the name of a data set, is one as it is), and its split."""
+    name = os.path.relpath(part.path, above) if part.path.startswith("/") else part.path
+    return (name,) if part.split is None else (name, part.split)
+
+
+def is_prepared(storage: Storage) -> bool:
+    """Whether there is a corpus."""
+    try:
+        Manifest.read(storage)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def in_process(work: Work, groups: Sequence[Group], advance: Advance) -> list[Record]:
+    """Prepare the groups one after the other. A single one leaves no record: the manifest follows at once."""
+    return [prepare_group(work, group, len(groups) > 1, advance) for group in groups]
+
+
+def prepare(plan: Plan, map_groups: MapGroups, say: Callable[[str], None]) -> Manifest:
+    """Prepare a corpus, or find that it is there.
+
+    What an interrupted try has finished is used, after its checksums have been compared.
+
+    Args:
+        plan: what and where.
+        map_groups: prepares the groups.
+        say: told of progress every few seconds.
+
+    Raises:
+        ConfigError, ValueError: if a source cannot be read or rendered.
+        OSError: if storage fails.
+    """
+    storage = plan.work.storage
+    try:
+        if is_prepared(storage):
+            return Manifest.read(storage)
+        storage.ensure()
+        for note in plan.work.source.notes:
+            say(note)
+        records = map_groups(plan.work, plan.groups, Progress(plan.bytes, say))
+        splits = _splits(plan, records)
+        manifest = _manifest(plan, records, splits)
+        with storage.create_whole(SOURCES) as sink:
+            for record in records:
+                sink.write("".join(json.dumps(part) + "\n" for part in record.parts).encode())
+        manifest.write(storage)
+    except FileNotFoundError:
+        if not is_prepared(storage):  # else another job was done first, and has cleared up
+            raise
+        manifest = Manifest.read(storage)
+    _clear_up(storage, manifest)
+    return manifest
+
+
+def _splits(plan: Plan, records: Sequence[Record]) -> dict[str, list[Shard]]:
+    """The shards of each split. If nothing is held out the next document is; of an only one, a share."""
+    shards = [dict(record.shards) for record in records]
+    documents = sum(shard.documents for found in shards for shard in found.values())
+    free = [(*record.least, n) for n, record in enumerate(records) if record.least and not plan.groups[n].split]
+    if free and plan.work.held_out and not any("held_out" in found for found in shards):
+        _, document, number = min(free, key=lambda each: (each[0], each[2], each[1]))
+        if "train" in shards[number]:
+            share = plan.work.held_out if documents == 1 else None
+            shards[number] = hold_back(plan.work, plan.groups[number], shards[number]["train"], document, share)
+    return {split: [found[split] for found in shards if split in found] for split in SPLITS}
+
+
+def _manifest(plan: Plan, records: Sequence[Record], splits: dict[str, list[Shard]]) -> Manifest:
+    skipped: dict[str, int] = {}
+    for record in records:
+        for reason, count in record.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    sources = {
+        "listing": plan.listing,
+        "parts": sum(len(record.parts) for record in records),
+        "bytes": plan.bytes,
+        "documents": sum(part[3] for record in records for part in record.parts),
+        "skipped": skipped,
+    }
+    work = plan.work
+    return Manifest(plan.settings, work.renderer.fingerprint, work.dtype, sources, splits, library_versions())
+
+
+_TEMPORARY = re.compile(r".+\.(?P<host>[^.]+(?:\.[^.]+)*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
+
+
+def _clear_up(storage: Storage, manifest: Manifest) -> None:
+    """Remove what was needed on the way, and what processes of this machine that were killed have left."""
+    kept = set(manifest.files)
+    for name in storage.names():
+        if name in kept or name == SOURCES:
+            continue
+        dead = (left := _TEMPORARY.fullmatch(name)) is not None and _is_dead(name, int(left["pid"]))
+        if dead or re.fullmatch(r"\d{5}(\.done|h?\..+\.(bin|idx))", name):
+            with suppress(FileNotFoundError):  # by another job
+                storage.remove(name)
+
+
+def _is_dead(name: str, pid: int) -> bool:
+    if f".{socket.gethostname()}.{pid}." not in name:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+class Progress:
+    """Says how far preparing has come, every few seconds; nothing, if it is done within the first of them.
+
+    Args:
+        total: bytes of all sources.
+        say: prints a line.
+        clock: seconds.
+    """
+
+    def __init__(self, total: int, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._say, self._clock = total, say, clock
+        self._bytes = self._tokens = 0
+        self._began = self._said = clock()
+
+    def __call__(self, read: int, tokens: int) -> None:
+        self._bytes += read
+        self._tokens += tokens
+        now = self._clock()
+        if now - self._said < _SAY_EVERY_S:
+            return
+        self._said = now
+        seconds = now - self._began
+        left = max(0.0, seconds * (self._total / max(1, self._bytes) - 1))
+        done = f"{self._bytes / 1e6:,.0f} of {self._total / 1e6:,.0f} MB"
+        self._say(f"preparing data: {done}, {self._tokens / seconds:,.0f} tokens/s, {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def check_prepared_path(path: str) -> None:
+    """Raise ConfigError for a folder of corpora that cannot be one."""
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        raise ConfigError("data.prepared_path", f"{path.partition('/')[0]!r} is no user of this machine")

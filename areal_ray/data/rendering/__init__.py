@@ -1,0 +1,1 @@
+"""Renderers: documents and records to tokens, with those of them that are predicted."""

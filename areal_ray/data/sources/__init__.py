@@ -1,0 +1,1 @@
+"""Sources of documents: files, tables and data sets, found by name and read in parts."""

@@ -1,0 +1,143 @@
+"""The data of a run: the prepared corpus that it goes on with, or one that is prepared now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+
+import ray
+
+from areal_ray.config import Config, ConfigError, plugin
+from areal_ray.data import build_tokenizer
+from areal_ray.data.build import build_renderer, build_source
+from areal_ray.data.corpus import prepare
+from areal_ray.data.corpus.corpus import Corpus, TokenSource
+from areal_ray.data.corpus.manifest import Manifest
+from areal_ray.data.splits import open_source
+from areal_ray.data.tokenizers import Tokenizer
+from areal_ray.driver.connect import cluster
+from areal_ray.run import RunDir
+from areal_ray.storage import Storage, storage_at
+
+Say = Callable[[str], None]
+
+
+def sources_of(config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool, say: Say) -> dict[str, TokenSource]:
+    """The tokens that a run trains on, by the name of their source; what is not prepared yet is prepared.
+
+    A run that goes on does so with the corpora that it was started with, whatever has become of their sources, unless
+    config.data has changed or run.allow_changes has `data`.
+
+    Args:
+        config: with an absolute storage path, of sources that are not one's own.
+        run: the run directory.
+        tokenizer: of config.data.tokenizer.
+        goes_on: whether there is a checkpoint to go on from.
+        say: prints a line.
+
+    Raises:
+        ConfigError: if a source cannot be read, or data.prepared_path is a corpus of something else.
+    """
+    recorded = (run.data() or {}) if goes_on and "data" not in config.run.allow_changes else {}
+    found: dict[str, TokenSource] = {}
+    for name, data in config.data.sources.items():
+        one = replace(config, data=data)
+        source = open_source(data, asdict(config.run.s3))
+        if source is None and name in recorded and (source := _recorded(one, recorded[name], tokenizer)) is not None:
+            _tell_if_newer(one, source.manifest, say)
+        found[name] = source or prepared_corpus(one, tokenizer, say)
+    return found
+
+
+def prepare_all(config: Config, say: Say) -> None:
+    """Prepare what a run of this configuration would train on, and say where it is; for `areal-ray prepare`."""
+    if plugin.is_plugin(config.data.source):
+        raise ConfigError("data.source", f"{config.data.source} prepares its rows itself")
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    for name, data in config.data.sources.items():
+        source = open_source(data, asdict(config.run.s3))
+        source = source or prepared_corpus(replace(config, data=data), tokenizer, say)
+        held = f"{source.about('train')} to train on, {source.about('held_out')} held out"
+        say(f"{f'{name}: ' if name else ''}{held}, {source.location}")
+
+
+def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say) -> Corpus:
+    """The corpus of a single source as it is now; it is prepared if it is not there."""
+    folder = corpora(config)
+    try:
+        if prepare.is_prepared(folder):
+            return _as_configured(config, Corpus(folder), tokenizer)
+        plan = prepare.make_plan(config.data, tokenizer, folder, asdict(config.run.s3))
+        if not prepare.is_prepared(plan.work.storage):
+            _prepare(config, plan, say)
+        return Corpus(plan.work.storage)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError("data.prepared_path", str(error)) from None
+
+
+def corpora(config: Config) -> Storage:
+    """Where prepared corpora lie, each in a folder named by its settings and sources; or a single one."""
+    s3 = asdict(config.run.s3)
+    try:
+        if config.data.prepared_path is not None:
+            return storage_at(config.data.prepared_path, s3)
+        return storage_at(config.run.storage_path, s3).sub("data")
+    except ValueError as error:
+        raise ConfigError(
+            "data.prepared_path" if config.data.prepared_path else "run.storage_path", str(error)
+        ) from None
+
+
+def _prepare(config: Config, plan: prepare.Plan, say: Say) -> None:
+    limit = config.data.prepare_in_process_mb
+    if len(plan.groups) == 1 or plan.bytes <= limit * 1_000_000:
+        manifest = prepare.prepare(plan, prepare.in_process, say)
+    else:
+        from areal_ray.data.corpus.ray_prepare import on_cluster
+
+        say(f"preparing data: {plan.bytes / 1e6:,.0f} MB in {len(plan.groups)} parts, with Ray Data")
+        with nullcontext() if ray.is_initialized() else cluster(config):
+            manifest = prepare.prepare(plan, on_cluster, say)
+    sources, skipped = manifest.sources, manifest.sources["skipped"]
+    left_out = "".join(f", {count:,} {reason}" for reason, count in skipped.items())
+    tokens = sum(manifest.count(split, "tokens") for split in manifest.splits)
+    counts = f"{sources['documents']:,} documents, {tokens:,} tokens{left_out}"
+    say(f"prepared data: {counts}; in {plan.work.storage.location}")
+
+
+def _recorded(config: Config, recorded: dict[str, str], tokenizer: Tokenizer) -> Corpus | None:
+    """The corpus that the run was started with; None if it is gone, or was prepared in another way than now."""
+    try:
+        corpus = Corpus(storage_at(recorded["path"], asdict(config.run.s3)))
+    except FileNotFoundError:
+        return None
+    same = prepare.settings_of(config.data) == corpus.manifest.settings
+    same = same and build_renderer(config.data, tokenizer).fingerprint == corpus.manifest.renderer
+    return corpus if same and corpus.fingerprint == recorded["fingerprint"] else None
+
+
+def _as_configured(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Corpus:
+    """A corpus that is named itself: its sources need not be there, but it must be one of such sources."""
+    now, then = prepare.settings_of(config.data), corpus.manifest.settings
+    for name in sorted({*now, *then} - {"paths"}):
+        if now.get(name) != then.get(name):
+            text = f"{corpus.storage.location} was prepared with data.{name}={then.get(name)}, not {now.get(name)}"
+            raise ConfigError("data.prepared_path", text)
+    if build_renderer(config.data, tokenizer).fingerprint != corpus.manifest.renderer:
+        text = f"{corpus.storage.location} was prepared with another tokenizer, or another version of its files"
+        raise ConfigError("data.prepared_path", text)
+    return corpus
+
+
+def _tell_if_newer(config: Config, manifest: Manifest, say: Say) -> None:
+    go_on = "the run goes on with the corpus that it was started with"
+    try:
+        listing = prepare.listing_of(build_source(config.data, asdict(config.run.s3)).parts())
+    except ConfigError as error:
+        say(f"data: the sources cannot be looked at ({error.message}); {go_on}")
+        return
+    if listing != manifest.sources["listing"]:
+        say(f"data: the sources have changed since they were prepared; {go_on}")
