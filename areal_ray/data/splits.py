@@ -91,7 +91,8 @@ def check_sizes(
         seq_len, batch: tokens per row and rows per global batch.
     """
     for side, name, split in (("train on", "train", splits[0]), ("hold out", "held_out", splits[1])):
-        if name == "held_out" and sources and not (config.held_out or config.held_out_paths):
+        holds_out = any(each.held_out or each.held_out_paths for each in config.sources.values())
+        if name == "held_out" and sources and not holds_out:
             continue
         if len(split) < batch:
             found = " and ".join(source.about(name) for source in sources.values()) or f"{len(split)} rows"

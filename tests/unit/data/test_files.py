@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -11,6 +13,7 @@ import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data.build import build_source
+from areal_ray.data.sources import hub
 from areal_ray.data.sources import source as source_module
 
 pytestmark = pytest.mark.unit
@@ -209,3 +212,31 @@ def test_the_standard_library_has_pairs_of_docstring_and_body():
     assert "Remove any common leading whitespace" in prompt
     assert "margin" in pairs[prompt]
     assert '"""' not in pairs[prompt]
+
+
+def test_data_sets_of_the_hub_are_read_by_parts_of_rows(monkeypatch):
+    rows = [{"text": f"{i}", "n": None} for i in range(7)]
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        if name == "gone":
+            raise FileNotFoundError("not there")
+        return rows if options["split"] == "train" else rows[:1]
+
+    config = {"source": "hub", "held_out_paths": ["some/name#test"], "args": {"revision": "1"}}
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "needs the package datasets" in refused("some/name", **config)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(hub, "_ROWS", 3)
+    source = source_of("some/name", **config)
+    parts = source.parts()
+    assert [(part.begin, part.end, part.split) for part in parts[:3]] == [
+        (0, 3, "train"),
+        (3, 6, "train"),
+        (6, 7, "train"),
+    ]
+    assert parts[3].split == "held_out"
+    assert [d.content for part in parts for d in source.read(part)] == [b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"0"]
+    assert asked[0] == ("some/name", {"split": "train", "revision": "1"})
+    assert "'gone' cannot be loaded: FileNotFoundError: not there" in refused("gone", **config)
