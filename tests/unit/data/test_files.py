@@ -13,13 +13,20 @@ import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data.build import build_source
+from areal_ray.data.records import Part
 from areal_ray.data.sources import hub
 from areal_ray.data.sources import source as source_module
+from areal_ray.data.sources.source import TextFiles
 
 pytestmark = pytest.mark.unit
 
 LINES = [f"line {i}: the quick brown fox, größer\n" for i in range(300)]
 TEXT = "".join(LINES)
+
+
+class FailingRemotely(TextFiles):
+    def _read(self, part):
+        raise OSError("slow down")
 
 
 def source_of(*paths, source="text", **options):
@@ -116,7 +123,18 @@ def test_compressed_files_are_read_whatever_they_are_called(tmp_path, kind):
     write(tmp_path / "lines" / f"a.jsonl.{kind}", lines)
     assert read(tmp_path / "lines", source="jsonl")[0] == [line.encode() for line in LINES]
     write(tmp_path / "cut" / "a.txt", packed[: len(packed) // 2])
-    assert f"{tmp_path}/cut/a.txt: cannot be read" in refused(tmp_path / "cut")
+    assert f"{tmp_path}/cut/a.txt: cannot be read, it is damaged or cut off" in refused(tmp_path / "cut")
+    assert read(tmp_path / "cut", on_error="skip")[1].skipped == {"that cannot be read left out": 1}
+
+
+def test_what_storage_does_not_give_is_an_error_and_never_skipped(tmp_path):
+    source = source_of(write(tmp_path / "a.txt", b"a"), on_error="skip")
+    (part,) = source.parts()
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*a.txt: No such file"):
+        list(source.read(part))
+    with pytest.raises(OSError, match="slow down"):
+        list(FailingRemotely(source.config).read(Part("s3://bucket/a")))
 
 
 def test_json_lines_as_text_are_one_document_and_it_says_what_they_look_like(tmp_path):
