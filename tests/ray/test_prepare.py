@@ -9,7 +9,7 @@ import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import build_tokenizer
-from areal_ray.data.corpus import prepare
+from areal_ray.data.corpus import planning, prepare
 from areal_ray.data.corpus.ray_prepare import on_cluster
 from areal_ray.storage import LocalStorage
 
@@ -35,7 +35,7 @@ def test_tasks_give_the_same_bytes_though_one_is_killed_and_raise_what_a_source_
                     os.kill(os.getpid(), signal.SIGKILL)
             yield from self.source.read(part)
 
-    monkeypatch.setattr(prepare, "GROUP_BYTES", 300)
+    monkeypatch.setattr(planning, "GROUP_BYTES", 300)
     text = tmp_path / "text"
     text.mkdir()
     for i in range(20):
@@ -43,7 +43,7 @@ def test_tasks_give_the_same_bytes_though_one_is_killed_and_raise_what_a_source_
 
     def prepared(folder, map_groups, fails=None):
         config = DataConfig(source="text", paths=[str(text)], held_out=0.25)
-        plan = prepare.make_plan(config, build_tokenizer("bytes"), LocalStorage(tmp_path / folder))
+        plan = planning.make_plan(config, build_tokenizer("bytes"), LocalStorage(tmp_path / folder))
         if fails is not None:
             harmful = Harmful(plan.work.source, str(tmp_path / "marker"), fails)
             plan = replace(plan, work=replace(plan.work, source=harmful))
