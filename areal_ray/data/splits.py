@@ -123,7 +123,7 @@ def load_splits(
     Raises:
         ConfigError: if there is too little for one global batch of each, or one's own source fails.
     """
-    from areal_ray.data.corpus import prepare
+    from areal_ray.data.corpus import planning, prepare
 
     if plugin.is_plugin(config.source):
         splits = own_splits(config, tokenizer, seq_len)
@@ -137,7 +137,7 @@ def load_splits(
     for name, each in config.sources.items():
         found = open_source(each)
         if found is None:
-            plan = prepare.make_plan(each, tokenizer, folder)
+            plan = planning.make_plan(each, tokenizer, folder)
             prepare.prepare(plan, prepare.in_process, print)
             found = Corpus(plan.work.storage)
         sources[name] = found
