@@ -108,7 +108,8 @@ class GlobalBatches:
 
     def state_dict(self) -> dict[str, Any]:
         place = {"next_sample": self.next_sample, "epoch": self.epoch}
-        return {**place, "seed": self._seed, "fingerprint": self._fingerprint}
+        own = {"sources": metrics} if (metrics := self.metrics()) else {}  # for who reads it
+        return {**place, "seed": self._seed, "fingerprint": self._fingerprint, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the cursor.

@@ -91,7 +91,8 @@ def check_sizes(
         seq_len, batch: tokens per row and rows per global batch.
     """
     for side, name, split in (("train on", "train", splits[0]), ("hold out", "held_out", splits[1])):
-        if name == "held_out" and sources and not (config.held_out or config.held_out_paths):
+        holds_out = any(each.held_out or each.held_out_paths for each in config.sources.values())
+        if name == "held_out" and sources and not holds_out:
             continue
         if len(split) < batch:
             found = " and ".join(source.about(name) for source in sources.values()) or f"{len(split)} rows"
@@ -122,7 +123,7 @@ def load_splits(
     Raises:
         ConfigError: if there is too little for one global batch of each, or one's own source fails.
     """
-    from areal_ray.data.corpus import prepare
+    from areal_ray.data.corpus import planning, prepare
 
     if plugin.is_plugin(config.source):
         splits = own_splits(config, tokenizer, seq_len)
@@ -136,7 +137,7 @@ def load_splits(
     for name, each in config.sources.items():
         found = open_source(each)
         if found is None:
-            plan = prepare.make_plan(each, tokenizer, folder)
+            plan = planning.make_plan(each, tokenizer, folder)
             prepare.prepare(plan, prepare.in_process, print)
             found = Corpus(plan.work.storage)
         sources[name] = found

@@ -11,7 +11,7 @@ import ray
 from areal_ray.config import Config, ConfigError, plugin
 from areal_ray.data import build_tokenizer
 from areal_ray.data.build import build_renderer, build_source
-from areal_ray.data.corpus import prepare
+from areal_ray.data.corpus import planning, prepare
 from areal_ray.data.corpus.corpus import Corpus, TokenSource
 from areal_ray.data.corpus.manifest import Manifest
 from areal_ray.data.splits import open_source
@@ -68,7 +68,7 @@ def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say) -> Corpus:
     try:
         if prepare.is_prepared(folder):
             return _as_configured(config, Corpus(folder), tokenizer)
-        plan = prepare.make_plan(config.data, tokenizer, folder, asdict(config.run.s3))
+        plan = planning.make_plan(config.data, tokenizer, folder, asdict(config.run.s3))
         if not prepare.is_prepared(plan.work.storage):
             _prepare(config, plan, say)
         return Corpus(plan.work.storage)
@@ -91,7 +91,7 @@ def corpora(config: Config) -> Storage:
         ) from None
 
 
-def _prepare(config: Config, plan: prepare.Plan, say: Say) -> None:
+def _prepare(config: Config, plan: planning.Plan, say: Say) -> None:
     limit = config.data.prepare_in_process_mb
     if len(plan.groups) == 1 or plan.bytes <= limit * 1_000_000:
         manifest = prepare.prepare(plan, prepare.in_process, say)
@@ -114,14 +114,14 @@ def _recorded(config: Config, recorded: dict[str, str], tokenizer: Tokenizer) ->
         corpus = Corpus(storage_at(recorded["path"], asdict(config.run.s3)))
     except FileNotFoundError:
         return None
-    same = prepare.settings_of(config.data) == corpus.manifest.settings
+    same = planning.settings_of(config.data) == corpus.manifest.settings
     same = same and build_renderer(config.data, tokenizer).fingerprint == corpus.manifest.renderer
     return corpus if same and corpus.fingerprint == recorded["fingerprint"] else None
 
 
 def _as_configured(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Corpus:
     """A corpus that is named itself: its sources need not be there, but it must be one of such sources."""
-    now, then = prepare.settings_of(config.data), corpus.manifest.settings
+    now, then = planning.settings_of(config.data), corpus.manifest.settings
     for name in sorted({*now, *then} - {"paths"}):
         if now.get(name) != then.get(name):
             text = f"{corpus.storage.location} was prepared with data.{name}={then.get(name)}, not {now.get(name)}"
@@ -135,7 +135,7 @@ def _as_configured(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Corp
 def _tell_if_newer(config: Config, manifest: Manifest, say: Say) -> None:
     go_on = "the run goes on with the corpus that it was started with"
     try:
-        listing = prepare.listing_of(build_source(config.data, asdict(config.run.s3)).parts())
+        listing = planning.listing_of(build_source(config.data, asdict(config.run.s3)).parts())
     except ConfigError as error:
         say(f"data: the sources cannot be looked at ({error.message}); {go_on}")
         return

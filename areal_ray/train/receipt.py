@@ -113,6 +113,7 @@ def _position(values: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, A
         "global_batch": (info.get("config") or {}).get("train", {}).get("global_batch_size"),
         "world_size": info.get("world_size"),
         "mesh": info.get("mesh"),
+        **values["data"].get("sources", {}),  # what a data set says of its parts
     }
 
 

@@ -12,118 +12,17 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 
-from areal_ray.config import ConfigError, DataConfig
-from areal_ray.data.build import build_renderer, build_source
-from areal_ray.data.corpus.manifest import SOURCES, SPLITS, Manifest, Shard, digest, library_versions
-from areal_ray.data.corpus.shard import Advance, Group, Record, Work, hold_back, part_bytes, prepare_group
-from areal_ray.data.corpus.token_file import token_dtype
-from areal_ray.data.records import Part
-from areal_ray.data.tokenizers import Tokenizer
+from areal_ray.data.corpus.manifest import SOURCES, SPLITS, Manifest, Shard, library_versions
+from areal_ray.data.corpus.planning import Plan
+from areal_ray.data.corpus.shard import Advance, Group, Record, Work, hold_back, prepare_group
 from areal_ray.storage import Storage
 
-GROUP_BYTES = 64 << 20
-_NOT_TOKENS = (
-    *("prepared_path", "prepare_in_process_mb", "prefetch_batches"),
-    *("packing", "document_mask", "truncation", "mixture", "allow_other_tokenizer"),  # of rows, checks
-)
-_ALWAYS = ("source", "tokenizer", "held_out")
 _SAY_EVERY_S = 5.0
 # Prepares the groups; see `in_process` and `ray_prepare.on_cluster`.
 MapGroups = Callable[[Work, Sequence[Group], Advance], list[Record]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A corpus that is to be there.
-
-    Args:
-        work: how to prepare it, and where.
-        groups: of its sources.
-        settings: of config.data that its tokens depend on.
-        listing: digest of names, sizes and times of the sources.
-    """
-
-    work: Work
-    groups: tuple[Group, ...]
-    settings: dict[str, object]
-    listing: str
-
-    @property
-    def bytes(self) -> int:
-        return sum(group.bytes for group in self.groups)
-
-
-def settings_of(config: DataConfig) -> dict[str, object]:
-    """The part of config.data that the tokens of a corpus depend on, as far as it is not the default.
-
-    So a later version with more keys finds what this one has prepared.
-    """
-    default, config = asdict(DataConfig()), replace(config, tokenizer=config.tokenizer or "bytes")
-    return {
-        name: value
-        for name, value in asdict(config).items()
-        if name in _ALWAYS or (name not in _NOT_TOKENS and value != default[name])
-    }
-
-
-def make_plan(
-    config: DataConfig, tokenizer: Tokenizer, folder: Storage, s3: Mapping[str, str | None] | None = None
-) -> Plan:
-    """What is to be prepared for a configuration; looks at the sources' names, sizes and times, not into them.
-
-    Args:
-        config: of the data.
-        tokenizer: of config.tokenizer.
-        folder: where corpora lie, each under a name that follows from its settings and sources.
-        s3: of sources in s3://, as for `storage_at`.
-
-    Raises:
-        ConfigError: if there is nothing to read.
-    """
-    source, renderer = build_source(config, s3), build_renderer(config, tokenizer)
-    settings, parts = settings_of(config), source.parts()
-    listing = listing_of(parts)
-    key = digest([{**settings, "paths": None, "held_out_paths": None}, renderer.fingerprint, listing])[:16]
-    work = Work(folder.sub(key), source, renderer, config.held_out, token_dtype(tokenizer.vocab_size - 1).str)
-    return Plan(work, tuple(groups_of(parts)), settings, listing)
-
-
-def groups_of(parts: Sequence[Part]) -> list[Group]:
-    """Parts in groups of GROUP_BYTES, or a little more, each of a single split if parts say theirs."""
-    found: list[Group] = []
-    waiting: list[Part] = []
-    size = 0
-    for part in parts:
-        if waiting and (part.split != waiting[0].split or size >= GROUP_BYTES):
-            found.append(Group(len(found), tuple(waiting), waiting[0].split))
-            waiting, size = [], 0
-        waiting.append(part)
-        size += part_bytes(part)
-    if waiting:
-        found.append(Group(len(found), tuple(waiting), waiting[0].split))
-    return found
-
-
-def listing_of(parts: Sequence[Part]) -> str:
-    """A digest of names, sizes and times of change, with which it is noticed that sources are not what they were."""
-    paths = dict.fromkeys(part.path for part in parts)
-    files = [os.path.dirname(path) for path in paths if path.startswith("/")]
-    above = os.path.commonpath(files) if files else ""
-    times: dict[str, int | None] = dict.fromkeys(paths)
-    for path in paths:
-        with suppress(OSError):  # not of this file system: its size must do
-            times[path] = os.stat(path).st_mtime_ns
-    return digest([(*_place(part, above), part.begin, part.end, part.size, times[part.path]) for part in parts])
-
-
-def _place(part: Part, above: str) -> tuple[str, ...]:
-    """The name of a part's file below a folder (a URI, or the name of a data set, is one as it is), and its split."""
-    name = os.path.relpath(part.path, above) if part.path.startswith("/") else part.path
-    return (name,) if part.split is None else (name, part.split)
 
 
 def is_prepared(storage: Storage) -> bool:
@@ -163,6 +62,7 @@ def prepare(plan: Plan, map_groups: MapGroups, say: Callable[[str], None]) -> Ma
             say(note)
         records = map_groups(plan.work, plan.groups, Progress(plan.bytes, say))
         splits = _splits(plan, records)
+        _check_there(storage, splits)
         manifest = _manifest(plan, records, splits)
         with storage.create_whole(SOURCES) as sink:
             for record in records:
@@ -174,6 +74,16 @@ def prepare(plan: Plan, map_groups: MapGroups, say: Callable[[str], None]) -> Ma
         manifest = Manifest.read(storage)
     _clear_up(storage, manifest)
     return manifest
+
+
+def _check_there(storage: Storage, splits: dict[str, list[Shard]]) -> None:
+    """Raise OSError if a file that was written, perhaps on another node, is not to be seen here."""
+    sizes = storage.sizes()
+    for shards in splits.values():
+        for name, about in [item for shard in shards for item in shard.files.items()]:
+            if sizes.get(name) != about["bytes"]:
+                text = f"{storage.location}/{name} was written, but is not here with all of its {about['bytes']} bytes"
+                raise OSError(f"{text}: data.prepared_path must be a path that every node sees, or s3://")
 
 
 def _splits(plan: Plan, records: Sequence[Record]) -> dict[str, list[Shard]]:
@@ -267,9 +177,3 @@ def _duration(seconds: float) -> str:
         if seconds < 6000
         else f"{seconds / 3600:.1f} h"
     )
-
-
-def check_prepared_path(path: str) -> None:
-    """Raise ConfigError for a folder of corpora that cannot be one."""
-    if path.startswith("~") and os.path.expanduser(path) == path:
-        raise ConfigError("data.prepared_path", f"{path.partition('/')[0]!r} is no user of this machine")

@@ -12,6 +12,8 @@ from areal_ray.data.corpus.corpus import TokenStream
 from areal_ray.data.corpus.manifest import digest
 from areal_ray.data.dataset import IGNORED, next_tokens
 
+_MOST_BEFORE = 1 << 33  # tokens
+
 
 class PackedTokens:
     """Sequences of `seq_len` tokens of an array in memory, addressed by number.
@@ -69,8 +71,13 @@ class ConcatenatedRows:
         """A hash of the stream's and of the length; reads nothing."""
         return digest(["concatenate", self._stream.fingerprint, self._seq_len])
 
-    def old_fingerprint(self) -> str:
-        """The hash over all tokens that stands in checkpoints from before corpora were prepared; reads all of them."""
+    def old_fingerprint(self) -> str | None:
+        """The hash over all tokens that stands in checkpoints from before corpora were prepared; reads all of them.
+
+        None if there are none of such data: every process had to hold all tokens in memory, and predicted all of them.
+        """
+        if self._stream.masked or len(self._stream) > _MOST_BEFORE:
+            return None
         pieces = (piece.astype(self._old_dtype) for piece in self._stream.pieces(len(self) * self._seq_len))
         return _content_hash((len(self), self._seq_len), self._old_dtype, pieces)
 

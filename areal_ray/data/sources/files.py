@@ -19,7 +19,7 @@ from areal_ray.config import ConfigError
 from areal_ray.storage import Storage, storage_at
 
 Options = Mapping[str, str | None]  # of S3, see `storage_at`
-DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what reading a damaged or cut off file raises
+DAMAGED = (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error)  # what reading a damaged or cut off file raises
 _LEFTOVERS = ("*~", "*.swp", "*.swo", "*.lock", "#*#", "Thumbs.db", "desktop.ini")
 _CACHES = {"__pycache__"}
 _PACKED = (".gz", ".zst", ".xz")

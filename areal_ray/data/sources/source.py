@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 
-from areal_ray.config import SourceConfig
+from areal_ray.config import ConfigError, SourceConfig
 from areal_ray.data.records import Document, Part
 from areal_ray.data.sources.files import DAMAGED, Options, compression, find, left_out_note, open_file, open_plain
 from areal_ray.data.sources.text import Text
@@ -49,8 +49,14 @@ class FileSource:
         try:
             yield from self._read(part)
         except DAMAGED as error:
-            why = getattr(error, "strerror", None) or str(error)
-            self._text.refuse(part.path, f"cannot be read: {why}")
+            self._text.refuse(part.path, f"cannot be read, it is damaged or cut off: {error}")
+        except OSError as error:
+            # Never left out: a disk or a network that fails now would make another corpus of the same files.
+            if "://" in part.path:
+                raise
+            if error.errno is not None:
+                raise ConfigError("data.paths", f"cannot read {part.path}: {error.strerror}") from None
+            self._text.refuse(part.path, f"cannot be read, it is damaged or cut off: {error}")  # says pyarrow's zstd
 
     def _read(self, part: Part) -> Iterator[Document]:
         raise NotImplementedError

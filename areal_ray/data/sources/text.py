@@ -93,7 +93,7 @@ def _encoding(content: bytes) -> str:
         if begin.startswith(mark):
             return name
     even, odd = begin[::2], begin[1::2]
-    if odd and (even.count(0), odd.count(0)) in ((0, len(odd)), (len(even), 0)):
+    if len(odd) > 8 and (even.count(0), odd.count(0)) in ((0, len(odd)), (len(even), 0)):
         return "UTF-16"  # of ASCII, without a mark
     return ""
 

@@ -11,13 +11,13 @@ import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import PackedTokens, build_tokenizer
-from areal_ray.data.corpus import prepare, shard
+from areal_ray.data.corpus import planning, prepare, shard
 from areal_ray.data.corpus.corpus import Corpus, TokenFile, TokenStream, document_lengths
 from areal_ray.data.corpus.manifest import MANIFEST
 from areal_ray.data.corpus.ranges import LocalRanges, RemoteRanges
 from areal_ray.data.corpus.token_file import TokenWriter, token_dtype
 from areal_ray.data.dataset import IGNORED, is_same
-from areal_ray.data.packing import ConcatenatedRows
+from areal_ray.data.packing import ConcatenatedRows, concatenate
 from areal_ray.data.records import Tokens
 from areal_ray.data.splits import open_splits
 from areal_ray.storage import LocalStorage
@@ -30,7 +30,7 @@ OLD_TRAIN, OLD_HELD_OUT = "ce0d520260fe731f21c21f982c3efdf4", "bd3d0f462d08e8e9f
 
 @pytest.fixture
 def small_groups(monkeypatch):
-    monkeypatch.setattr(prepare, "GROUP_BYTES", 300)
+    monkeypatch.setattr(planning, "GROUP_BYTES", 300)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def sources(tmp_path):
 
 def plan_for(sources, folder, held_out=0.25):
     config = DataConfig(source="text", paths=[str(sources)], held_out=held_out)
-    return prepare.make_plan(config, build_tokenizer("bytes"), LocalStorage(folder))
+    return planning.make_plan(config, build_tokenizer("bytes"), LocalStorage(folder))
 
 
 def prepared(sources, folder, **settings):
@@ -65,7 +65,7 @@ def tokens(rows):
     return rows[np.arange(len(rows))]["input_ids"].flatten().tolist()
 
 
-def test_rows_and_old_fingerprints_are_those_of_the_version_before(sources, tmp_path, small_groups):
+def test_rows_and_old_fingerprints_are_those_of_the_version_before(sources, tmp_path, small_groups, monkeypatch):
     corpus = prepared(sources, tmp_path / "data")
     assert len(corpus.manifest.splits["train"]) > 1  # rows lie across files
     train, held_out = splits(corpus, 8)
@@ -76,11 +76,13 @@ def test_rows_and_old_fingerprints_are_those_of_the_version_before(sources, tmp_
     assert is_same(train, train.fingerprint)
     assert not is_same(train, OLD_HELD_OUT)
     assert not is_same(whole, train.fingerprint)
+    monkeypatch.setattr(concatenate, "_MOST_BEFORE", len(train) * 8 - 1)
+    assert not is_same(train, OLD_TRAIN)  # so much was never trained on then: nothing is read
 
 
 def test_how_documents_are_grouped_changes_no_row(sources, tmp_path, monkeypatch):
     alone = splits(prepared(sources, tmp_path / "one"), 8)
-    monkeypatch.setattr(prepare, "GROUP_BYTES", 100)
+    monkeypatch.setattr(planning, "GROUP_BYTES", 100)
     many = splits(prepared(sources, tmp_path / "many"), 8)
     assert [tokens(split) for split in alone] == [tokens(split) for split in many]
 
@@ -120,7 +122,7 @@ def test_a_tokenizer_with_many_ids_gets_wider_tokens():
 @pytest.mark.parametrize("small", [False, True], ids=["one shard", "shards"])
 def test_an_interrupted_preparation_goes_on_to_the_same_bytes(sources, tmp_path, monkeypatch, small):
     if small:
-        monkeypatch.setattr(prepare, "GROUP_BYTES", 400)
+        monkeypatch.setattr(planning, "GROUP_BYTES", 400)
     prepared(sources, tmp_path / "whole")
     expected = content(tmp_path / "whole")
     files = len(expected) + small * 3  # records of groups, which are removed
@@ -159,7 +161,6 @@ def test_finished_groups_are_used_again_unless_they_are_damaged(sources, tmp_pat
     plan = plan_for(sources, tmp_path / "data")
     plan.work.storage.ensure()
     prepare.in_process(plan.work, plan.groups[:3], lambda *_: None)
-    damaged = tmp_path / "data" / plan.work.storage.names()[0].replace(".done", ".train.bin")
     damaged = next(path for path in (tmp_path / "data").rglob("00001.train.bin"))
     damaged.write_bytes(bytes(damaged.stat().st_size))
     read = []
@@ -187,7 +188,7 @@ def test_two_jobs_that_prepare_the_same_do_not_harm_each_other(sources, tmp_path
 @pytest.mark.parametrize("small", [False, True], ids=["one shard", "shards"])
 def test_of_few_documents_the_one_of_the_least_hash_is_held_out(sources, tmp_path, monkeypatch, small):
     if small:
-        monkeypatch.setattr(prepare, "GROUP_BYTES", 100)
+        monkeypatch.setattr(planning, "GROUP_BYTES", 100)
     train, held_out = splits(prepared(sources, tmp_path / "data", held_out=1e-9), 1)
     from zlib import crc32
 
@@ -269,6 +270,20 @@ def test_a_manifest_that_was_changed_is_refused(sources, tmp_path):
     corpus.storage.replace(MANIFEST, b'{"format": 1}')
     with pytest.raises(ValueError, match="not the manifest of a prepared corpus"):
         Corpus(corpus.storage)
+
+
+def test_files_that_another_node_has_written_elsewhere_are_missed(sources, tmp_path, small_groups):
+    plan = plan_for(sources, tmp_path / "data")
+
+    def elsewhere(work, groups, advance):
+        records = prepare.in_process(work, groups, advance)
+        work.storage.remove("00001.train.bin")
+        return records
+
+    with pytest.raises(OSError, match=r"00001\.train\.bin was written, but is not here"):
+        prepare.prepare(plan, elsewhere, print)
+    assert not prepare.is_prepared(plan.work.storage)
+    prepare.prepare(plan, prepare.in_process, print)
 
 
 def test_progress_is_said_only_when_it_takes_long():

@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -11,12 +13,20 @@ import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data.build import build_source
+from areal_ray.data.records import Part
+from areal_ray.data.sources import hub
 from areal_ray.data.sources import source as source_module
+from areal_ray.data.sources.source import TextFiles
 
 pytestmark = pytest.mark.unit
 
 LINES = [f"line {i}: the quick brown fox, größer\n" for i in range(300)]
 TEXT = "".join(LINES)
+
+
+class FailingRemotely(TextFiles):
+    def _read(self, part):
+        raise OSError("slow down")
 
 
 def source_of(*paths, source="text", **options):
@@ -113,7 +123,18 @@ def test_compressed_files_are_read_whatever_they_are_called(tmp_path, kind):
     write(tmp_path / "lines" / f"a.jsonl.{kind}", lines)
     assert read(tmp_path / "lines", source="jsonl")[0] == [line.encode() for line in LINES]
     write(tmp_path / "cut" / "a.txt", packed[: len(packed) // 2])
-    assert f"{tmp_path}/cut/a.txt: cannot be read" in refused(tmp_path / "cut")
+    assert f"{tmp_path}/cut/a.txt: cannot be read, it is damaged or cut off" in refused(tmp_path / "cut")
+    assert read(tmp_path / "cut", on_error="skip")[1].skipped == {"that cannot be read left out": 1}
+
+
+def test_what_storage_does_not_give_is_an_error_and_never_skipped(tmp_path):
+    source = source_of(write(tmp_path / "a.txt", b"a"), on_error="skip")
+    (part,) = source.parts()
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*a.txt: No such file"):
+        list(source.read(part))
+    with pytest.raises(OSError, match="slow down"):
+        list(FailingRemotely(source.config).read(Part("s3://bucket/a")))
 
 
 def test_json_lines_as_text_are_one_document_and_it_says_what_they_look_like(tmp_path):
@@ -209,3 +230,31 @@ def test_the_standard_library_has_pairs_of_docstring_and_body():
     assert "Remove any common leading whitespace" in prompt
     assert "margin" in pairs[prompt]
     assert '"""' not in pairs[prompt]
+
+
+def test_data_sets_of_the_hub_are_read_by_parts_of_rows(monkeypatch):
+    rows = [{"text": f"{i}", "n": None} for i in range(7)]
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        if name == "gone":
+            raise FileNotFoundError("not there")
+        return rows if options["split"] == "train" else rows[:1]
+
+    config = {"source": "hub", "held_out_paths": ["some/name#test"], "args": {"revision": "1"}}
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "needs the package datasets" in refused("some/name", **config)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(hub, "_ROWS", 3)
+    source = source_of("some/name", **config)
+    parts = source.parts()
+    assert [(part.begin, part.end, part.split) for part in parts[:3]] == [
+        (0, 3, "train"),
+        (3, 6, "train"),
+        (6, 7, "train"),
+    ]
+    assert parts[3].split == "held_out"
+    assert [d.content for part in parts for d in source.read(part)] == [b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"0"]
+    assert asked[0] == ("some/name", {"split": "train", "revision": "1"})
+    assert "'gone' cannot be loaded: FileNotFoundError: not there" in refused("gone", **config)

@@ -90,6 +90,7 @@ def test_any_world_size_goes_on_with_the_same_samples():
     made = batches(0, 1)
     next(made)
     assert made.metrics()["data/a/samples"] == 6
+    assert made.state_dict()["sources"] == made.metrics()
     order = mixed().order(7)
     ids = {70: 10_000, 83: 20_000}
     expected = [order[n] for n in range(240)]
