@@ -169,7 +169,7 @@ def test_where_a_stranger_fills_its_queue_the_process_is_an_ordinary_one(run, mo
 
 
 def test_strangers_are_counted_and_the_others_served(serve, run):
-    name, server = serve(before=())
+    name, server = serve(before=("numpy.random",))
     strangers = [socket.socket(socket.AF_UNIX) for _ in range(200)]
     as_a_stranger(lambda: [each.connect(launch.address(name)) for each in strangers])
     for stranger in strangers:
@@ -183,7 +183,7 @@ def test_strangers_are_counted_and_the_others_served(serve, run):
 
 
 def test_whoever_knocks_keeps_no_fork_server_alive(serve):
-    name, server = serve(before=(), idle=0.5)
+    name, server = serve(before=("numpy.random",), idle=0.5)
     knocks = 0
     while server.poll() is None:
         with socket.socket(socket.AF_UNIX) as stranger, suppress(ConnectionRefusedError):
