@@ -26,6 +26,7 @@ class RunConfig:
     name: str = "run"  # the run directory's name; the same name and storage_path resume
     storage_path: str = "~/areal_ray"  # a path that every node sees, or s3://bucket/prefix; ${oc.env:NAME} works here
     s3: S3Config = field(default_factory=S3Config)
+    private: bool = False  # the run directory is closed to other users (mode 0700); not for s3://
     seed: int = 0  # weights, order of the data and all randomness follow from it
     recover: Literal["auto", "resume", "fresh"] = "auto"  # if there is something · insist · refuse a used directory
     allow_changes: list[str] = field(default_factory=list)  # data, run.seed, model.config, model.path, model.factory

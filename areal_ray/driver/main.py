@@ -67,7 +67,7 @@ def train(
         )
         return 0
     try:
-        run.storage.ensure()
+        run.storage.ensure(config.run.private)
     except OSError as error:
         raise ConfigError("run.storage_path", str(error)) from None
     print(f"run directory: {run.storage.location}", flush=True)

@@ -72,8 +72,12 @@ class Storage(Protocol):
         """Create this directory, which must not exist yet (FileExistsError): every save has its own."""
         ...
 
-    def ensure(self) -> None:
-        """Create this directory unless it exists."""
+    def ensure(self, private: bool = False) -> None:
+        """Create this directory unless it exists.
+
+        Args:
+            private: also close it to other users; object storage has no such thing.
+        """
         ...
 
     @contextmanager

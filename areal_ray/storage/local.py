@@ -14,6 +14,15 @@ from typing import BinaryIO
 from areal_ray.storage.base import Sink
 
 
+def deny_writing_to_all() -> None:
+    """Take the right to write from all users in what this process and its children create from now on.
+
+    Files of a run are as the user's umask has them, but where that is 0, as in some containers, anybody could rewrite
+    logs and checkpoints.
+    """
+    os.umask(os.umask(0o077) | 0o002)  # too strict for a moment, not too open, for other threads
+
+
 class LocalStorage:
     """A directory on a local or shared (NFS and the like) file system."""
 
@@ -68,8 +77,10 @@ class LocalStorage:
         os.mkdir(self._path)
         _sync_directory(os.path.dirname(self._path))
 
-    def ensure(self) -> None:
+    def ensure(self, private: bool = False) -> None:
         os.makedirs(self._path, exist_ok=True)
+        if private:
+            os.chmod(self._path, 0o700)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Sink]:

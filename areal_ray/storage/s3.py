@@ -84,7 +84,7 @@ class S3Storage:
         if self._list():
             raise FileExistsError(f"{self.location} exists")
 
-    def ensure(self) -> None: ...
+    def ensure(self, private: bool = False) -> None: ...
 
     @contextmanager
     def create(self, name: str) -> Iterator[_Upload]:

@@ -112,6 +112,13 @@ def test_ensure_makes_parents_too(storage):
     assert storage.sub("a/b").names() == ["c"]
 
 
+def test_a_private_directory_is_closed_to_other_users(tmp_path):
+    for _ in range(2):  # also one that is there
+        LocalStorage(tmp_path / "run").ensure(private=True)
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+        (tmp_path / "run").chmod(0o755)
+
+
 def test_delete_removes_everything(storage):
     storage.sub("d").make()
     write(storage.sub("d"), "a", b"")
