@@ -8,13 +8,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, plugin, redact
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
-from areal_ray.models import hf_weights
+from areal_ray.models import hf_weights, safetensors_files
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
 
@@ -35,11 +37,7 @@ def prepare(config: Config) -> tuple[RunDir, Config]:
     _check_writable(config, storage)
     config = replace(config, run=replace(config.run, storage_path=storage.location))
     tokenizer = data.build_tokenizer(config.data.tokenizer)
-    models.check_model(config.model, tokenizer.vocab_size)
-    if config.engine.mesh.tensor > 1:
-        tensor_plan(models.build_model(config.model), config.engine.mesh.tensor)
-    if config.model.path:
-        _check_weights(config)
+    _check_model(config, tokenizer.vocab_size)
     _check_plugins(config)
     sequences, _ = data.load_splits(config.data, tokenizer, config.train.seq_len, config.train.global_batch_size)
     run = RunDir(storage.sub(config.run.name))
@@ -68,11 +66,25 @@ def _check_plugins(config: Config) -> None:
         freeze(models.build_model(config.model), config.optim.groups)
 
 
-def _check_weights(config: Config) -> None:
+def _check_model(config: Config, vocab_size: int) -> None:
+    """Build the model without memory, and find what it cannot do; say what it does in another way than is usual."""
+    model = models.build_model(config.model)
+    models.check_model(config.model, model, vocab_size, config.train.seq_len)
+    models.shard_units(model, config.model.shard_units)
+    if config.engine.mesh.tensor > 1:
+        tensor_plan(model, config.engine.mesh.tensor)
+    if config.model.attention == "auto" and models.attention_of(model) not in (None, "sdpa"):
+        name = type(model).__name__
+        print(f"{name} has no scaled_dot_product_attention: its attention is {models.attention_of(model)}", flush=True)
+    if config.model.path:
+        _check_weights(config, model)
+
+
+def _check_weights(config: Config, model: nn.Module) -> None:
     assert config.model.path
     try:
         path = hf_weights.resolve(config.model.path)
-        hf_weights.stored_names(path, models.build_model(config.model), hf_weights.shapes(path))
+        hf_weights.stored_weights(path, model, safetensors_files.opened(path))
     except ConfigError:
         raise
     except ValueError as error:

@@ -234,7 +234,7 @@ class FSDPEngine:
             RankError: on every rank, if it is damaged.
             ValueError: if it is of another model, or has no optimizer and one is asked for.
         """
-        save_load.load_engine(meta, self.state, self._ranks)
+        save_load.load_engine(meta, self._config.model, self.state, self._ranks)
 
     def _split(self, batch: Batch) -> list[Batch]:
         size = self._config.train.micro_batch_size

@@ -88,4 +88,4 @@ class ShardedModel:
         # One download per machine; the others then find it.
         self._ranks.all_or_raise(lambda: others or hf_weights.resolve(path))
         here = self._ranks.all_or_raise(lambda: hf_weights.resolve(path))
-        hf_weights.load_weights(here, self.module, self._ranks)
+        hf_weights.load_weights(here, self.module, models.build_model(self._config.model), self._ranks)

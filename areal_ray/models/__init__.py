@@ -3,13 +3,15 @@
 Imports config and distributed.
 """
 
-from areal_ray.models.build import architecture, build_model, check_model, same_architecture
+from areal_ray.models.build import architecture, attention_of, build_model, build_saved, check_model, same_architecture
 from areal_ray.models.init import init_buffers, init_weights, materialise
 from areal_ray.models.shard_units import shard_units
 
 __all__ = [
     "architecture",
+    "attention_of",
     "build_model",
+    "build_saved",
     "check_model",
     "init_buffers",
     "init_weights",
