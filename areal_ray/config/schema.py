@@ -63,6 +63,8 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     # auto: sdpa (torch's scaled_dot_product_attention) where the model has it, and else eager
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    # logits: of all tokens at once · chunked: of some rows at a time, so that memory does not grow with the vocabulary
+    loss: Literal["auto", "logits", "chunked"] = "auto"  # auto: chunked from 256 MiB of float32 logits on
     shard_units: list[str] = field(default_factory=list)  # class names sharded one by one; default: the model's own
 
 

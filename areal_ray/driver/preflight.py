@@ -14,6 +14,7 @@ from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, plugin, redact
 from areal_ray.distributed.tensor_parallel import tensor_plan
+from areal_ray.engine import hidden
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights, safetensors_files
@@ -70,12 +71,19 @@ def _check_model(config: Config, vocab_size: int) -> None:
     """Build the model without memory, and find what it cannot do; say what it does in another way than is usual."""
     model = models.build_model(config.model)
     models.check_model(config.model, model, vocab_size, config.train.seq_len)
-    models.shard_units(model, config.model.shard_units)
-    if config.engine.mesh.tensor > 1:
+    units = models.shard_units(model, config.model.shard_units)
+    split = config.engine.mesh.tensor > 1
+    if split:
         tensor_plan(model, config.engine.mesh.tensor)
     if config.model.attention == "auto" and models.attention_of(model) not in (None, "sdpa"):
         name = type(model).__name__
         print(f"{name} has no scaled_dot_product_attention: its attention is {models.attention_of(model)}", flush=True)
+    try:
+        models.output_layer(model, units, split)
+    except models.NoOutputLayer as error:
+        if hidden.choose(config, vocab_size, why_not=None) == "chunked":
+            hidden.choose(config, vocab_size, str(error))
+            print(f"the loss is computed with all logits of a micro-batch at once: {error}", flush=True)
     if config.model.path:
         _check_weights(config, model)
 

@@ -5,9 +5,11 @@ Imports config and distributed.
 
 from areal_ray.models.build import architecture, attention_of, build_model, build_saved, check_model, same_architecture
 from areal_ray.models.init import init_buffers, init_weights, materialise
+from areal_ray.models.output_layer import NoOutputLayer, output_layer, returning_input
 from areal_ray.models.shard_units import shard_units
 
 __all__ = [
+    "NoOutputLayer",
     "architecture",
     "attention_of",
     "build_model",
@@ -16,6 +18,8 @@ __all__ = [
     "init_buffers",
     "init_weights",
     "materialise",
+    "output_layer",
+    "returning_input",
     "same_architecture",
     "shard_units",
 ]

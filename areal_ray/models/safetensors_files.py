@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from areal_ray.models.lazy_tensor import Box, LazyTensor, part_of, whole_box, windows
 from areal_ray.storage import Storage, read_ahead
@@ -50,7 +50,10 @@ def opened(path: str) -> dict[str, LazyTensor]:
     if not files:
         raise ValueError(f"there are no safetensors files in {path}")
     for name in files:
-        file = safe_open(name, framework="pt")
+        try:
+            file = safe_open(name, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{name} cannot be read: {error}") from None
         for key in file.keys():  # noqa: SIM118  (not a dict)
             header = file.get_slice(key)
             dtype = _BY_NAME.get(header.get_dtype())
