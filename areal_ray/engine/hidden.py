@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,17 +45,19 @@ def choose(config: Config, vocabulary: int, why_not: str | None, recorded: Loss 
 
 @dataclass(frozen=True)
 class Hidden:
-    """The input of a model's output layer, and that layer: the logits are `states @ weight.T + bias`.
+    """The input of a model's output layer, and that layer: the logits are `finish(states @ weight.T + bias)`.
 
     Args:
         states: (B, S, width).
         weight: (vocabulary, width), whole, in the precision of the computation.
         bias: (vocabulary), or None.
+        finish: scales or caps logits of any rows (1, rows, vocabulary), has no parameters; None: nothing.
     """
 
     states: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def cross_entropy(self, labels: torch.Tensor, ignored: int = -100) -> torch.Tensor:
         """The sum of the cross entropies of the tokens that are to be predicted, in nats, in float32.
@@ -71,7 +74,7 @@ class Hidden:
         """
         rows = self.states.flatten(0, -2)
         total: torch.Tensor = _ChunkedCrossEntropy.apply(
-            rows, self.weight, self.bias, labels.flatten(), ignored, torch.is_grad_enabled()
+            rows, self.weight, self.bias, self.finish, labels.flatten(), ignored, torch.is_grad_enabled()
         )
         return total
 
@@ -89,6 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        finish: Callable[[torch.Tensor], torch.Tensor] | None,
         labels: torch.Tensor,
         ignored: int,
         backward: bool,
@@ -103,7 +107,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk, targets = rows[first : first + step], labels[first : first + step]
             predicted = targets != ignored
             index = targets.masked_fill(~predicted, 0)[:, None]
-            logits = torch.nn.functional.linear(chunk, weight, bias).float()
+            plain = torch.nn.functional.linear(chunk, weight, bias)
+            finished = plain
+            if finish is not None:
+                with torch.set_grad_enabled(any(wanted)):
+                    finished = finish(plain.requires_grad_(any(wanted))[None])[0]
+            # A copy, where the backward pass of `finish` may need what it has given.
+            logits = finished.detach().to(torch.float32, copy=finish is not None)
             chosen = logits.gather(1, index)
             norm = logits.logsumexp(1, keepdim=True)
             total += ((norm - chosen)[:, 0] * predicted).sum()
@@ -113,7 +123,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_logits = logits.sub_(norm).exp_()
             d_logits.scatter_add_(1, index, torch.full_like(chosen, -1.0))
             d_logits.mul_(predicted[:, None])
-            d_logits = d_logits.to(rows.dtype)
+            d_logits = d_logits.to(finished.dtype)
+            if finish is not None:
+                (d_logits,) = torch.autograd.grad(finished, plain, d_logits)
             if d_rows is not None:
                 torch.mm(d_logits, weight, out=d_rows[first : first + step])
             if d_weight is not None:
@@ -130,4 +142,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(d_total)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None

@@ -48,7 +48,7 @@ class ShardedModel:
         self.needs_logits: str | None = None
         try:
             self._output_layer = models.output_layer(self.module, self.units, dims.tensor is not None)
-            self.vocabulary = self._output_layer.out_features
+            self.vocabulary = self._output_layer.layer.out_features
         except models.NoOutputLayer as error:
             self.needs_logits, self.vocabulary = str(error), 0
         parallelize(self.module, self.units, dims, config.engine)
@@ -83,10 +83,16 @@ class ShardedModel:
 
     def hidden(self, inputs: Mapping[str, torch.Tensor]) -> Hidden:
         """As a call, without the output layer. Its weight is gathered, until the backward pass or `reshard`."""
-        with models.returning_input(self._output_layer) as calls:
-            states = self(inputs)
-        ((_, weight, bias),) = calls
-        return Hidden(states, weight, bias)
+        with self._output_layer.left_out() as seen:
+            # Before FSDP's own hook: the backward pass of the whole begins where its output is asked for a gradient.
+            hook = self.module.register_forward_hook(lambda *_: seen[0], prepend=True)
+            try:
+                states = self(inputs)
+            finally:
+                hook.remove()
+        _, weight, bias = seen
+        assert weight is not None
+        return Hidden(states, weight, bias, self._output_layer.finish)
 
     @torch.no_grad()
     def frozen(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

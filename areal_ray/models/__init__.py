@@ -5,7 +5,7 @@ Imports config and distributed.
 
 from areal_ray.models.build import architecture, attention_of, build_model, build_saved, check_model, same_architecture
 from areal_ray.models.init import init_buffers, init_weights, materialise
-from areal_ray.models.output_layer import NoOutputLayer, output_layer, returning_input
+from areal_ray.models.output_layer import NoOutputLayer, output_layer
 from areal_ray.models.shard_units import shard_units
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "init_weights",
     "materialise",
     "output_layer",
-    "returning_input",
     "same_architecture",
     "shard_units",
 ]

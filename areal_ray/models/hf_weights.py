@@ -75,7 +75,7 @@ def load_weights(path: str, model: nn.Module, blank: nn.Module, ranks: Ranks) ->
     """Fill a sharded model in place, each rank reading what it needs, whatever the precision in the files.
 
     Beyond its part a rank has a few windows of 64 MB in memory, and one head of a layer where rotary weights are
-    permuted. A collective, but for which no rank waits for another.
+    permuted. A collective.
 
     Args:
         path: a directory of safetensors files.

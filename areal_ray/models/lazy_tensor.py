@@ -96,11 +96,15 @@ def whole_box(shape: Sequence[int]) -> Box:
 
 
 def windows(box: Box, itemsize: int, limit: int) -> list[Box]:
-    """A box cut along its first dimension into boxes of at most `limit` bytes, or of one row where that is more."""
+    """A box cut into boxes of at most `limit` bytes, in the order of the values: of rows, or of parts of one row."""
     if not box:
         return [box]
     (begin, end), *others = box
-    rows = max(1, limit // max(1, itemsize * prod(end - begin for begin, end in others)))
+    row = itemsize * prod(end - begin for begin, end in others)
+    if row > limit and others:
+        parts = windows(tuple(others), itemsize, limit)
+        return [((first, first + 1), *part) for first in range(begin, end) for part in parts]
+    rows = max(1, limit // max(1, row))
     return [((first, min(first + rows, end)), *others) for first in range(begin, end, rows)]
 
 

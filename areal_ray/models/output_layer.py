@@ -1,9 +1,10 @@
-"""A model's output layer, and whether the model makes anything of its logits before it returns them."""
+"""A model's output layer, and what the model makes of its logits before it returns them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,37 @@ class NoOutputLayer(ValueError):
     """Why a model's logits cannot be computed by somebody else than the model."""
 
 
-def output_layer(model: nn.Module, units: Sequence[nn.Module] = (), split: bool = False) -> nn.Linear:
-    """The linear layer whose output is, as it is, the model's logits.
+@dataclass(frozen=True)
+class OutputLayer:
+    """The last layer of a model: its logits are `finish(layer(states))`.
 
-    Found out on a single position: with a base model that gives zeros, and a layer that gives its input.
+    Args:
+        layer: a linear one.
+        finish: scales or caps logits (..., vocabulary), each position by itself; None: they are what the layer gives.
+    """
+
+    layer: nn.Linear
+    finish: Callable[[torch.Tensor], torch.Tensor] | None
+
+    @contextmanager
+    def left_out(self) -> Iterator[list[torch.Tensor | None]]:
+        """A context in which the model ends before its output layer.
+
+        Gives:
+            A list that is then [states, weight, bias]: what the layer was given, and what it is made of.
+        """
+        seen: list[torch.Tensor | None] = []
+
+        def forward(states: torch.Tensor) -> torch.Tensor:
+            seen[:] = states, self.layer.weight, self.layer.bias
+            return states.new_zeros(1, 1, 1).expand(1, 1, self.layer.out_features) if self.finish else states
+
+        with _replaced([self.layer], forward):
+            yield seen
+
+
+def output_layer(model: nn.Module, units: Sequence[nn.Module] = (), split: bool = False) -> OutputLayer:
+    """The output layer of a model, found out by a forward pass in which all other layers are left out.
 
     Args:
         model: as built, before it is sharded.
@@ -25,59 +53,54 @@ def output_layer(model: nn.Module, units: Sequence[nn.Module] = (), split: bool 
         split: whether layers are split over ranks (tensor parallelism).
 
     Raises:
-        NoOutputLayer: if there is none: a model of one's own, logits that are scaled or capped afterwards.
+        NoOutputLayer: if there is none: a model of one's own, or logits that are made in another way.
     """
     if split:
         raise NoOutputLayer("with engine.mesh.tensor no rank has the whole output layer")
+    name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
     layer = find() if find is not None else None
     if not isinstance(layer, nn.Linear):
-        raise NoOutputLayer(f"{type(model).__name__} names no linear output layer")
+        raise NoOutputLayer(f"{name} names no linear output layer")
     if any(module is layer for unit in units for module in unit.modules()):
         raise NoOutputLayer("the output layer lies in one of model.shard_units")
-    states = torch.zeros(1, 1, layer.in_features)
+    given = torch.linspace(-40, 40, 3 * layer.out_features).view(1, 3, layer.out_features)
     try:
-        with _base_model_giving(model, states), returning_input(layer):
-            ids = torch.zeros(1, 1, dtype=torch.long)
-            output: Any = type(model).forward(model, input_ids=ids, use_cache=False)
-    except Exception as error:  # noqa: BLE001  (each model expects something else of its base model)
+        whole = _finish(model, layer, given)
+        alone = torch.cat([_finish(model, layer, row) for row in given.split(1, 1)], 1)
+    except Exception as error:  # noqa: BLE001  (each model expects something else of its layers)
         text = " ".join(str(error).split())[:100]
-        raise NoOutputLayer(f"{type(model).__name__} does not show what it does with its logits: {text}") from None
-    if output.logits.data_ptr() != states.data_ptr() or output.logits.shape != states.shape:
-        raise NoOutputLayer(f"{type(model).__name__} scales or caps its logits")
-    return layer
+        raise NoOutputLayer(f"{name} does not show what it does with its logits: {text}") from None
+    if whole.requires_grad or whole.shape != given.shape or not torch.equal(whole, alone):
+        raise NoOutputLayer(f"{name} makes its logits in a way of its own")
+    same = whole.data_ptr() == given.data_ptr()
+    return OutputLayer(layer, None if same else lambda logits: _finish(model, layer, logits))
 
 
-@contextmanager
-def returning_input(layer: nn.Linear) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]]:
-    """A context in which a layer gives its input; a list of (input, weight, bias), one for each call."""
-    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-
-    def forward(states: torch.Tensor) -> torch.Tensor:
-        calls.append((states, layer.weight, layer.bias))
-        return states
-
-    layer.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield calls
-    finally:
-        del layer.forward
-
-
-@contextmanager
-def _base_model_giving(model: nn.Module, states: torch.Tensor) -> Iterator[None]:
-    # Two names of one module, mostly; OPT's output layer is given what a decoder in its base model makes.
+def _finish(model: nn.Module, layer: nn.Linear, logits: torch.Tensor) -> torch.Tensor:
+    """What a model returns whose output layer gives these logits."""
     both: tuple[Any, Any] = model.base_model, model.get_decoder()  # type: ignore[operator]
-    inner = {id(each): each for each in both}
-    if id(model) in inner:
+    # Two names of one module, mostly; OPT's output layer is given what a decoder in its base model makes.
+    inner = list({id(each): each for each in both if each is not model}.values())
+    if not inner:
         raise ValueError("it has no base model")
-    for each in inner.values():
-        each.forward = lambda *args, **kwargs: _BaseOutput(states)
+    states = torch.zeros(1, 1, layer.in_features, device=logits.device, dtype=logits.dtype)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
+    with _replaced(inner, lambda *_, **__: _BaseOutput(states)), _replaced([layer], lambda _: logits):
+        output: Any = type(model).forward(model, input_ids=ids, use_cache=False)
+    finished: torch.Tensor = output.logits
+    return finished
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    for module in modules:
+        module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for each in inner.values():
-            del each.forward
+        for module in modules:
+            del module.forward
 
 
 class _BaseOutput:

@@ -33,7 +33,7 @@ _DTYPES = {
 }
 _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
-_WINDOW = 4 << 20  # bytes that are read in one go while a file is written
+_WINDOW = 8 << 20  # bytes that are read in one go while a file is written
 
 
 def opened(path: str) -> dict[str, LazyTensor]:
@@ -129,5 +129,6 @@ def _write_file(out: Storage, file: str, tensors: Mapping[str, torch.Tensor]) ->
 
 def _reads(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[int, Any]]:
     for tensor in tensors.values():
+        size = 3 * min(_WINDOW, tensor.numel() * tensor.dtype.itemsize)  # while it is read
         for box in windows(whole_box(tensor.shape), tensor.dtype.itemsize, _WINDOW):
-            yield 3 * _WINDOW, partial(part_of, tensor, box)
+            yield size, partial(part_of, tensor, box)

@@ -16,6 +16,7 @@ from tests.distributed.small import attempt, local_batch, start_engine
 pytestmark = pytest.mark.distributed
 
 KINDS = {"tied": [], "untied": ["model.config.tie_word_embeddings=false"], "bfloat16": ["engine.precision=bfloat16"]}
+KINDS["capped"] = ["model.config.model_type=gemma2", "model.config.final_logit_softcapping=0.5"]
 
 
 def both_ways(rank: int) -> dict[str, Any]:

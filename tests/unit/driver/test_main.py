@@ -80,9 +80,13 @@ def test_parts_of_one_s_own_are_found_to_be_wrong_before_anything_starts(config,
 @pytest.mark.parametrize(
     ("overrides", "key", "part"),
     [
-        (["model.config.model_type=gpt2", "model.config.max_position_embeddings=8"], "train.seq_len", "has 8 positions"),
+        (
+            ["model.config.model_type=gpt2", "model.config.max_position_embeddings=8"],
+            "train.seq_len",
+            "has 8 positions",
+        ),
         (["model.config.model_type=gemma2", "model.attention=sdpa"], "model.attention", "sdpa is not for this model"),
-        (["model.config.model_type=gemma2", "model.loss=chunked"], "model.loss", "scales or caps its logits"),
+        (["engine.mesh.tensor=2", "model.loss=chunked"], "model.loss", "no rank has the whole output layer"),
         (["model.shard_units=[Nobody]"], "model.shard_units", "no module of class Nobody"),
     ],
 )

@@ -31,16 +31,23 @@ def made(dtype=torch.float32, bias=True):
     return [tensor.to(dtype).requires_grad_() for tensor in tensors], labels
 
 
-def with_logits(states, weight, bias=None):
-    return F.linear(states, weight, bias)
+def with_logits(states, weight, bias=None, finish=None):
+    logits = F.linear(states, weight, bias)
+    return logits if finish is None else finish(logits)
 
 
+def capped(logits):
+    return torch.tanh(logits / 3.0) * 3.0
+
+
+@pytest.mark.parametrize("finish", [None, capped, lambda logits: logits / 7])
 @pytest.mark.parametrize("bias", [False, True])
-def test_loss_and_gradients_are_those_of_the_logits(bias):
+def test_loss_and_gradients_are_those_of_the_logits(bias, finish):
     tensors, labels = made(bias=bias)
     outcomes = []
     for make in (with_logits, Hidden):
-        loss = next_token_loss(make(*tensors), {"labels": labels})
+        output = make(*tensors[:2], tensors[2] if bias else None, finish)
+        loss = next_token_loss(output, {"labels": labels})
         outcomes.append([loss, *torch.autograd.grad(3 * loss, tensors)])
     for want, got in zip(*outcomes, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -72,7 +72,10 @@ def test_what_does_not_fit_together_is_said_before_it_is_read():
         torch.stack([lazy(a, []), lazy(a[:7], [])])
 
 
-def test_a_box_is_cut_into_windows_of_whole_rows():
+def test_a_box_is_cut_into_windows_of_rows_and_large_rows_into_parts():
     assert windows(((0, 5), (0, 4)), itemsize=4, limit=32) == [((0, 2), (0, 4)), ((2, 4), (0, 4)), ((4, 5), (0, 4))]
-    assert windows(((3, 5), (0, 4)), itemsize=4, limit=1) == [((3, 4), (0, 4)), ((4, 5), (0, 4))]
+    assert windows(((3, 5), (0, 3)), itemsize=4, limit=8) == [
+        ((3, 4), (0, 2)), ((3, 4), (2, 3)), ((4, 5), (0, 2)), ((4, 5), (2, 3)),
+    ]  # fmt: skip
+    assert windows(((0, 2),), itemsize=4, limit=1) == [((0, 1),), ((1, 2),)]
     assert windows((), itemsize=4, limit=1) == [()]

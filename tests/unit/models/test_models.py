@@ -223,6 +223,48 @@ def test_a_module_that_is_not_initialised_is_named(module, message):
         init_weights(model, 0)
 
 
+class Router(nn.Module):
+    """As transformers' routers: a weight that is set by the rule of the block around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.linear = Router(), nn.Linear(4, 4)
+
+
+class Rules(nn.Module):
+    """With transformers' rule, one call per module."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+        elif isinstance(module, Block):
+            module.router.weight.data.normal_()
+            module.linear.weight.data.fill_(9.0)
+
+
+def with_rules():
+    return Rules()
+
+
+def test_what_a_module_s_rule_leaves_is_set_by_that_of_the_module_around_it():
+    model = initialised(factory("with_rules"))
+    assert model.block.router.weight.std() > 0.3
+    assert model.block.linear.weight.abs().max() <= 0.5  # which has a rule of its own
+    again = initialised(factory("with_rules"), seed=0).block.router.weight
+    assert torch.equal(model.block.router.weight, again)
+    assert not torch.equal(model.block.router.weight, initialised(factory("with_rules"), seed=1).block.router.weight)
+
+
 def test_a_factory_builds_a_model_of_one_s_own():
     check(factory("two_layers", width=4), 257)
     model = initialised(factory("two_layers", width=4))
