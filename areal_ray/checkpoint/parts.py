@@ -60,7 +60,11 @@ class _Block:
 
 
 def read_tensors(
-    directory: Storage, contents: Contents, tensors: Mapping[str, torch.Tensor], one_by_one: bool = False
+    directory: Storage,
+    contents: Contents,
+    tensors: Mapping[str, torch.Tensor],
+    one_by_one: bool = False,
+    offsets: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Fill tensors in place. No collective.
 
@@ -71,11 +75,12 @@ def read_tensors(
         contents: of the checkpoint; they have tensors of these names, shapes and types.
         tensors: plain ones and DTensors, whose parts here are filled.
         one_by_one: read one range after the other, where several threads do this.
+        offsets: where in the stored ones these tensors begin, where that is not what a DTensor says of itself.
 
     Raises:
         CheckpointDamaged: if something that is needed is missing or damaged.
     """
-    wanted = _overlaps(contents, tensors)
+    wanted = _overlaps(contents, tensors, offsets or {})
     sums = contents.sums(directory, wanted)
     reads = (
         (end - start, partial(_read, directory, contents.files[number], sums[number], start, end, blocks))
@@ -89,14 +94,17 @@ def read_tensors(
     uploads.wait()
 
 
-def _overlaps(contents: Contents, tensors: Mapping[str, torch.Tensor]) -> dict[int, list[_Overlap]]:
+def _overlaps(
+    contents: Contents, tensors: Mapping[str, torch.Tensor], offsets: Mapping[str, tuple[int, ...]]
+) -> dict[int, list[_Overlap]]:
     """By the number of the shard file. Tensors that are cut alike there and here are looked up once."""
     found: dict[int, list[_Overlap]] = {}
     known: dict[Any, list[int]] = {}
     for name, tensor in tensors.items():
         if not is_here(tensor):
             continue
-        cut, rows, (offset, length) = contents.layout.tensors[name].cut, contents.layout.rows[name], box_of(tensor)
+        cut, rows = contents.layout.tensors[name].cut, contents.layout.rows[name]
+        offset, length = (offsets[name], tuple(tensor.shape)) if name in offsets else box_of(tensor)
         key = id(cut), offset, length
         if key not in known:
             known[key] = cut.overlapping(offset, length).tolist()

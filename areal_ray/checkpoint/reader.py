@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -55,7 +55,7 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: 
 
 
 class StoredState:
-    """The contents of a checkpoint, for tools: whole tensors, in one process; needs a `read_lock`.
+    """The contents of a checkpoint, for tools: tensors or parts of them, in one process; needs a `read_lock`.
 
     Args:
         directory: a committed checkpoint.
@@ -80,6 +80,13 @@ class StoredState:
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, put together from all shards."""
         return self._read([name])[name]
+
+    def part(self, name: str, box: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The values in a box of a tensor: from where to where in each dimension."""
+        part = torch.empty([end - begin for begin, end in box], dtype=self.dtype(name))
+        offsets = {name: tuple(begin for begin, _ in box)}
+        read_tensors(self._directory, self._contents, {name: part}, one_by_one=True, offsets=offsets)
+        return part
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors by name, in this order; those that come next are read meanwhile, a bounded number of bytes."""

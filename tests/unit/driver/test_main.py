@@ -104,6 +104,34 @@ def test_parts_of_one_s_own_are_found_to_be_wrong_before_anything_starts(config,
 
 
 @pytest.mark.parametrize(
+    ("overrides", "key", "part"),
+    [
+        (
+            ["model.config.model_type=gpt2", "model.config.max_position_embeddings=8"],
+            "train.seq_len",
+            "has 8 positions",
+        ),
+        (["model.config.model_type=gemma2", "model.attention=sdpa"], "model.attention", "sdpa is not for this model"),
+        (["engine.mesh.tensor=2", "model.loss=chunked"], "model.loss", "no rank has the whole output layer"),
+        (["model.shard_units=[Nobody]"], "model.shard_units", "no module of class Nobody"),
+    ],
+)
+def test_what_a_model_cannot_do_is_found_before_anything_starts(config, overrides, key, part):
+    with pytest.raises(ConfigError, match=part) as caught:
+        prepare(config(*overrides))
+    assert caught.value.key == key
+
+
+def test_a_model_that_does_it_in_another_way_is_said_to(config, capsys):
+    prepare(config("model.config.model_type=gemma2", "model.config.vocab_size=300000", "train.micro_batch_size=8"))
+    said = capsys.readouterr().out
+    assert "Gemma2ForCausalLM has no scaled_dot_product_attention: its attention is eager" in said
+    assert "all logits" not in said  # of so few tokens
+    prepare(config())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
     ("saved", "overrides", "key"),
     [
         ({}, [], None),
