@@ -14,7 +14,7 @@ import torch
 
 from areal_ray.checkpoint.format.contents import Contents
 from areal_ray.checkpoint.format.layout import LAYOUT, Cut
-from areal_ray.checkpoint.format.manifest import CheckpointDamaged
+from areal_ray.checkpoint.format.manifest import CheckpointDamaged, reading
 from areal_ray.checkpoint.format.sums import Sums
 from areal_ray.checkpoint.tree import box_of, is_here, local
 from areal_ray.distributed.device import Uploads
@@ -169,10 +169,8 @@ def _read(
     directory: Storage, name: str, sums: Sums, start: int, end: int, blocks: list[_Block]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Targets, and verified tensors for them."""
-    try:
+    with reading(name):
         data = bytearray(directory.read_range(name, start, end - start))  # writable, as torch wants it
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{name}: missing") from None
     if len(data) != end - start:
         raise CheckpointDamaged(f"{name}: ends after {start + len(data)} bytes, should have {end}")
     view, pairs = memoryview(data), []

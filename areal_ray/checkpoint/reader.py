@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -11,13 +12,14 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint.format.contents import Contents, torch_dtype
 from areal_ray.checkpoint.format.layout import StoredTensor
-from areal_ray.checkpoint.format.manifest import Manifest
+from areal_ray.checkpoint.format.manifest import CheckpointDamaged, CheckpointUnreadable, Manifest
 from areal_ray.checkpoint.parts import read_tensors
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.tree import flatten, merge
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import Storage, read_ahead
 
+AGAIN_S = 1.0  # after which what could not be read is tried once more: some errors pass
 _PART_BYTES = 4 << 20  # of tensors that tools read ahead in one go, and take three times as much while they are
 
 
@@ -52,6 +54,21 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: 
         for name, each in state.items():
             each.load_state_dict(merge(trees[name], contents.values.get(name, {})))
     return contents.manifest
+
+
+def damage_on_loading(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> str | None:
+    """Load a checkpoint as `load` does; the damage that was found, or None. A collective."""
+    for again in (True, False):
+        try:
+            load(directory, state, ranks)
+            return None
+        except RankError as error:
+            if not error.only(CheckpointDamaged):
+                raise
+            if not (again and error.only(CheckpointUnreadable)):
+                return str(error)
+        time.sleep(AGAIN_S)
+    raise AssertionError("unreachable")
 
 
 class StoredState:

@@ -58,6 +58,11 @@ class Cause:
     where: str = ""
     infrastructure: bool = False
 
+    @property
+    def is_death(self) -> bool:
+        """Whether a process was gone without a word: killed, crashed, or out of memory."""
+        return self.kind == _DEATH
+
 
 def root_cause(errors: dict[int, Exception]) -> Cause:
     """Choose among the exceptions of several ranks, by rank, the one to show."""
@@ -186,23 +191,23 @@ def hung_cause(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
     """
     before = run.newest("failure")
     failed = before["time"] if before else 0.0
-    latest = {rank: event for rank, event in _stuck(run).items() if event["time"] > failed}
+    latest = {rank: event for rank, event in _stuck(run).items() if event.get("time", 0.0) > failed}
     if not latest:
         return None
     for rank, event in sorted(latest.items()):
         if not event["waiting"]:
-            text = f"no progress for {event['seconds']:.0f} s in phase {event['phase']}"
-            return Cause(rank, _STUCK, text, event["where"], infrastructure=True)
+            text = f"no progress for {event.get('seconds', 0.0):.0f} s in phase {event.get('phase')}"
+            return Cause(rank, _STUCK, text, event.get("where") or "", infrastructure=True)
     if late := late_rank({rank: event.get("collectives") or {} for rank, event in latest.items()}):
-        return Cause(late[0], _STUCK, late[1], latest[late[0]]["where"], infrastructure=True)
+        return Cause(late[0], _STUCK, late[1], latest[late[0]].get("where") or "", infrastructure=True)
     alive = set(latest) | {rank for rank, error in errors.items() if hasattr(error, "areal_ray")}
     attempt = run.newest("attempt")
-    assert attempt is not None  # whose watchdogs these are
-    silent = sorted(set(range(attempt["world_size"])) - alive)
+    world_size = attempt.get("world_size", 0) if attempt else 0
+    silent = sorted(set(range(world_size)) - alive)
     if len(silent) == 1:
         return Cause(silent[0], _STOPPED, "no sign of life while the others waited for it", infrastructure=True)
     # With more of them it is not known which had no time to say anything, because they were ended with the first.
-    return Cause(min(latest), _STUCK, "waited for others", latest[min(latest)]["where"], infrastructure=True)
+    return Cause(min(latest), _STUCK, "waited for others", latest[min(latest)].get("where") or "", infrastructure=True)
 
 
 def _where(error: BaseException) -> str:
@@ -236,6 +241,6 @@ def cause_of(error: BaseException, run: RunDir) -> Cause:
                 (event for event in reversed(run.turning_points()) if event["event"] in ("failure", "submitted")), {}
             )
             if cause.kind == _DEATH and seen.get("cause") in (_STUCK, _STOPPED):
-                return Cause(seen["rank"], seen["cause"], seen["error"], seen["where"], infrastructure=True)
+                return Cause(seen["rank"], seen["cause"], seen.get("error", ""), seen.get("where") or "", True)
         return cause
     return _describe(None, getattr(error, "controller_failure", error))

@@ -84,6 +84,7 @@ def train(
         try:
             # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
             stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
+            run.clear(_print)
             run.write_config(_record(config, overrides))
             # The workers open what is noted here.
             run.write_data({name: {"path": s.location, "fingerprint": s.fingerprint} for name, s in sources.items()})
@@ -189,7 +190,7 @@ def _result(run: RunDir, status: str, outcome: dict[str, Any], past: History) ->
         "status": status,
         "step": outcome.get("step", newest.step if newest else 0),
         "loss": outcome.get("loss"),
-        "world_size": outcome.get("world_size", attempts[-1]["world_size"] if attempts else None),
+        "world_size": outcome.get("world_size", attempts[-1].get("world_size") if attempts else None),
         "restarts": max(0, len(attempts) - submitted - planned),
         "checkpoint": newest.name if newest else None,
         "goodput": account(past),

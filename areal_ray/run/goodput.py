@@ -64,7 +64,7 @@ def course(events: Iterable[dict[str, Any]], metrics: Iterable[dict[str, Any]]) 
         if event["event"] in _TOLD:
             told.append(event)
         if event["event"] == "saved":
-            saves += event["blocked_s"]
+            saves += event.get("blocked_s") or 0.0
         last = event.get("time", last)
     wall += 0.0 if submitted is None else last - submitted
     timed: list[tuple[int, float, float]] = []
@@ -120,7 +120,7 @@ def _attempts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append({"attempt": event["attempt"], "after": _reason(since), "lost_steps": None})
         if event["event"] in ("attempt", "training", "restored", "started") and found:
             found[-1].update(_times(since))
-            if event["event"] in ("restored", "started") and len(found) > 1:
+            if event["event"] in ("restored", "started") and len(found) > 1 and event.get("step") is not None:
                 # What a survivor said, or the last line of the metrics, where nobody survived to say it.
                 failed = [e["step"] - 1 for e in since if e["event"] == "failure" and e.get("step")]
                 found[-1]["lost_steps"] = max(0, max([*failed, event.get("reached", 0)]) - event["step"])
@@ -141,7 +141,7 @@ def _reason(events: list[dict[str, Any]]) -> str:
     """Why workers were started: the last thing that happened before."""
     for event in reversed(events):
         if event["event"] == "failure":
-            return f"worker {event['rank']}: {event['cause']}"
+            return f"worker {event['rank']}: {event.get('cause', 'unknown')}"
         if event["event"] in ("controller_died", "controller_trouble"):
             return "the controller failed"
         if event["event"] == "not_started":

@@ -154,6 +154,9 @@ class S3Storage:
         with self._client.plain_errors(self.location):
             self._files.delete_file(self._inside(name))
 
+    def set_aside(self, name: str) -> str:
+        raise UnsupportedOperation(f"{self.location}/{name}: objects cannot be given another name")
+
     def delete(self) -> None:
         with self._client.plain_errors(self.location):
             self._files.delete_dir(self._path)

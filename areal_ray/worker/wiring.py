@@ -28,7 +28,7 @@ from areal_ray.train.cadence import AutoCadence, SaveHistory
 from areal_ray.train.faults import Faults
 from areal_ray.train.journal import Journal, TunedSaves, retention
 from areal_ray.train.recovery import RecoverHandler, SaveListener, SavePolicy
-from areal_ray.train.restore import Restore
+from areal_ray.train.restore import Restore, WatchedCatalog
 from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.job import build_job, load_data
 from areal_ray.worker.provenance import provenance
@@ -134,7 +134,8 @@ def recover_handler(
     policy = SavePolicy(every.when_busy == "skip", every.max_failed_saves)
     described = {**info, **provenance(config)}
     writer = _writer(config, start)
-    return RecoverHandler(start.catalog, state, writer, journal, start.attempt, described, start.ranks, policy, memory)
+    catalog = WatchedCatalog(start.run, start.attempt, start.say)
+    return RecoverHandler(catalog, state, writer, journal, start.attempt, described, start.ranks, policy, memory)
 
 
 def auto_cadence(config: Config, start: Start, nodes: int) -> AutoCadence | None:

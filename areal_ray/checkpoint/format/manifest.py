@@ -8,12 +8,14 @@ places in `.metadata`; such checkpoints are read as before (format_1.py).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
-from areal_ray.storage import Storage
+from areal_ray.storage import NotAFile, Storage, is_unreadable
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -23,6 +25,31 @@ _MOST_BYTES = 1 << 30  # of a file that is read at once; the largest, a table of
 
 class CheckpointDamaged(RuntimeError):
     """A directory is no good checkpoint; the message names the file and what is wrong with it."""
+
+
+class CheckpointUnreadable(CheckpointDamaged):
+    """A file of a checkpoint cannot be read, which may pass: of the input and output, or of a permission."""
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turns an error of reading one file of a checkpoint into damage; of storage that is away, the error stays.
+
+    Args:
+        name: of the file, for the message.
+
+    Raises:
+        CheckpointDamaged: if there is no such file, or something else in its place, or it cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointDamaged(f"{name}: missing") from None
+    except OSError as error:
+        if not is_unreadable(error):
+            raise
+        kind = CheckpointDamaged if isinstance(error, NotAFile) else CheckpointUnreadable
+        raise kind(f"{name}: cannot be read ({error.strerror or error})") from None
 
 
 @dataclass(frozen=True)
@@ -65,12 +92,14 @@ def read_manifest(directory: Storage) -> Manifest:
     """The manifest of a committed checkpoint, its own checksum verified.
 
     Raises:
-        CheckpointDamaged: if it is missing, torn or changed.
+        CheckpointDamaged: if it is missing, torn or changed, or cannot be read.
     """
-    try:
-        return decode_manifest(directory.read(MANIFEST))
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{MANIFEST}: missing, so the save was never finished") from None
+    with reading(MANIFEST):
+        try:
+            data = directory.read(MANIFEST)
+        except FileNotFoundError:
+            raise CheckpointDamaged(f"{MANIFEST}: missing, so the save was never finished") from None
+    return decode_manifest(data)
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -102,7 +131,8 @@ def check_sizes(directory: Storage, manifest: Manifest) -> None:
     Raises:
         CheckpointDamaged: for the first file that differs.
     """
-    sizes = directory.sizes()
+    with reading("the directory"):
+        sizes = directory.sizes()
     for name, record in manifest.files.items():
         size = sizes.get(name)
         if size != record.size:
@@ -120,8 +150,9 @@ def verify(directory: Storage) -> Manifest:
     check_sizes(directory, manifest)
     for name, record in manifest.files.items():
         digest = xxhash.xxh3_128()
-        for block in directory.read_blocks(name, record.size):
-            digest.update(block)
+        with reading(name):
+            for block in directory.read_blocks(name, record.size):
+                digest.update(block)
         if digest.hexdigest() != record.xxh3_128:
             raise CheckpointDamaged(f"{name}: the checksum does not match")
     return manifest
@@ -137,10 +168,8 @@ def read_checked(directory: Storage, name: str, manifest: Manifest) -> bytes:
         raise CheckpointDamaged(f"{name}: not in the manifest")
     if manifest.files[name].size > _MOST_BYTES:
         raise CheckpointDamaged(f"{name}: of {manifest.files[name].size} bytes, which nothing that describes one has")
-    try:
+    with reading(name):
         data = directory.read_range(name, 0, manifest.files[name].size + 1)  # and not what has grown without end
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{name}: missing") from None
     if xxhash.xxh3_128_hexdigest(data) != manifest.files[name].xxh3_128:
         raise CheckpointDamaged(f"{name}: the checksum does not match")
     return data
