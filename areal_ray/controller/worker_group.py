@@ -179,8 +179,10 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
             "start_s": at["placed"] - at["begin"],
             "imports_s": at["ready"] - at["placed"],
             "process_group_s": at["process_group"] - at["ready"],
+            "launch_s": self._clock() - at["process_group"],
         }
         if "end" in at:
+            phases["wait_s"] = at["begin"] - at["end"]
             phases["teardown_s"] = at.pop("end") - at.pop("failed")
         rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
         self._run.note("group", say, workers=len(self._workers), **rounded)
