@@ -56,7 +56,8 @@ _TRAIN = {
     "ray.train.v2._internal.exceptions": "WorkerGroupStartupTimeoutError WorkerGroupStartupFailedError "
     "WorkerHealthCheckTimeoutError WorkerHealthCheckFailedError.health_check_failure",
     SYNC_ACTOR: "SynchronizationActor",
-    f"{_EXECUTION}.callback": "ControllerCallback.after_controller_start(train_run_context)",
+    f"{_EXECUTION}.callback:ControllerCallback": "after_controller_start(train_run_context) "
+    "before_controller_execute_failure_decision(failure_decision)",
     f"{_EXECUTION}.callback:WorkerGroupCallback": "before_worker_group_start(worker_group_context) "
     "on_worker_group_start before_init_train_context(workers) after_worker_group_start(worker_group) "
     "after_worker_group_training_start(worker_group) after_worker_group_poll_status(worker_group_status) "

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import overload
 
 import psutil
 
@@ -175,7 +176,13 @@ class Machines:
     ) -> None:
         self._stack.close()
 
-    def __getitem__(self, i: int) -> Machine:
+    @overload
+    def __getitem__(self, i: int) -> Machine: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Machine]: ...
+
+    def __getitem__(self, i: int | slice) -> Machine | list[Machine]:
         return self._machines[i]
 
     @property
@@ -225,6 +232,7 @@ while sum(node["Alive"] for node in ray.nodes()) < {count}: time.sleep(0.1)
         _ip("netns", "add", space)
         stack.callback(_ip, "netns", "del", space)
         _ip("link", "add", link, "type", "veth", "peer", "name", inner)
+        stack.callback(_ip, "link", "del", link)  # or it stays for as long as a connection of a machine is not over
         _ip("link", "set", inner, "netns", space)
         _ip("link", "set", link, "master", bridge, "up")
         inside = ("-n", space)

@@ -85,10 +85,11 @@ def test_the_phases_of_a_start_stand_in_the_ledger(run, killed):
             timed.after_worker_group_training_start(None)
 
     start(4.0)
+    timed.before_controller_execute_failure_decision(None)
+    now[0] += 2.0  # for room
     timed.before_worker_group_shutdown(SimpleNamespace(get_workers=lambda: [worker("a")]))
     now[0] += 0.25
     timed.after_worker_group_shutdown(None)
-    now[0] += 2.0  # for room
     start(1.0)
     phases = [{k: v for k, v in event.items() if k.endswith("_s")} for event in run.events("group")]
     assert phases == [
