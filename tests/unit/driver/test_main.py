@@ -17,6 +17,7 @@ from tests.unit.checkpoint.boxes import save_box
 
 pytestmark = pytest.mark.unit
 
+SEVEN = ("train.steps=7", "optim.warmup_steps=2")
 TINY = str(Path(__file__).parents[3] / "conf" / "experiments" / "tiny.yaml")
 
 
@@ -173,8 +174,8 @@ def drive(config, monkeypatch):
         monkeypatch.setattr(driver_main, "supervise", lambda *_, **__: outcome())
         context = SimpleNamespace(gcs_address="127.0.0.1:1")
         monkeypatch.setattr(driver_main.ray, "get_runtime_context", lambda: context)
-        status = driver_main.train(config("train.steps=7"))
-        return status, prepare(config("train.steps=7"))[0].result()
+        status = driver_main.train(config(*SEVEN))
+        return status, prepare(config(*SEVEN))[0].result()
 
     return drive
 
@@ -204,7 +205,7 @@ def test_a_head_node_that_is_lost_after_the_last_commit_is_no_failure(config, tm
     def leave(code):
         raise Exit(code)
 
-    run, checked = prepare(config("train.steps=7"))
+    run, checked = prepare(config(*SEVEN))
     run.storage.ensure()
     save_box(tmp_path / "tiny", step=step)
     monkeypatch.setattr(driver_main.os, "_exit", leave)
