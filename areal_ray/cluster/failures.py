@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 import re
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Cause:
         kind, message: of the exception.
         where: "file:line in function" of the innermost frame of the user's code (else of any), "" if unknown.
         infrastructure: whether a machine, the network or storage is to blame, and not the code.
+        node: of the worker, as it said itself or as Ray knows the address of a dead one; "" if unknown.
     """
 
     rank: int | None
@@ -57,6 +59,7 @@ class Cause:
     message: str
     where: str = ""
     infrastructure: bool = False
+    node: str = ""
 
     @property
     def is_death(self) -> bool:
@@ -71,10 +74,9 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
         rank, error = item
         # A bad device explains whatever else went wrong; then an exception of one's own code explains most, then a dead
         # process, then errors of the survivors of either.
-        collateral = _is_collateral(error)
         return (
             not isinstance(error, BadDevice),
-            collateral,
+            _is_collateral(error),
             isinstance(error, RankError),
             not hasattr(error, "__notes__"),
             rank,
@@ -83,7 +85,14 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
     rank, error = min(errors.items(), key=order)
     if isinstance(error, RankError):  # every rank has it; the one where it happened has its traceback, too
         rank = _of_one(error)[0] if isinstance(errors.get(_of_one(error)[0]), RankError) else rank
-    return _describe(rank, errors[rank])
+    cause = _describe(rank, errors[rank])
+    return replace(cause, node=_node(errors.get(cause.rank))) if cause.rank is not None else cause
+
+
+def _node(error: Exception | None) -> str:
+    """Where it was raised, or where the worker died of which it tells."""
+    found = re.search(r"^\s*ip: (\S+)", str(error), re.M)
+    return str(getattr(error, "areal_ray", {}).get("node", found[1] if found else ""))
 
 
 def _of_one(error: RankError) -> tuple[int, str, list[str]]:
@@ -128,7 +137,7 @@ def annotate(error: Exception, step: int | None) -> None:
     """
     # Ray hands exceptions on without their traceback, but with their attributes.
     error.add_note(traceback.format_exc())
-    error.areal_ray = {"step": step, "time": time.time()}  # type: ignore[attr-defined]
+    error.areal_ray = {"step": step, "time": time.time(), "node": socket.gethostname()}  # type: ignore[attr-defined]
 
 
 def ensure_picklable(error: Exception, own_folders: Sequence[str] = ()) -> None:

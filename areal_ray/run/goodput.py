@@ -12,9 +12,11 @@ from areal_ray.run import RunDir
 PHASES = {
     "detection_s": "failure",  # from what the first survivor saw to the controller
     "teardown_s": "group",
+    "wait_s": "group",  # until one may begin again: there is room, and failures in a row have been waited between
     "start_s": "group",  # until the nodes have room
     "imports_s": "group",  # of new processes, with their start; of standbys next to nothing
     "process_group_s": "group",
+    "launch_s": "group",  # of the training function
     "connect_s": "training",  # first collectives of all groups of the mesh
     "build_s": "training",  # model, optimizer
     "data_s": "training",  # text, and the other objects of a rank

@@ -75,6 +75,14 @@ def holder(run: Storage) -> dict[str, Any] | None:
     return None if now is None or _has_died(now) else now
 
 
+def let_go(run: Storage) -> None:
+    """Give back the lease of this process, which is about to end without leaving the block (OSError)."""
+    now = _read(run)
+    here = (socket.gethostname(), _boot(), os.getpid())
+    if now is not None and (now.get("host"), now.get("boot"), now.get("pid")) == here:
+        run.remove(_NAME)
+
+
 def _wait_for_others(run: Storage, say: Callable[[str], None], renew_s: float, expires_s: float) -> None:
     seen = _read(run)
     if seen is None or _has_died(seen):

@@ -63,7 +63,7 @@ def main(config: Config, context: JobContext) -> dict[str, Any]:
 
 def _train(config: Config, context: JobContext, device: Device | None) -> dict[str, Any]:
     run, ranks = context.run, Ranks()
-    with sidecars.watchdog(config, run, ranks) or nullcontext() as watchdog:
+    with sidecars.head_watch(), sidecars.watchdog(config, run, ranks) or nullcontext() as watchdog:
         return _train_watched(config, context, ranks, watchdog, device)
 
 
@@ -71,6 +71,7 @@ def _train_watched(
     config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None, device: Device | None
 ) -> dict[str, Any]:
     run, clock = context.run, sidecars.Stopwatch()
+    sidecars.check_storage(context, ranks)  # before an attempt is written down, in what may be another directory
     rank = wire(config, context, ranks, watchdog, clock, device)
     start, job, session = rank.start, rank.job, rank.session
 

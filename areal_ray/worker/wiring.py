@@ -87,6 +87,8 @@ def wire(
 
     engine.initialize(weights=fresh, references=objective.references, entering=entering, **recorded)
     attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
+    if watchdog is not None:
+        watchdog.attempt = attempt
     start = Start(attempt, run, ranks, say if ranks.rank == 0 else _silent, catalog)
     places = ranks.gather((socket.gethostname(), os.getpid()))
     nodes, pids = [node for node, _ in places], [pid for _, pid in places]

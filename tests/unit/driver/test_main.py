@@ -1,7 +1,7 @@
 """The driver's checks before anything is started, and what it writes down."""
 
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from tests.unit.data.tokenizer_files import save_tokenizer
 
 pytestmark = pytest.mark.unit
 
+SEVEN = ("train.steps=7", "optim.warmup_steps=2")
 TINY = str(Path(__file__).parents[3] / "conf" / "experiments" / "tiny.yaml")
 
 
@@ -211,3 +212,58 @@ def test_a_connection_that_was_opened_early_is_opened_anew_for_slow_restarts(con
     with pytest.raises(Connecting) as caught:
         driver_main.train(config(), early=early)
     assert caught.value.args == ((False, ["closed"]) if slow else (True, []))
+
+
+@pytest.fixture
+def drive(config, monkeypatch):
+    """Runs the driver around workers whose outcome is at hand; the run's result goes with the status."""
+
+    def drive(outcome):
+        shown = SimpleNamespace(wait_for_end=lambda **_: None)
+        for name in ("cluster", "display", "hold_lease", "watching"):
+            monkeypatch.setattr(driver_main, name, lambda *_, **__: nullcontext(shown))
+        monkeypatch.setattr(driver_main, "slow_because", lambda *_, **__: None)
+        monkeypatch.setattr(driver_main, "requests_to", lambda *_: SimpleNamespace(close=lambda: None))
+        monkeypatch.setattr(driver_main, "choose_fit", lambda *_: None)
+        monkeypatch.setattr(driver_main, "supervise", lambda *_, **__: outcome())
+        context = SimpleNamespace(gcs_address="127.0.0.1:1")
+        monkeypatch.setattr(driver_main.ray, "get_runtime_context", lambda: context)
+        status = driver_main.train(config(*SEVEN))
+        return status, prepare(config(*SEVEN))[0].result()
+
+    return drive
+
+
+def ended(storage_path, checkpoint):
+    def outcome():
+        assert (storage_path / "tiny" / "submission").is_file()  # for the workers to see
+        if checkpoint:
+            save_box(storage_path / "tiny", step=7)
+        return {"reason": None, "step": 7, "loss": 1.0, "world_size": 2}
+
+    return outcome
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_run_without_a_checkpoint_has_not_ended_well(drive, tmp_path, capsys, checkpoint):
+    status, result = drive(ended(tmp_path, checkpoint))
+    assert (status, result["status"]) == ((0, "finished") if checkpoint else (1, "failed"))
+    assert ("there is no checkpoint in" in capsys.readouterr().out) != checkpoint
+
+
+@pytest.mark.parametrize(("step", "status"), [(7, 0), (4, 1)])
+def test_a_head_node_that_is_lost_after_the_last_commit_is_no_failure(config, tmp_path, monkeypatch, step, status):
+    class Exit(Exception):
+        pass
+
+    def leave(code):
+        raise Exit(code)
+
+    run, checked = prepare(config(*SEVEN))
+    run.storage.ensure()
+    save_box(tmp_path / "tiny", step=step)
+    monkeypatch.setattr(driver_main.os, "_exit", leave)
+    with pytest.raises(Exit) as caught:
+        driver_main._lost_head(checked, run, "10.0.0.1:6379")
+    assert caught.value.args == (status,)
+    assert run.result()["status"] == ("failed" if status else "finished")
