@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from areal_ray.checkpoint.format.manifest import MANIFEST, CheckpointDamaged, Manifest, check_sizes, read_manifest
+from areal_ray.checkpoint.format.manifest import (
+    MANIFEST,
+    CheckpointDamaged,
+    Manifest,
+    check_info,
+    check_sizes,
+    read_manifest,
+)
 from areal_ray.storage import Storage, read_ahead
 
 INDEX = "checkpoints.json"
@@ -195,7 +202,7 @@ class Catalog:
                     name,
                     int(match[1]),
                     int(match[2]),
-                    info=dict(row["info"]),
+                    info=check_info(row["info"]),
                     size=int(row["bytes"]),
                     stamp=row["stamp"],
                     indexed=True,
@@ -203,7 +210,7 @@ class Catalog:
                 for name, row in found["checkpoints"].items()
                 if (match := _NAME.fullmatch(name))
             }
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return {}
 
     def _current(self, rows: Mapping[str, Summary], name: str) -> Summary | None:

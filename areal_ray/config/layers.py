@@ -153,12 +153,19 @@ def _default_groups(defaults: Any, source: str) -> dict[str, str]:
 
 def _group_layer(folder: Path, group: str, name: str, source: str, schema: type) -> Layer:
     path = folder / group / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(group, f"there is no {path}{_suggest(name, _stems(path.parent))}", source)
+    if not _is_file(path):
+        raise ConfigError(group, f"there is no {_one_line(str(path))}{_suggest(name, _stems(path.parent))}", source)
     layer = _read_yaml(path, hint_at(schema, group))
     if "defaults" in layer.values:
         raise ConfigError("defaults", "only an experiment may have a defaults list", layer.source)
     return Layer(layer.source, OmegaConf.create({group: layer.values}))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than a name can be, or with a null byte
+        return False
 
 
 def _conf_folder(experiment: Path) -> Path:

@@ -97,7 +97,9 @@ def _write_shard(out: Storage, file: str, state: StoredState, names: dict[str, s
     offset = 0
     for name, stored in names.items():
         end = offset + _size(state, stored)
-        dtype = _DTYPES[state.dtype(stored)]
+        dtype = _DTYPES.get(state.dtype(stored))
+        if dtype is None:
+            raise ValueError(f"{name} is of {state.dtype(stored)}, which safetensors has not")
         header[name] = {"dtype": dtype, "shape": list(state.shape(stored)), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
