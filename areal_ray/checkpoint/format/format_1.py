@@ -94,7 +94,9 @@ def old_layout(manifest: Manifest, data: bytes) -> tuple[Layout, dict[str, Sums]
     rows: dict[str, list[tuple[int, int, str]]] = {name: [] for name in names}
     tensors = {}
     try:
-        sums = {name: {offset: rest for offset, *rest in _chunks(manifest, name)} for name in names}
+        sums = {
+            name: {offset: (length, digest) for offset, length, digest in _chunks(manifest, name)} for name in names
+        }
         for tensor, entry in metadata.state_dict_metadata.items():
             boxes, shards = [], []
             for chunk in entry.chunks:  # type: ignore[union-attr]
