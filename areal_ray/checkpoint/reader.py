@@ -50,16 +50,16 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: 
         tensors, _ = flatten(trees)
         _check_keys(tensors, stored, directory.location, part)
         ranks.all_or_raise(lambda: read_tensors(directory, contents, tensors))
-        refusal = ranks.all_or_raise(lambda: _take_over(state, trees, contents.values))
-        if refusal is not None:
-            raise refusal
+        other = ranks.all_or_raise(lambda: _take_over(state, trees, contents.values))
+        if other is not None:
+            raise other
     return contents.manifest
 
 
 def _take_over(
     state: Mapping[str, Stateful], trees: Mapping[str, Mapping[str, Any]], values: Mapping[str, Mapping[str, Any]]
-) -> ValueError | None:
-    """Hand the objects what was saved; what one of them says against it.
+) -> Exception | None:
+    """Hand the objects what was saved; what one of them raises for other reasons, to be raised as it is.
 
     Raises:
         CheckpointDamaged: if values are missing, or not of the types that the objects have now.
@@ -68,11 +68,11 @@ def _take_over(
     for name, each in state.items():
         try:
             each.load_state_dict(merge(trees[name], values.get(name, {})))
-        except ValueError as error:
-            return error
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             text = f"{STATE}: {name!r} cannot go on from its values ({type(error).__name__}: {error})"
             raise CheckpointDamaged(text) from error
+        except Exception as error:  # noqa: BLE001  (raised again: it is no damage)
+            return error
     return None
 
 

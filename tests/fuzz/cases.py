@@ -183,7 +183,7 @@ CASES: dict[str, tuple[int, Callable[[Seeds, str, Path, Random], Verdict], str]]
     "format 1, forged": (4, forged, "format-1"),
     "list of checkpoints": (1, index, "format-2"),
     "logs": (2, logs, "format-2"),
-    "config": (3, config, ""),
+    "config": (1, config, ""),
 }
 
 
@@ -240,11 +240,6 @@ def _restored(seeds: Seeds, kind: str, run: Path, draw: Random, changed: str | N
     Args:
         changed: the file that was forged; None: nothing but what was saved may come back.
     """
-    copy = run.parent / "second"
-    shutil.copytree(run, copy, copy_function=os.link)
-    for each in copy.iterdir():  # logs are appended to
-        if each.is_file():
-            write(each, each.read_bytes())
     job, said = blank(_FILLS[0]), list[str]()
     try:
         restore_run(run, job, said)
@@ -264,10 +259,10 @@ def _restored(seeds: Seeds, kind: str, run: Path, draw: Random, changed: str | N
     if changed in ("state.json", "manifest.json") and found[0] != tensors:
         raise Bad(WRONG, f"tensors of another state; said: {said}")
     again = blank(_FILLS[1])
-    restore_run(copy, again, said)
+    restore_run(run, again, said)
     if repr(contents(again)) != repr(found):
         raise Bad(WRONG, f"parts are as they were before the restore; said: {said}")
-    stored = StoredState(LocalStorage(copy / NEW))
+    stored = StoredState(LocalStorage(run / NEW))
     whole = {name.removeprefix("engine."): tensor for name, tensor in stored.tensors(stored.names)}
     for name, bits in found[0].items():
         if whole[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes() != bits:
