@@ -25,6 +25,7 @@ _CGROUPS = {  # by version: where groups are made, and the file with the limit
     Path("/sys/fs/cgroup"): "memory.max",
 }
 _FEW_BYTES = 1 << 20
+_SHARED_MB = 1024  # filled for real: a few object stores of a test cluster, 150 MB each
 _FOUND_S = 20.0  # so long a process has to run into a limit
 
 
@@ -45,7 +46,7 @@ def private_mounts() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
-    size = ["mount", "-t", "tmpfs", "-o", "size=50%", "areal_ray_chaos", str(_SHARED_MEMORY)]
+    size = ["mount", "-t", "tmpfs", "-o", f"size={_SHARED_MB}m", "areal_ray_chaos", str(_SHARED_MEMORY)]
     for command in (["mount", "--make-rprivate", "/"], size):
         subprocess.run(command, capture_output=True, check=True)
 
