@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # Kept open to be told where torch comes from: PIP_INSTALL="pip install --index-url ..." for a CPU-only or CUDA build.
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu bench bench-gpu chaos check clean
+.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu bench bench-gpu chaos fuzz check clean
 
 help:
 	@echo "make train              train the tiny model on this machine (EXP=name, SET=\"key=value ...\")"
@@ -17,6 +17,7 @@ help:
 	@echo "make test               all tests; also test-unit, test-distributed, test-ray, test-gpu"
 	@echo "make bench              measure against the peers, side by side (ARMS=saves ROUNDS=5); bench-gpu: the engine on one GPU"
 	@echo "make chaos              real faults for MINUTES=15 in the order of SEED=0, and a check that nothing was lost"
+	@echo "make fuzz               N=20000 mutated checkpoints, logs and configs of SEED=0; CASE=n repeats one"
 	@echo "make check              format, lint, types, import contracts"
 	@echo "make install            .venv with everything pinned; the others call it when needed"
 
@@ -68,6 +69,10 @@ bench-gpu:
 # make chaos MINUTES=15 SEED=1 SET="key=value"
 chaos: install
 	@$(BIN)/areal-ray chaos --config $(CONFIG) --minutes $(or $(MINUTES),15) --seed $(or $(SEED),0) $(SET)
+
+# make fuzz N=20000 SEED=0 CASE=17 (that one again)
+fuzz: install
+	@$(BIN)/python -m tests.fuzz --cases $(or $(N),20000) --seed $(or $(SEED),0) $(if $(CASE),--case $(CASE))
 
 check: install
 	@$(BIN)/ruff format --check --quiet .

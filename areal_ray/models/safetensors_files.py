@@ -116,7 +116,10 @@ def _write_file(out: Storage, file: str, tensors: Mapping[str, torch.Tensor]) ->
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        dtype = _DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise ValueError(f"{name} is of {tensor.dtype}, which safetensors has not")
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin aligned

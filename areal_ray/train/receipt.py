@@ -114,7 +114,7 @@ def _position(values: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, A
         "epoch": values["data"].get("epoch"),
         "lr": schedule.get("lr"),
         "optimizer_step": schedule["step"],
-        "global_batch": (info.get("config") or {}).get("train", {}).get("global_batch_size"),
+        "global_batch": _settings(info).get("train.global_batch_size"),
         "world_size": info.get("world_size"),
         "mesh": info.get("mesh"),
         **values["data"].get("sources", {}),  # what a data set says of its parts
