@@ -1,10 +1,9 @@
-"""areal-ray: train an experiment, submit it to a cluster, look at its checkpoints."""
+"""areal-ray: train an experiment, submit it to a cluster, look at runs and checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import signal
 import sys
@@ -16,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from areal_ray.cli.ckpt import add_ckpt
 from areal_ray.cli.data import add_data
+from areal_ray.cli.doctor import doctor
+from areal_ray.cli.jobs import add_address, add_jobs, submit
+from areal_ray.cli.manifest import add_manifest, manifest
 from areal_ray.cli.output import losable_output
+from areal_ray.cli.runs import add_runs
+from areal_ray.cli.start_project import add_init
+from areal_ray.cli.sweep import sweep
 
 if TYPE_CHECKING:
     from areal_ray.tools.verify_resume import Check
@@ -30,10 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="areal-ray", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_experiment(
-        commands.add_parser("train", help="run an experiment here, or on the cluster of RAY_ADDRESS"), _train
-    )
-    _add_experiment(commands.add_parser("submit", help="run an experiment as a job of a running cluster"), _submit)
+    train = commands.add_parser("train", help="run an experiment here, or on the cluster of RAY_ADDRESS")
+    _add_experiment(train, _train)
+    train.add_argument("--dry-run", action="store_true", help="only look, as `areal-ray doctor` does")
+    submitting = commands.add_parser("submit", help="run an experiment as a job of a running cluster")
+    _add_experiment(submitting, _submit)
+    add_address(submitting)
+    waits = submitting.add_mutually_exclusive_group()
+    waits.add_argument("--wait", action="store_true", help="show its output until it ends (the default)")
+    waits.add_argument("--detach", action="store_true", help="only submit it")
+    examine = commands.add_parser("doctor", help="look at everything that a run will meet, before it starts")
+    _add_experiment(examine, lambda arguments: _with_config(arguments, lambda config: doctor(config, arguments)))
+    add_jobs(commands)
+    many = commands.add_parser("sweep", help="many runs of an experiment with other values, on Ray Tune")
+    many.add_argument("--space", required=True, metavar="FILE", help="what is tried, see the README")
+    _add_experiment(many, lambda arguments: _with_config(arguments, lambda config: sweep(config, arguments)))
+    render = commands.add_parser("manifest", help="the experiment for KubeRay, Anyscale, Docker, SLURM or systemd")
+    add_manifest(render)
+    _add_experiment(render, lambda arguments: _with_config(arguments, lambda config: manifest(config, arguments)))
     verify = commands.add_parser(
         "verify-resume", help="run an experiment undisturbed, with kills and at other numbers of workers, and compare"
     )
@@ -51,13 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     chaos.add_argument("--only", action="append", metavar="KIND", help="only faults of this kind; may be repeated")
     chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
-    _add_experiment(
-        commands.add_parser("prepare", help="make the prepared corpus of an experiment, which train does by itself"),
-        _prepare,
-    )
+    add_init(commands)
+    add_runs(commands)
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
+    making = commands.add_parser("prepare", help="make an experiment's prepared corpus, as train does by itself")
+    _add_experiment(making, _prepare)
     add_data(commands.add_parser("data", help="look at prepared corpora"))
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one run only: --config FILE a=1 --detach b=2 leaves b=2.
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     with losable_output() as output:
         status = int(arguments.run(arguments))
     # Of these the output is not what they are for; of all others it is.
@@ -78,25 +102,12 @@ def _add_experiment(parser: argparse.ArgumentParser, run: Callable[[argparse.Nam
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    return _with_config(arguments, lambda config: _driver_train(config, arguments))
+    train = doctor if arguments.dry_run else _driver_train
+    return _with_config(arguments, lambda config: train(config, arguments))
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from areal_ray.config import ConfigError, redact_override
-
-    def submit(_: Any) -> int:
-        from areal_ray.driver.submit import submit
-
-        def has_secret(text: str) -> bool:
-            return redact_override(text) != text or re.search(r"://[^/\s]*@", text) is not None
-
-        if shown := [text for text in arguments.overrides if has_secret(text)]:
-            key = shown[0].partition("=")[0]
-            hint = "the command of a job is shown on the dashboard; give it through the environment of the cluster"
-            raise ConfigError(key, hint, "command line")
-        return submit(arguments.config, arguments.overrides)
-
-    return _with_config(arguments, submit)
+    return _with_config(arguments, lambda config: submit(config, arguments))
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

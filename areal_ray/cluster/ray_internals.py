@@ -6,10 +6,12 @@ Nothing of Ray is imported before it is used: a module that a new Ray has rename
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -248,3 +250,16 @@ def find_address_function() -> Any:
 def is_preempted() -> bool:
     """Whether the controller has told this worker that a node is being taken away."""
     return import_module(f"{_EXECUTION}.context").get_train_context().preemption_context.preemption_info is not None
+
+
+def uploaded_files(folder: Path) -> dict[Path, int] | None:
+    """The files of a folder that a job's upload takes, with their bytes; None if this Ray does not say."""
+    try:
+        packaging = import_module("ray._private.runtime_env.packaging")
+        found: list[Path] = []
+        quiet = logging.getLogger(f"{__name__}.upload")
+        quiet.setLevel(logging.ERROR)
+        packaging._dir_travel(folder, [], found.append, include_gitignore=True, logger=quiet)
+    except (ImportError, AttributeError, TypeError):
+        return None
+    return {path: path.stat().st_size for path in found if path.is_file()}

@@ -2,7 +2,7 @@
 
 from areal_ray.config.data_schema import DataConfig, MixtureConfig, SourceConfig
 from areal_ray.config.errors import ConfigError
-from areal_ray.config.load import dump, load
+from areal_ray.config.load import config_hash, dump, load
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
     BadStepConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "TrackerConfig",
     "TrainConfig",
     "WatchdogConfig",
+    "config_hash",
     "dump",
     "load",
     "redact",

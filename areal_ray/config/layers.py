@@ -86,6 +86,11 @@ def compose(schema: type[T], layers: Sequence[Layer]) -> T:
     return config
 
 
+def merged_text(layers: Sequence[Layer]) -> str:
+    """The layers as the YAML of one experiment; what refers to another key or the environment still does."""
+    return OmegaConf.to_yaml(OmegaConf.merge(*(layer.values for layer in layers)))
+
+
 def source_of(key: str, layers: Sequence[Layer]) -> str:
     """The file or command line that set a dotted key last; the experiment's file if it is a default."""
     depths = [_depth(OmegaConf.to_container(layer.values, resolve=False), key) for layer in layers]
@@ -153,12 +158,21 @@ def _default_groups(defaults: Any, source: str) -> dict[str, str]:
 
 def _group_layer(folder: Path, group: str, name: str, source: str, schema: type) -> Layer:
     path = folder / group / f"{name}.yaml"
+    if not path.is_file() and (shipped := _shipped() / group / path.name).is_file():
+        path = shipped
     if not path.is_file():
-        raise ConfigError(group, f"there is no {path}{_suggest(name, _stems(path.parent))}", source)
+        known = sorted({*_stems(path.parent), *_stems(_shipped() / group)})
+        raise ConfigError(group, f"there is no {path}{_suggest(name, known)}", source)
     layer = _read_yaml(path, hint_at(schema, group))
     if "defaults" in layer.values:
         raise ConfigError("defaults", "only an experiment may have a defaults list", layer.source)
     return Layer(layer.source, OmegaConf.create({group: layer.values}))
+
+
+def _shipped() -> Path:
+    """The folder with this package's own groups: areal_ray/conf where it is installed, conf/ in its repository."""
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def _conf_folder(experiment: Path) -> Path:

@@ -6,6 +6,8 @@ Values come from, later ones winning: the defaults of schema.py, the groups that
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -15,7 +17,7 @@ from areal_ray.config.errors import ConfigError
 from areal_ray.config.layers import compose, read_layers, source_of
 from areal_ray.config.redact import redact
 from areal_ray.config.rules import check
-from areal_ray.config.schema import Config
+from areal_ray.config.schema import Config, RunConfig
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -41,3 +43,14 @@ def dump(config: Config) -> str:
     """The config as YAML that `load` reads back; values of keys that name a secret are replaced by `***`."""
 
     return OmegaConf.to_yaml(OmegaConf.create(redact(asdict(config))))
+
+
+def config_hash(config: Config) -> str:
+    """A hash of all that lasts: with another name, place, fault or end of this invocation it is the same."""
+    lasting = dataclasses.replace(
+        config,
+        run=RunConfig(seed=config.run.seed),
+        train=dataclasses.replace(config.train, stop_at=None),
+        faults=[],
+    )
+    return hashlib.sha256(dump(lasting).encode()).hexdigest()[:16]

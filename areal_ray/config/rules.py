@@ -24,6 +24,8 @@ _OWNED = re.compile(
     r"|PYTHONPATH|PYTHONHOME|PYTORCH_NVML_BASED_CUDA_CHECK"
 )
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first rule that the config breaks."""
@@ -104,7 +106,11 @@ def _check_plugins(config: Config) -> None:
     elif config.model.args:
         raise ConfigError("model.args", "are for model.factory, which is not set")
     for i, tracker in enumerate(config.trackers):
-        check_form(tracker.name, f"trackers[{i}].name")
+        if tracker.name not in TRACKERS:
+            if not is_plugin(tracker.name):
+                text = f"knows {', '.join(TRACKERS)}, or package.module:name for your own; not {tracker.name!r}"
+                raise ConfigError(f"trackers[{i}].name", text)
+            check_form(tracker.name, f"trackers[{i}].name")
     for i, group in enumerate(config.optim.groups):
         try:
             re.compile(group.pattern)

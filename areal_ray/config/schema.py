@@ -172,8 +172,8 @@ class ObjectiveConfig:
 class TrackerConfig:
     """A place for metrics beside the screen and metrics.jsonl."""
 
-    name: str  # package.module:Class, with log, rewind and close
-    args: dict[str, Any] = field(default_factory=dict)
+    name: str  # tensorboard, wandb, mlflow, trackio, or package.module:Class, with log, rewind and close
+    args: dict[str, Any] = field(default_factory=dict)  # theirs, see areal_ray/train/trackers
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,17 @@ from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_t
 from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.head_watch import watching
+from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
+from areal_ray.run.directory import REPORT
 from areal_ray.run.goodput import History, account, history, table
 from areal_ray.run.lease import RunInUse, hold_lease
+from areal_ray.run.stop_request import hearing_stop
+from areal_ray.tools.report import page, read_course
 
 
 def train(
@@ -84,6 +88,7 @@ def train(
             # The workers open what is noted here.
             run.write_data({name: {"path": s.location, "fingerprint": s.fingerprint} for name, s in sources.items()})
             readmit(run, config.cluster.use_again, _print)
+            stack.enter_context(hearing_stop(run.storage, lambda: _asked_to_stop(requests)))
         except RunInUse as error:
             raise ConfigError("run.name", str(error)) from None
         except OSError as error:
@@ -106,7 +111,7 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
         cause = failures.cause_of(error, run)
         shown.wait_for_end(timeout_s=1.0)
         logs = ray_internals.log_directory() if context.fast_restarts else "Ray's session directory"
-        show(cause, run, logs)
+        show(cause, run, logs, hint(cause, config))
         _close(run, "failed", {}, cause=cause.kind, error=cause.message[:500])
         return 1
     except (KeyboardInterrupt, SystemExit):  # Ray Train makes the latter of Ctrl-C once it has ended the workers
@@ -128,6 +133,11 @@ def _lost_head(run: RunDir, address: str) -> None:
     os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
 
 
+def _asked_to_stop(requests: Requests) -> None:
+    _print("asked to stop: saving")
+    requests.ask("stop")
+
+
 def _print(text: str) -> None:
     print(text, flush=True)
 
@@ -143,7 +153,15 @@ def _close(run: RunDir, status: str, outcome: dict[str, Any], **fields: Any) -> 
         run.write_result(result)
     except OSError as error:
         print(f"could not write result.json: {error}", flush=True)
+    _report(run)
     return result, past
+
+
+def _report(run: RunDir) -> None:
+    try:
+        run.write_report(page([read_course(run)]))
+    except Exception as error:  # noqa: BLE001  (a picture of the run, whose outcome must not depend on it)
+        print(f"could not write report.html: {type(error).__name__}: {error}", flush=True)
 
 
 def _interrupted(run: RunDir) -> int:
@@ -184,7 +202,8 @@ def _summary(run: RunDir, result: dict[str, Any], past: History | None) -> None:
     print(f"{result['status']}: step {result['step']}, {loss}{n} restart{'s' * (n != 1)}")
     if past is not None:
         _summarize(past, n)
-    print(f"checkpoint: {run.storage.location}/{result['checkpoint']}", flush=True)
+    print(f"checkpoint: {run.storage.location}/{result['checkpoint']}")
+    print(f"report: {run.storage.location}/{REPORT}", flush=True)
 
 
 def _summarize(past: History, restarts: int) -> None:

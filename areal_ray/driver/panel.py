@@ -6,15 +6,17 @@ import sys
 
 from areal_ray.cluster.failures import Cause
 from areal_ray.run import RunDir
+from areal_ray.run.directory import REPORT
 
 
-def show(cause: Cause, run: RunDir, logs: str) -> None:
+def show(cause: Cause, run: RunDir, logs: str, advice: str | None = None) -> None:
     """Print one panel on stderr with all that is needed to go on.
 
     Args:
         cause: of the failure.
         run: the run directory.
         logs: directory of Ray's logs.
+        advice: what to do about it, if that is known.
     """
     try:
         attempt = run.newest("attempt")
@@ -27,7 +29,10 @@ def show(cause: Cause, run: RunDir, logs: str) -> None:
     if cause.rank is not None:
         node = nodes[cause.rank] if cause.rank < len(nodes) else "unknown"
         rows.append(("worker", f"rank {cause.rank} on node {node}"))
+    if advice:
+        rows.append(("try", advice))
     rows.append(("ledger", run.ledger))
+    rows.append(("report", f"{run.storage.location}/{REPORT}"))
     rows.append(("logs", f"{logs} (on that node)"))
     width = max(len(name) for name, _ in rows)
     # No frame around it and no wrapping: paths are there to be copied.

@@ -23,6 +23,7 @@ from areal_ray.models import hf_weights
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
+from areal_ray.train.trackers import check_tracker
 
 Sources = dict[str, TokenSource]
 
@@ -87,8 +88,7 @@ def _check_plugins(config: Config) -> None:
         make = plugin.factory(config.optim.name, "optim.name", {})
         plugin.check_args(make, config.optim.name, "optim.args", [], **config.optim.args)
     for i, tracker in enumerate(config.trackers):
-        make = plugin.factory(tracker.name, f"trackers[{i}].name", {})
-        plugin.check_args(make, tracker.name, f"trackers[{i}].args", **tracker.args)
+        check_tracker(tracker, f"trackers[{i}]")
     if config.optim.groups:
         freeze(models.build_model(config.model), config.optim.groups)
 

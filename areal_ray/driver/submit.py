@@ -1,63 +1,118 @@
-"""Submits an experiment to a running cluster and follows its output."""
+"""Submits an experiment to a running cluster, follows its output, asks after it, stops it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from areal_ray.driver.connect import use_token
+from areal_ray.config import Config, config_hash
+from areal_ray.driver.jobs import Jobs
+from areal_ray.driver.upload import upload
 
-_NO_CLUSTER = """no Ray cluster answers at {address}
-start one:        . .venv/bin/activate && ray start --head
-or name another:  export RAY_API_SERVER_ADDRESS=http://HEAD:8265
-"""
+_STOP_S = 600.0
 
 
-def submit(config: str, overrides: Sequence[str], address: str | None = None) -> int:
-    """Uploads the current folder, runs jobs/train.py on the cluster and shows its output.
+def submit(config: Config, path: str, overrides: Sequence[str], address: str | None = None, wait: bool = True) -> int:
+    """Uploads the current folder, trains on the cluster and shows the output.
 
     Args:
-        config: an experiment's file, below the current folder.
+        config: as loaded, for the run's name and place.
+        path: the experiment's file.
         overrides: key=value strings.
-        address: the dashboard's URL; default RAY_API_SERVER_ADDRESS, then this machine.
+        address: the dashboard's URL, see `Jobs`.
+        wait: until the job ends; else it is only submitted.
 
     Returns:
-        The job's exit status; 1 if no cluster answers, 2 without jobs/train.py in the current folder.
-    """
-    use_token()
-    from ray.job_submission import JobStatus, JobSubmissionClient
+        The job's exit status.
 
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
-    if not Path("jobs/train.py").is_file():
-        print("submit from the folder that has jobs/train.py: it is what is uploaded", file=sys.stderr)
-        return 2
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError):
-        print(_NO_CLUSTER.format(address=address), end="", file=sys.stderr)
-        return 1
-    entrypoint = shlex.join(["python", "jobs/train.py", "--config", config, *overrides])
+    Raises:
+        NoCluster: if no cluster answers.
+        ConfigError: if the folder is too large.
+        ValueError: if the run runs already.
+    """
+    jobs = Jobs(address)
     for name in list(logging.Logger.manager.loggerDict):  # Ray logs every file that it does not upload, three times
         if name.startswith("ray."):
             logging.getLogger(name).setLevel(logging.ERROR)
-    job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": "."})
-    print(f"job {job} on {address}\nstop it with: ray job stop {job} --address {address}", flush=True)
-    asyncio.run(_follow(client, job))
-    while not (info := client.get_job_info(job)).status.is_terminal():  # the stream of its log broke off
-        time.sleep(2)
-    if info.status == JobStatus.SUCCEEDED:
+    metadata = {"run": config.run.name, "storage_path": config.run.storage_path, "config_hash": config_hash(config)}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    with upload(path, overrides) as taken:
+        own = Path("jobs/train.py").is_file() and Path("areal_ray").is_dir()  # this repository: its code comes along
+        train = ["python", "jobs/train.py"] if own else ["python", "-m", "areal_ray.cli.main", "train"]
+        command = shlex.join([*train, "--config", taken.config, *taken.overrides])
+        job = jobs.submit(
+            config.run.name, command, str(taken.folder), {**metadata, "revision": git.stdout.strip() or "unknown"}
+        )
+    name = config.run.name
+    where = f" --address {address}" if address else ""
+    print(f"job {job} on {jobs.address}\nstop it with: areal-ray stop {name}{where}", flush=True)
+    if not wait:
+        print(f"its output: areal-ray logs -f {name}{where}")
         return 0
-    print(f"job {job}: {info.status.value.lower()}", file=sys.stderr)
+    return follow(jobs, job, name)
+
+
+def follow(jobs: Jobs, job: str, name: str) -> int:
+    """Show a job's output until it ends; its exit status."""
+    try:
+        asyncio.run(_show(jobs.client, job))
+        while not (info := jobs.client.get_job_info(job)).status.is_terminal():  # the stream of its log broke off
+            time.sleep(2)
+    except KeyboardInterrupt:
+        print(f"\njob {job} goes on: areal-ray logs -f {name}, areal-ray stop {name}", flush=True)
+        return 130
+    if info.status.name == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code != 130:  # asked to stop, which it has said itself
+        print(f"job {job}: {info.status.value.lower()}", file=sys.stderr)
     return info.driver_exit_code or 1
 
 
-async def _follow(client: Any, job: str) -> None:
+async def _show(client: Any, job: str) -> None:
     async for text in client.tail_job_logs(job):
         print(text, end="", flush=True)
+
+
+def stop(run: str, address: str | None = None, wait_s: float = _STOP_S) -> int:
+    """Have a submitted run save and leave, and wait for it.
+
+    Ray itself gives a job three seconds before it kills it. So the run is asked in its own directory, by a small job
+    that sees what the run sees.
+
+    Returns:
+        0 when it has ended; 1 when it has not in this time.
+
+    Raises:
+        NoCluster, ValueError: as `Jobs` does.
+    """
+    jobs = Jobs(address)
+    job = jobs.newest(run)
+    if job.status.is_terminal():
+        print(f"{run} does not run: job {job.submission_id} {job.status.value.lower()}")
+        return 0
+    name, place = job.metadata["run"], job.metadata["storage_path"]
+    ask = shlex.join(["python", "-m", "areal_ray.cli.main", "stop", "--directory", f"{place.rstrip('/')}/{name}"])
+    env = {"working_dir": job.runtime_env["working_dir"]} if "working_dir" in (job.runtime_env or {}) else {}
+    asking = jobs.client.submit_job(entrypoint=ask, runtime_env=env, metadata={"stops": name})
+    print(f"asked {name} (job {job.submission_id}) to save and leave", flush=True)
+    began = time.monotonic()
+    while time.monotonic() - began < wait_s:
+        asked = jobs.client.get_job_info(asking)
+        if asked.status.name == "FAILED":
+            print(f"it could not be asked: {jobs.client.get_job_logs(asking).strip()[-500:]}", file=sys.stderr)
+            return 1
+        info = jobs.client.get_job_info(job.submission_id)
+        if info.status.is_terminal():
+            lines = jobs.client.get_job_logs(job.submission_id).strip().splitlines()
+            print("\n".join(lines[-1:]))
+            return 0
+        time.sleep(0.5)
+    print(f"{name} has not left within {wait_s:.0f} s; it still tries to", file=sys.stderr)
+    return 1

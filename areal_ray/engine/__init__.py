@@ -2,7 +2,7 @@
 
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, TrainEngine
 from areal_ray.engine.fsdp import FSDPEngine
-from areal_ray.engine.objectives import Batch, FrozenModel, Objective
+from areal_ray.engine.objectives import Batch, FrozenModel, LanguageModeling, Objective
 from areal_ray.engine.state import DCPState
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "EvalResult",
     "FSDPEngine",
     "FrozenModel",
+    "LanguageModeling",
     "Objective",
     "SaveLoadMeta",
     "StepResult",

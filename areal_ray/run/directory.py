@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +15,7 @@ from areal_ray.run.event_log import open_log
 from areal_ray.storage import Storage
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
-EVENT_INDEX = "events.index.json"
+EVENT_INDEX, REPORT = "events.index.json", "report.html"
 DATA = "data.json"  # which prepared corpora the run trains on
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
 _INDEX_EVERY = 4096  # events of one process: what a reader finds behind the index stays below a few megabytes
@@ -33,6 +35,7 @@ class RunDir:
         self._samples = open_log(storage, SAMPLES, at_once=False)
         self._index = EventIndex(storage, EVENT_INDEX, self._events)
         self._told = 0
+        self._listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunDir, (self.storage,)
@@ -52,10 +55,17 @@ class RunDir:
         Raises:
             OSError: if it cannot be written; it then goes with the next one that this process writes.
         """
-        self._events.append({"time": round(time.time(), 3), "event": kind, **fields})
+        event = {"time": round(time.time(), 3), "event": kind, **fields}
+        for listener in self._listeners:
+            listener(event)
+        self._events.append(event)
         self._told += 1
         if self._told % _INDEX_EVERY == 0:
             self._write_index()
+
+    def listen(self, listener: Callable[[dict[str, Any]], None]) -> None:
+        """Have the events that this process adds to the ledger told to a listener, which must neither fail nor wait."""
+        self._listeners.append(listener)
 
     def note(self, kind: str, complain: Callable[[str], None], **fields: Any) -> None:
         """Add a line as `event` does; if it cannot be written now, tell `complain`: the work at hand matters more."""
@@ -97,6 +107,23 @@ class RunDir:
         """The logged steps, line by line, nearly in order."""
         return self._metrics.lines()
 
+    def events_of(self, *kinds: str) -> list[dict[str, Any]]:
+        """The events of these kinds, oldest first. The ledger is looked through, but only they are decoded."""
+        wanted = re.compile(rb'"event": ?"(?:%s)"' % "|".join(kinds).encode())
+        found = self._events.since({}, wanted)
+        return self._events.sort(found[0]) if found else []
+
+    def sampled_metrics(self, lines: int) -> list[dict[str, Any]]:
+        """About so many of the logged steps, evenly over the run, with all evaluations; every line of a short run.
+
+        The log is looked through, but only those lines are decoded: half a second for a million of them.
+        """
+        last = self.reached()
+        zeros = max(0, math.ceil(math.log10(max(last, 1) / lines)))
+        round_steps = rb'"step": ?\d*0{%d}[,}]' % zeros if zeros else rb'"step": ?\d'
+        found = self._metrics.since({}, re.compile(rb'%s|"held_out|"step": ?%d[,}]' % (round_steps, last)))
+        return sorted(found[0] if found else [], key=lambda line: line["step"])
+
     def log_metrics(self, step: int, values: dict[str, Any]) -> None:
         """Add the line of one step; an OSError as for `event`. On object storage it is written in the background."""
         self._metrics.append({"step": step, **values})
@@ -121,6 +148,20 @@ class RunDir:
         """The last step that has a line: so far the run has come at least. Reads the end of the metrics."""
         return max((line["step"] for line in self._metrics.tail()), default=0)
 
+    def metrics_after(self, step: int) -> list[dict[str, Any]]:
+        """The logged steps after `step`, in order; reads the end of the metrics only, if they are there."""
+        end = self._metrics.tail()
+        lines = end if end and min(line["step"] for line in end) <= step else list(self._metrics.lines())
+        return sorted((line for line in lines if line["step"] > step), key=lambda line: line["step"])
+
+    def flush_metrics(self) -> None:
+        """Wait until all logged steps are durable (OSError)."""
+        self._metrics.flush()
+
+    def last_metrics(self) -> list[dict[str, Any]]:
+        """Some of the last logged steps, in order. Reads the end of the metrics."""
+        return sorted(self._metrics.tail(), key=lambda line: line["step"])
+
     def flush(self) -> None:
         """Wait until everything is durable (OSError)."""
         self._events.flush()
@@ -129,6 +170,13 @@ class RunDir:
 
     def write_config(self, text: str) -> None:
         self.storage.replace(CONFIG, text.encode())
+
+    def revision(self) -> str | None:
+        """The git revision in the comments of config.yaml; None if there is none."""
+        if self.storage.size(CONFIG) is None:
+            return None
+        found = re.search(rb"^# git revision: (\S+)", self.storage.read(CONFIG), re.M)
+        return found[1].decode(errors="replace") if found else None
 
     def write_data(self, data: dict[str, dict[str, str]]) -> None:
         """Note what the run trains on: path and fingerprint of the corpus of each source, by its name."""
@@ -140,6 +188,9 @@ class RunDir:
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.storage.replace(RESULT, json.dumps(result, indent=2).encode() + b"\n")
+
+    def write_report(self, text: str) -> None:
+        self.storage.replace(REPORT, text.encode())
 
     def result(self) -> dict[str, Any] | None:
         return json.loads(self.storage.read(RESULT)) if self.storage.size(RESULT) is not None else None

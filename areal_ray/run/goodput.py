@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from areal_ray.run import RunDir
 
 # The phases of a restart, in order, and the event of the ledger that has each.
-_PHASES = {
+PHASES = {
     "detection_s": "failure",  # from what the first survivor saw to the controller
     "teardown_s": "group",
     "start_s": "group",  # until the nodes have room
@@ -24,7 +25,7 @@ _PHASES = {
 
 # Other events that say why workers were started, and how far they had come.
 _REASONS = {"controller_died", "controller_trouble", "not_started", "left", "submitted"}
-_TOLD = _REASONS | set(_PHASES.values()) | {"attempt", "restored", "started"}
+_TOLD = _REASONS | set(PHASES.values()) | {"attempt", "restored", "started"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,16 @@ class History:
 
 def history(run: RunDir) -> History:
     """Read the course of a run from its logs."""
+    return course(run.each_event(), run.each_metric())
+
+
+def course(events: Iterable[dict[str, Any]], metrics: Iterable[dict[str, Any]]) -> History:
+    """The course of a run from its ledger, oldest event first, and from all or some of its logged steps."""
     told: list[dict[str, Any]] = []
     wall = saves = 0.0
     submitted: float | None = None
     last = 0.0
-    for event in run.each_event():
+    for event in events:
         if event["event"] == "submitted":
             wall += 0.0 if submitted is None else last - submitted
             submitted = event["time"]
@@ -63,7 +69,7 @@ def history(run: RunDir) -> History:
     wall += 0.0 if submitted is None else last - submitted
     timed: list[tuple[int, float, float]] = []
     held_out: list[tuple[int, float]] = []
-    for line in run.each_metric():
+    for line in metrics:
         if "step_time_s" in line:
             timed.append((line["step"], line["step_time_s"], line.get("data_s", 0.0)))
         if "held_out_loss" in line:
@@ -127,7 +133,7 @@ def _times(events: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of each phase, the last time that it was gone through."""
     times: dict[str, float] = {}
     for event in events:
-        times |= {p: event[p] for p, kind in _PHASES.items() if event["event"] == kind and event.get(p) is not None}
+        times |= {p: event[p] for p, kind in PHASES.items() if event["event"] == kind and event.get(p) is not None}
     return times
 
 
@@ -149,9 +155,9 @@ def _reason(events: list[dict[str, Any]]) -> str:
 
 def table(account: dict[str, Any]) -> str:
     """The account as lines for the end of a run."""
-    rows = [["attempt", "after", *(name.removesuffix("_s").replace("_", " ") for name in _PHASES), "lost steps"]]
+    rows = [["attempt", "after", *(name.removesuffix("_s").replace("_", " ") for name in PHASES), "lost steps"]]
     for attempt in account["attempts"]:
-        seconds = [f"{attempt[name]:.1f}" if name in attempt else "-" for name in _PHASES]
+        seconds = [f"{attempt[name]:.1f}" if name in attempt else "-" for name in PHASES]
         lost = "-" if attempt["lost_steps"] is None else str(attempt["lost_steps"])
         rows.append([str(attempt["attempt"]), attempt["after"][:40], *seconds, lost])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

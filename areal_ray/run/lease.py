@@ -67,6 +67,13 @@ def hold_lease(
                 run.remove(_NAME)
 
 
+def holder(run: Storage) -> dict[str, Any] | None:
+    """Who holds the lease of a run directory, as far as that is written: id, host, pid, boot, time of its last sign of
+    life by its own clock; None if nobody does, or has died here without giving it back."""
+    now = _read(run)
+    return None if now is None or _has_died(now) else now
+
+
 def _wait_for_others(run: Storage, say: Callable[[str], None], renew_s: float, expires_s: float) -> None:
     seen = _read(run)
     if seen is None or _has_died(seen):

@@ -1,12 +1,10 @@
-"""Places where metrics go: the screen, metrics.jsonl, and trackers of one's own."""
+"""Places where metrics go: the screen and metrics.jsonl. Those of others are in trackers/."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from areal_ray.config import TrackerConfig, plugin
 from areal_ray.run import RunDir
 
 _KNOWN = ("loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "data_s", "skipped")
@@ -15,21 +13,23 @@ _SLOW_DATA = 0.1  # of a step's time: from which on waiting for data is shown
 
 
 class MetricsSink(Protocol):
-    """A place for metrics. Called on rank 0 only, from the training thread.
-
-    Values are to be durable when `log` returns, as far as they must not be lost: a step before a copy in memory or a
-    checkpoint is not computed again.
+    """A place for metrics, on rank 0 only.
 
     A tracker of one's own (`trackers: [{name: package.module:Class, args: {}}]`) is one. It is made anew with every
-    start of the workers.
+    start of the workers, and called from a thread of its own, see `areal_ray.train.trackers.follower`.
     """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of a step; each step comes once, in order, unless it is taken back."""
         ...
 
-    def rewind(self, step: int) -> None:
-        """Take back what was logged of steps after `step`: they are computed again. -1: of all steps."""
+    def rewind(self, step: int) -> int | None:
+        """Take back what was logged of steps after `step`: they are computed again. -1: of all steps.
+
+        Returns:
+            For a tracker that sends in the background, and could have lost something with its process: the last step
+            that it really has. None: what it was given. It is given the steps after that next.
+        """
         ...
 
     def close(self) -> None:
@@ -92,61 +92,3 @@ class MetricsFile:
         self._run.rewind_metrics(step)
 
     def close(self) -> None: ...
-
-
-class Tracker:
-    """A user's sink, of which no failure reaches training: it is said once, and the tracker is left out from then on.
-
-    Args:
-        name: for that line.
-        make: makes the user's.
-        say: prints a line for the user.
-        close_s: longest wait for its end, in seconds.
-    """
-
-    def __init__(
-        self, name: str, make: Callable[[], MetricsSink], say: Callable[[str], None], close_s: float = 10.0
-    ) -> None:
-        self._name, self._say, self._close_s = name, say, close_s
-        self._sink: MetricsSink | None = None
-        try:
-            self._sink = make()
-        except Exception as error:  # noqa: BLE001  (as below)
-            self._leave_out(error)
-
-    def _try(self, call: Callable[[MetricsSink], None]) -> None:
-        if self._sink is None:
-            return
-        try:
-            call(self._sink)
-        except Exception as error:  # noqa: BLE001  (the user's code; training is worth more than its curve)
-            self._leave_out(error)
-
-    def _leave_out(self, error: Exception) -> None:
-        self._sink = None
-        text = " ".join(str(error).split())[:300]
-        self._say(f"the tracker {self._name} failed, and is left out from now on: {type(error).__name__}: {text}")
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._try(lambda sink: sink.log(step, values))
-
-    def rewind(self, step: int) -> None:
-        self._try(lambda sink: sink.rewind(step))
-
-    def close(self) -> None:
-        """Close it, in a thread: one that waits for the network must not keep a failure from being noticed."""
-        thread = threading.Thread(target=self._try, args=(lambda sink: sink.close(),), daemon=True)
-        thread.start()
-        thread.join(self._close_s)
-        if thread.is_alive():
-            self._say(f"the tracker {self._name} has not closed in {self._close_s:.0f} s")
-
-
-def build_tracker(config: TrackerConfig, key: str, say: Callable[[str], None]) -> Tracker:
-    """The tracker that one entry of `trackers` names.
-
-    Raises:
-        ConfigError: if there is no such thing.
-    """
-    make = plugin.factory(config.name, f"{key}.name", {})
-    return Tracker(config.name, lambda: make(**config.args), say)

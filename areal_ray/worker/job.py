@@ -22,7 +22,8 @@ from areal_ray.train.evaluation import Evaluator
 from areal_ray.train.journal import Journal
 from areal_ray.train.recovery import RecoverHandler
 from areal_ray.train.restore import Restore
-from areal_ray.train.sinks import Console, MetricsFile, MetricsSink, build_tracker
+from areal_ray.train.sinks import Console, MetricsFile, MetricsSink
+from areal_ray.train.trackers import build_tracker
 from areal_ray.train.tracking import StepMetrics
 from areal_ray.worker.start import Start
 
@@ -159,5 +160,6 @@ def load_data(config: Config, run: RunDir, ranks: Ranks) -> tuple[TokenDataset, 
 def _sinks(config: Config, start: Start) -> list[MetricsSink]:
     if not start.first:
         return []
-    own = [build_tracker(each, f"trackers[{i}]", start.say) for i, each in enumerate(config.trackers)]
-    return [Console(start.say, config.train.steps), MetricsFile(start.run, start.say), *own]
+    run, say = start.run, start.say
+    own = [build_tracker(config, i, run, say) for i in range(len(config.trackers))]
+    return [Console(say, config.train.steps), MetricsFile(run, say), *own]

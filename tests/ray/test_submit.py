@@ -40,6 +40,35 @@ def test_submitted_job_gives_the_same_checkpoint(head, undisturbed, tmp_path):
     assert run.result()["restarts"] == 1
 
 
+def test_a_run_is_submitted_from_a_folder_of_one_s_own_stopped_in_the_middle_and_goes_on(head, tmp_path):
+    """With Ray's three seconds for a job that is stopped, and an experiment that the nodes do not have."""
+
+    def cli(*arguments):
+        command = [sys.executable, "-m", "areal_ray.cli.main", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    env = {**head, "PYTHONPATH": ROOT}
+    run = Run(tmp_path / "runs", "own")
+    submit = ["submit", "--config", EXPERIMENT, *run.arguments]
+    done = cli(*submit, "--detach", "train.steps=100000", "logging.every_steps=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    while not (run.path / "metrics.jsonl").exists() or len(run.metrics()) < 3:
+        assert cli("status", "own").returncode == 0
+    again = cli(*submit)
+    assert again.returncode == 2
+    assert "own runs already, as job own-1" in again.stderr
+    stopped = cli("stop", "own")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "the same command goes on from step-" in stopped.stdout
+    step = run.metrics()[-1]["step"]
+    assert run.result()["checkpoint"] == f"step-{step:08}.a1"
+    assert "state         stopped, and saved" in cli("status", "own").stdout
+    resumed = cli(*submit, f"train.stop_at={step + 2}", "train.steps=100000")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"restored step-{step:08}.a1, going on with step {step + 1}" in resumed.stdout
+    assert "own-2" in cli("logs", "own").stdout
+
+
 def test_a_job_s_own_environment_may_have_what_ours_has(head, tmp_path):
     run = Run(tmp_path, "own")
     variables = {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(tmp_path)}

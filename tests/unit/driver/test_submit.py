@@ -19,8 +19,8 @@ def submitted(monkeypatch):
     """Jobs that a cluster would have been handed; there is none."""
     jobs = []
 
-    def submit(config, overrides):
-        jobs.append((config, overrides))
+    def submit(config, path, overrides, address, wait):
+        jobs.append((path, overrides))
         return 7
 
     monkeypatch.setattr(submitting, "submit", submit)

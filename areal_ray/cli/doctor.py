@@ -1,0 +1,69 @@
+"""areal-ray doctor: what a run will meet, before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+_SIGNS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+
+
+def doctor(config: Any, arguments: argparse.Namespace) -> int:
+    """Look at everything, here and on the cluster of RAY_ADDRESS; the exit status is 1 if anything is bad.
+
+    Raises:
+        ConfigError: for what `train` refuses.
+    """
+    from areal_ray.storage import storage_at
+    from areal_ray.tools.doctor import Finding, local_findings
+
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    bad = _print([Finding("ok", "configuration", f"{arguments.config}: {config.train.steps:,} steps")])
+    from areal_ray.driver.preflight import prepare
+
+    run, config, _ = prepare(config)
+    bad += _print([Finding("ok", "model, data, run", f"as `train` checks them; run directory {run.storage.location}")])
+    storage = storage_at(config.run.storage_path, asdict(config.run.s3))
+    bad += _print(local_findings(config, storage))
+    bad += _print([_upload()])
+    if os.environ.get("RAY_ADDRESS"):
+        bad += _on_cluster(config, storage)
+    else:
+        _print([Finding("note", "cluster", "RAY_ADDRESS is not set: `train` makes one on this machine")])
+    print("\nnothing stands in the way" if not bad else f"\n{bad} thing{'s' * (bad != 1)} to mend")
+    return 1 if bad else 0
+
+
+def _upload() -> Any:
+    from areal_ray.config import ConfigError
+    from areal_ray.driver.upload import check_size
+    from areal_ray.tools.doctor import Finding
+
+    try:
+        check_size(Path.cwd())
+    except ConfigError as error:
+        return Finding("note", "upload", error.message)
+    return Finding("ok", "upload", "this folder is small enough for a job to take along")
+
+
+def _on_cluster(config: Any, storage: Any) -> int:
+    from areal_ray.driver.connect import cluster, use_token
+    from areal_ray.tools.doctor import node_findings
+
+    use_token()
+    with cluster(config, fast=False):
+        return _print(node_findings(config, storage))
+
+
+def _print(findings: Iterable[Any]) -> int:
+    """Print findings as they come; how many are bad."""
+    bad = 0
+    for finding in findings:
+        print(f"{_SIGNS[finding.state]}  {finding.what:<22}  {finding.text}")
+        bad += finding.state == "bad"
+    return bad

@@ -1,0 +1,117 @@
+"""Checks of the doctor that need no cluster."""
+
+from __future__ import annotations
+
+import os
+import resource
+import secrets
+import shutil
+from collections.abc import Iterator
+
+from areal_ray.config import Config
+from areal_ray.storage import Storage
+from areal_ray.tools.doctor.finding import Finding
+from areal_ray.tools.doctor.memory import MemoryEstimate, estimate
+
+_FILES = 4096
+_GIB = 1 << 30
+
+
+def local_findings(config: Config, storage: Storage) -> Iterator[Finding]:
+    """What can be found on this machine, check by check.
+
+    Args:
+        config: checked.
+        storage: of run.storage_path.
+    """
+    yield _sizes(config)
+    yield from _memory(config)
+    yield _storage(storage)
+    yield from _limits()
+
+
+def _sizes(config: Config) -> Finding:
+    low, high = config.worker_range
+    usable = config.usable_sizes
+    left_out = [size for size in range(low, high + 1) if size not in usable]
+    train = config.train
+    odd = [size for size in usable if train.global_batch_size // size % train.micro_batch_size]
+    text = f"a global batch of {train.global_batch_size} is shared by {_list(usable)} workers"
+    if left_out:
+        text += f"; not by {_list(left_out)}, which are passed over when machines come and go"
+    if odd:
+        text += f"; with {_list(odd)} the last micro-batch is smaller than {train.micro_batch_size}"
+    return Finding("note" if left_out or odd else "ok", "number of workers", text)
+
+
+def _memory(config: Config) -> Iterator[Finding]:
+    workers = config.usable_sizes[0]  # the fewest have the most each
+    needs = estimate(config, workers)
+    yield Finding("ok", "parameters", f"{needs.parameters:,}")
+    device, host = sum(needs.device.values()), sum(needs.host.values())
+    where = "GPU" if config.cluster.use_gpu else "process"
+    text = f"about {_size(device)} in each {where} with {workers} workers ({_parts(needs.device)})"
+    if host:
+        text += f", and {_size(host)} of the host's memory ({_parts(needs.host)})"
+    yield Finding("ok", "memory of a worker", text)
+    yield _fits(config, needs, workers)
+
+
+def _fits(config: Config, needs: MemoryEstimate, workers: int) -> Finding:
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = sum(needs.host.values()) + (0 if config.cluster.use_gpu else sum(needs.device.values()))
+    text = f"this machine has {_size(have)}: room for {int(have // max(here, 1)):,} workers of this size"
+    if here > have:
+        return Finding("bad", "memory of this machine", f"{text}. {levers(config)}")
+    return Finding("note" if here * workers > have else "ok", "memory of this machine", text)
+
+
+def levers(config: Config) -> str:
+    """What brings the memory down, in the order in which to try it."""
+    tried = [f"train.micro_batch_size={max(1, config.train.micro_batch_size // 2)}"]
+    tried += [] if config.engine.activation_checkpointing else ["engine.activation_checkpointing=true"]
+    tried += ["checkpoint.memory_every_steps=null"] if config.checkpoint.memory_every_steps else []
+    return f"In this order: {', '.join([*tried, 'more workers'])}"
+
+
+def _storage(storage: Storage) -> Finding:
+    name, content = f".areal_ray-doctor-{secrets.token_hex(4)}", secrets.token_bytes(1024)
+    try:
+        storage.ensure()
+        storage.replace(name, content)
+        same, listed = storage.read(name) == content, name in storage.names()
+        storage.remove(name)
+    except OSError as error:
+        return Finding("bad", "storage", f"{storage.location}: {error}")
+    if not (same and listed):
+        return Finding("bad", "storage", f"{storage.location} gives back something else than was written")
+    free = "" if "://" in storage.location else f", {_size(shutil.disk_usage(storage.location).free)} free"
+    return Finding("ok", "storage", f"{storage.location}: written, read, listed and deleted{free}")
+
+
+def _limits() -> Iterator[Finding]:
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = files[1] == resource.RLIM_INFINITY or files[1] >= _FILES
+    text = f"{files[0]:,} at a time, and up to {files[1]:,}" + ("" if enough else f": raise it to {_FILES}, ulimit -n")
+    yield Finding("ok" if enough else "bad", "open files", text)
+    if os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free
+        state = "ok" if free > _GIB else "note"
+        text = f"{_size(free)} free" + ("" if free > _GIB else ": Ray's object store falls back to a slow disk")
+        yield Finding("ok" if state == "ok" else "note", "/dev/shm", text)
+
+
+def _parts(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+
+
+def _list(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes[:8])) + (f" ... {sizes[-1]}" if len(sizes) > 8 else "")
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"

@@ -1,0 +1,89 @@
+"""Memory of a rank, estimated from the model's shapes: before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from areal_ray import models
+from areal_ray.config import Config
+from areal_ray.models.shard_units import shard_units
+
+_FLOAT = 4
+# Bytes of activations that autograd keeps for each token and hidden unit of a decoder layer, in units of the number
+# format: inputs of the norms and matrix products, the gated MLP and attention without its scores. Korthikanti et al.,
+# https://arxiv.org/abs/2205.05198, section 4.1, with the MLP's width apart.
+_PER_HIDDEN, _PER_INTERMEDIATE = 10, 3
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank, by what they are for.
+
+    Args:
+        parameters: of the whole model.
+        device: on the device (on a CPU: of the process); weights and gradients and optimizer are this rank's shards.
+        host: beside it in the host's memory, for one rank.
+    """
+
+    parameters: int
+    device: dict[str, int]
+    host: dict[str, int]
+
+
+def estimate(config: Config, workers: int, model: nn.Module | None = None) -> MemoryEstimate:
+    """Estimate the memory of one rank of so many.
+
+    Weights, gradients, optimizer and copies are exact up to padding; activations are a rule of thumb, within about a
+    third for decoder-only transformers, and leave out what the compiler saves.
+
+    Args:
+        config: of the run.
+        workers: training workers.
+        model: on the meta device, if it has been built.
+    """
+    model = models.build_model(config.model) if model is None else model
+    mesh, train = config.engine.mesh, config.train
+    copies = mesh.replicate
+    shards = max(1, workers // copies)  # tensor parallel ranks share the parameters, too
+    count = sum(parameter.numel() for parameter in model.parameters())
+    width = 2 if config.engine.precision == "bfloat16" else _FLOAT
+    units = [sum(p.numel() for p in unit.parameters()) for unit in shard_units(model, config.model.shard_units)]
+    outside = count - sum(units)
+    largest = sorted([*units, outside], reverse=True)[:2]  # one computes while the next is gathered
+    ranks = max(1, workers // mesh.tensor)
+    micro_batches = max(1, train.global_batch_size // ranks // train.micro_batch_size)
+    whole = micro_batches > 1 and config.engine.accumulate == "unsharded"
+    tokens = min(train.micro_batch_size, max(1, train.global_batch_size // ranks)) * train.seq_len
+    state = 3 * _FLOAT * count // shards
+    device = {
+        "weights": _FLOAT * count // shards,
+        "gradients": _FLOAT * (count if whole else count // shards),
+        "optimizer": 2 * _FLOAT * count // shards,
+        "gathered layers": width * sum(largest) if shards > 1 else 0,
+        "activations": _activations(config, model, tokens, width, max(1, len(units))),
+        "logits": 2 * _FLOAT * tokens * _rows(model),
+    }
+    host = {
+        "checkpoint image": state if config.checkpoint.async_save else 0,
+        "copies in memory": 2 * state if config.checkpoint.memory_every_steps else 0,
+        "copies of a partner": 2 * state if config.checkpoint.memory_partner else 0,
+    }
+    return MemoryEstimate(count, device, host)
+
+
+def _activations(config: Config, model: nn.Module, tokens: int, width: int, layers: int) -> int:
+    about = getattr(model, "config", None)
+    hidden = getattr(about, "hidden_size", 0) or getattr(about, "n_embd", 0)
+    intermediate = getattr(about, "intermediate_size", 0) or 4 * hidden
+    one = tokens * width * (_PER_HIDDEN * hidden + _PER_INTERMEDIATE * intermediate)
+    if config.engine.activation_checkpointing:
+        return layers * tokens * width * hidden + one
+    return layers * one
+
+
+def _rows(model: nn.Module) -> int:
+    """Rows of the output layer."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return int(head.weight.shape[0]) if head is not None else 0

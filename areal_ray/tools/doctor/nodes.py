@@ -1,0 +1,111 @@
+"""Checks of the doctor on every node of a cluster: one small task on each."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from areal_ray.config import Config
+from areal_ray.storage import Storage
+from areal_ray.tools.doctor.finding import Finding
+
+_PACKAGES = ("areal_ray", "torch", "ray", "transformers", "numpy", "safetensors")
+_CLOCK_S = 2.0  # a lease and a ledger bear that much
+_WAIT_S = 60.0
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what a run uses, here."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def look(storage: Storage, name: str) -> dict[str, Any]:
+    """What there is to know of the node of this process.
+
+    Args:
+        storage: of run.storage_path.
+        name: of a file in it that the driver has written.
+    """
+    try:
+        mark = storage.read(name).decode() if storage.size(name) is not None else None
+        own = f"{name}-{secrets.token_hex(4)}"
+        storage.replace(own, b"")
+        storage.remove(own)
+        trouble = "" if mark is not None else "does not show what the driver has written there: it is not shared"
+    except OSError as error:
+        mark, trouble = None, str(error)
+    shm = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    return {"versions": versions(), "time": time.time(), "mark": mark, "trouble": trouble, "shm": shm}
+
+
+def node_findings(config: Config, storage: Storage) -> Iterator[Finding]:
+    """What can be found on the nodes of the cluster that this process is connected to."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from areal_ray.cluster.nodes import node_name
+
+    name, mark = f".areal_ray-doctor-{secrets.token_hex(4)}", secrets.token_hex(8)
+    storage.replace(name, mark.encode())
+    try:
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        task = ray.remote(num_cpus=0, max_retries=0)(look)
+        began = time.time()
+        asked = {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            asked[task.options(scheduling_strategy=there).remote(storage, name)] = node
+        yield _resources(config, list(nodes.values()))
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT_S)
+        for answer in late:
+            yield Finding("bad", node_name(nodes[asked[answer]]), f"has not answered within {_WAIT_S:.0f} s")
+        here = versions()
+        for answer in ready:
+            who = node_name(nodes[asked[answer]])
+            try:
+                found = ray.get(answer)
+            except ray.exceptions.RayError as error:
+                text = str(error).strip().splitlines()[-1][:200]
+                yield Finding("bad", who, f"cannot run a task of this package: {text}")
+                continue
+            yield from _of_node(who, found, here, storage.location, began, time.time())
+    finally:
+        storage.remove(name)
+
+
+def _resources(config: Config, nodes: list[dict[str, Any]]) -> Finding:
+    """Whether there is room for the least number of workers."""
+    each = {name: amount for name, amount in config.worker_resources.items() if amount > 0}
+    room = sum(int(min(node["Resources"].get(name, 0) // amount for name, amount in each.items())) for node in nodes)
+    least, most = config.usable_sizes[0], config.usable_sizes[-1]
+    wanted = f"{least} to {most}" if most > least else f"{least}"
+    text = f"{len(nodes)} with room for {room} workers of {each}; the run takes {wanted}"
+    return Finding("ok" if room >= least else "bad", "nodes", text)
+
+
+def _of_node(
+    who: str, found: dict[str, Any], here: dict[str, str], place: str, began: float, ended: float
+) -> Iterator[Finding]:
+    there = found["versions"]
+    wrong = [f"{name} {there[name]} (here {mine})" for name, mine in here.items() if there[name] != mine]
+    if wrong:
+        yield Finding("bad", who, f"other versions than here: {', '.join(wrong)}")
+    if found["trouble"]:
+        yield Finding("bad", who, f"{place} {found['trouble']}")
+    apart = max(began - found["time"], found["time"] - ended, 0.0)
+    if apart > _CLOCK_S:
+        yield Finding("note", who, f"its clock is {apart:.0f} s from this one: times in logs will not fit each other")
+    if not wrong and not found["trouble"]:
+        yield Finding("ok", who, "same versions, sees the storage")

@@ -1,0 +1,53 @@
+"""trackio: W&B's interface on a local database, by Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import trackio
+import trackio.run
+import trackio.utils
+from trackio.sqlite_storage import SQLiteStorage
+
+from areal_ray.train.trackers.subject import Subject
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    """Instead of `print` in trackio, which has no switch for it: these lines would stand among those of the run."""
+
+
+for _module in (trackio, trackio.run, trackio.utils):
+    _module.print = _say_nothing
+
+
+class Trackio:
+    """A run in trackio, the same one across restarts and submissions.
+
+    It takes no step back: of a step that is computed again the first values stay, which are the same but for rounding.
+
+    Args:
+        subject: the run.
+        args: of `trackio.init`, such as project and space_id.
+    """
+
+    def __init__(self, subject: Subject, **args: Any) -> None:
+        given = {"project": "areal_ray", "embed": False, **args}
+        self._project, self._name, self._is_here = (
+            given["project"],
+            f"{subject.name}-{subject.id[:6]}",
+            "space_id" not in args,
+        )
+        config = {**subject.config, "revision": subject.revision, "run_directory": subject.location}
+        self._run = trackio.init(name=self._name, config=config, resume="allow", **given)
+
+    def rewind(self, step: int) -> int:
+        """Take back nothing; the last step that is in the database: what is sent gets there half a second later."""
+        has = SQLiteStorage.get_max_steps_for_runs(self._project).get(self._name, -1) if self._is_here else step
+        return int(has)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,108 @@
+"""The doctor's findings, each thing set wrong."""
+
+import time
+
+import pytest
+
+from areal_ray.cli.main import main as run_cli
+from areal_ray.config import load
+from areal_ray.storage import LocalStorage
+from areal_ray.tools.doctor import estimate, local_findings
+from areal_ray.tools.doctor import local as local_checks
+from areal_ray.tools.doctor.nodes import _of_node, look, versions
+
+pytestmark = pytest.mark.unit
+TINY = "conf/experiments/tiny.yaml"
+
+
+def findings(tmp_path, *overrides):
+    return {each.what: each for each in local_findings(load(TINY, overrides), LocalStorage(tmp_path))}
+
+
+def test_an_estimate_is_what_torch_allocates_for_weights_gradients_and_optimizer():
+    config = load(TINY, ["cluster.num_workers=1", "train.micro_batch_size=8"])
+    one = estimate(config, 1)
+    from areal_ray import models
+
+    count = sum(p.numel() for p in models.build_model(config.model).parameters())
+    assert one.parameters == count
+    assert (one.device["weights"], one.device["optimizer"]) == (4 * count, 8 * count)
+    assert one.device["logits"] == 2 * 4 * 8 * 256 * 264
+    assert one.host == {"checkpoint image": 12 * count, "copies in memory": 24 * count, "copies of a partner": 0}
+    two = estimate(load(TINY, ["engine.activation_checkpointing=true", "engine.accumulate=unsharded"]), 2)
+    assert two.device["weights"] == 2 * count
+    assert two.device["gradients"] == 2 * count  # one micro-batch on each: nothing adds up
+    assert two.device["activations"] < one.device["activations"]
+    whole = estimate(load(TINY, ["train.micro_batch_size=2", "engine.accumulate=unsharded"]), 2)
+    assert whole.device["gradients"] == 4 * count
+
+
+def test_all_is_well_where_it_is(tmp_path):
+    assert {each.state for each in findings(tmp_path).values()} == {"ok"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_workers_that_do_not_fit_are_named(tmp_path):
+    found = findings(tmp_path, "cluster.num_workers=[2,6]")["number of workers"]
+    assert found.state == "note"
+    assert "shared by 2, 4 workers; not by 3, 5, 6" in found.text
+    assert "with 4 the last micro-batch is smaller than 4" in found.text
+
+
+def test_a_model_that_is_too_large_comes_with_the_levers(tmp_path):
+    large = ["model.config.hidden_size=16384", "model.config.num_hidden_layers=200", "model.config.head_dim=4096"]
+    found = findings(tmp_path, *large)["memory of this machine"]
+    assert found.state == "bad"
+    assert "In this order: train.micro_batch_size=2, engine.activation_checkpointing=true" in found.text
+
+
+def test_a_storage_that_cannot_be_written_or_gives_back_something_else(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    found = {each.what: each for each in local_findings(load(TINY), LocalStorage(tmp_path / "file"))}
+    assert found["storage"].state == "bad"
+    monkeypatch.setattr(LocalStorage, "read", lambda *_: b"stale")
+    assert "something else" in findings(tmp_path)["storage"].text
+
+
+def test_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_checks.resource, "getrlimit", lambda _: (256, 1024))
+    assert findings(tmp_path)["open files"].text == "256 at a time, and up to 1,024: raise it to 4096, ulimit -n"
+
+
+def of_node(tmp_path, **changed):
+    shared = LocalStorage(tmp_path)
+    shared.replace("mark", b"it")
+    now = time.time()
+    found = look(changed.pop("storage", shared), "mark") | changed
+    return [
+        (each.state, each.text) for each in _of_node("node-b", found, versions(), shared.location, now, time.time())
+    ]
+
+
+def test_a_node_like_this_one(tmp_path):
+    assert of_node(tmp_path) == [("ok", "same versions, sees the storage")]
+
+
+def test_a_path_that_only_the_driver_sees(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    ((state, text),) = of_node(tmp_path, storage=LocalStorage(tmp_path / "elsewhere"))
+    assert (state, "it is not shared" in text) == ("bad", True)
+
+
+def test_another_version_and_another_clock(tmp_path):
+    there = versions() | {"torch": "1.0"}
+    (first, second) = of_node(tmp_path, versions=there, time=time.time() - 3600)
+    assert first[0] == "bad"
+    assert "torch 1.0 (here " in first[1]
+    assert second[0] == "note"
+    assert "its clock is 36" in second[1]
+
+
+def test_the_command_says_what_it_looked_at_and_refuses_what_train_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    where = f"run.storage_path={tmp_path}"
+    assert run_cli(["doctor", "--config", TINY, where]) == 0
+    assert capsys.readouterr().out.endswith("nothing stands in the way\n")
+    assert run_cli(["train", "--dry-run", "--config", TINY, where, "model.config.vocab_size=10"]) == 2
+    assert "rows of embeddings" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
