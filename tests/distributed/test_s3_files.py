@@ -8,8 +8,12 @@ from collections.abc import Callable
 from io import UnsupportedOperation
 from typing import Any
 
+import numpy as np
 import pytest
 
+from areal_ray.data.corpus.corpus import TokenFile, TokenStream
+from areal_ray.data.corpus.token_file import TokenWriter
+from areal_ray.data.records import Tokens
 from areal_ray.storage import Storage, s3
 from tests.distributed.s3 import write
 from tests.s3_proxy import S3Proxy
@@ -54,6 +58,30 @@ def test_a_created_file_holds_what_was_written(storage: Storage) -> None:
         file.write(b"one ")
         file.write(memoryview(b"two"))
     assert storage.read("a") == b"one two"
+
+
+def test_a_whole_object_appears_at_its_end_in_place_of_what_was_there(storage: Storage) -> None:
+    write(storage, "a", b"old")
+    with storage.create_whole("a") as file:
+        file.write(b"new")
+        assert storage.read("a") == b"old"
+    assert storage.read("a") == b"new"
+    with pytest.raises(TypeError), storage.create_whole("a") as file:
+        file.write("half of it is no bytes")
+    assert storage.read("a") == b"new"
+    assert storage.names() == ["a"]
+
+
+def test_tokens_are_read_by_position(storage: Storage) -> None:
+    with TokenWriter(storage, "t", np.dtype("<u2")) as writer:
+        writer.begin_document()
+        writer.add(Tokens(np.arange(60_000, dtype=np.uint32)))
+    stream = TokenStream(storage, [TokenFile("t.bin", 60_000)], np.dtype("<u2"), "", lambda: np.zeros(0))
+    begins = np.asarray([59_000, 32_500, 0])  # the middle one lies in two blocks
+    assert stream.read(begins, 1000).tolist() == [list(range(begin, begin + 1000)) for begin in begins]
+    storage.remove("t.bin")
+    with pytest.raises(FileNotFoundError):
+        TokenStream(storage, [TokenFile("t.bin", 60_000)], np.dtype("<u2"), "", lambda: np.zeros(0)).read(begins, 10)
 
 
 def test_a_part_of_an_object_is_one_request(proxied: Storage, proxy: S3Proxy) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from areal_ray.config import ConfigError
 from areal_ray.data.records import Tokens
 from areal_ray.storage import Sink, Storage
 
@@ -129,14 +130,14 @@ class TokenWriter:
         """Add a sequence to the document that was begun.
 
         Raises:
-            ValueError: for an id that the type of the file does not hold.
+            ConfigError: for an id that the type of the file does not hold.
         """
         if self._tokens is None:
             self._tokens = self._files.enter_context(_summed(self._storage, f"{self.stem}.bin"))
         count = len(tokens.ids)
         largest = int(tokens.ids.max(initial=0))
         if largest > np.iinfo(self._dtype).max:
-            raise ValueError(f"the tokenizer gave id {largest}, more than it says that it has")
+            raise ConfigError("data.tokenizer", f"it gave the id {largest}, more than it says that it has")
         if tokens.predicted is not None and self._predicted is None:
             self._predicted = self._files.enter_context(_summed(self._storage, f"{self.stem}.predicted.bin"))
             for begin in range(0, self.tokens, _BUFFER):

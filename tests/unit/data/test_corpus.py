@@ -232,6 +232,15 @@ def test_tokens_that_are_not_predicted_have_no_label(tmp_path):
     assert rows["labels"].tolist() == [[IGNORED, 7, IGNORED, IGNORED], [2, 3, IGNORED, IGNORED]]
 
 
+def test_an_id_that_a_tokenizer_should_not_have_names_it(tmp_path):
+    with (
+        pytest.raises(ConfigError, match="gave the id 65536"),
+        TokenWriter(LocalStorage(tmp_path), "a", np.dtype("<u2")) as writer,
+    ):
+        writer.add(Tokens(np.asarray([65536], np.uint32)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_is_shorter_than_it_was_is_named(sources, tmp_path):
     corpus = prepared(sources, tmp_path / "data")
     train, _ = splits(corpus, 8)

@@ -43,6 +43,20 @@ def test_a_created_file_and_its_name_are_synced_when_the_block_is_left(storage, 
     assert synced == [f"{storage.location}/a"]
 
 
+def test_a_whole_file_appears_at_its_end_in_place_of_what_was_there(storage, monkeypatch):
+    write(storage, "a", b"old")
+    with storage.create_whole("a") as first:
+        first.write(b"first")
+        with storage.create_whole("a") as second:  # another job at the same time
+            second.write(b"second")
+        assert storage.read("a") == b"second"
+    assert storage.read("a") == b"first"
+    with pytest.raises(TypeError), storage.create_whole("a") as file:
+        file.write("half of it is no bytes")
+    assert storage.read("a") == b"first"
+    assert storage.names() == ["a"]
+
+
 def test_create_is_exclusive(storage):
     write(storage, "a", b"first")
     with pytest.raises(FileExistsError):
