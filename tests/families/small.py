@@ -58,10 +58,13 @@ _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 # What a family needs beside that: sizes that depend on others, parts that are larger than the rest by default.
 _OWN: dict[str, dict[str, Any]] = {
     "axk2": _MLA,
-    "bailing_hybrid": {"layer_group_size": 2},
+    "bailing_hybrid": {**_MLA, "layer_group_size": 2},
     "bamba": {"mamba_expand": 2, "attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
-    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+    },
     "deepseek_v2": {**_MLA, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {**_MLA, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "dots1": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
@@ -71,6 +74,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"mamba_expand": 2, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2},
     "minicpm3": _MLA,
@@ -81,6 +85,27 @@ _OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "youtu": _MLA,
 }
+
+
+# Those that `make test` tries: the ones that people use most, and one of each kind of trouble.
+_SOME = (
+    "bloom codegen cohere2 deepseek_v2 deepseek_v3 ernie4_5_moe falcon falcon_h1 gemma gemma2 gemma3_text glm4 "
+    "glm4_moe gpt2 gpt_neo gpt_neox gpt_oss gptj granite granitemoe helium jamba lfm2 llama llama4_text mamba "
+    "minimax ministral mistral mixtral mpt nemotron olmo2 olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 "
+    "qwen3_5_text qwen3_moe qwen3_next recurrent_gemma smollm3 stablelm starcoder2 "
+)
+# And those that `make families` tries as well. Encoders, and decoders of another model, are no language models alone.
+_OTHERS = (
+    "afmoe apertus arcee aria_text axk2 bailing_hybrid bamba beam biogpt bitnet cohere cohere2_moe ctrl cwm dbrx "
+    "deepseek_v4 diffllama doge dots1 ernie4_5 exaone4 exaone_moe falcon_mamba flex_olmo flint gemma3n_text "
+    "gemma4_unified_text glm glm4_moe_lite gpt-sw3 gpt_bigcode gpt_neox_japanese granite_swa granitemoe_swa "
+    "granitemoehybrid granitemoeshared hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling2_text "
+    "inkling_text internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2_moe lfm3 mamba2 mellum mimo_v2_flash "
+    "minicpm3 minimax_m2 minimax_m3_vl_text ministral3 modernbert-decoder moshi nanochat nemotron_h olmo olmo3 "
+    "olmo_hybrid openai-gpt persimmon qwen3_5_moe_text qwen4_exp_text rwkv seed_oss solar_open vaultgemma xglm "
+    "xlstm youtu "
+)
+SOME, OTHERS = _SOME.split(), _OTHERS.split()
 
 
 def small_config(model_type: str) -> dict[str, Any]:
