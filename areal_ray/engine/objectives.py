@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 from areal_ray.config import ConfigError, ObjectiveConfig, plugin
 from areal_ray.engine.hidden import Hidden
+from areal_ray.run.metric_names import RESERVED
 
 Batch = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]
 LossWeightFn = Callable[[Batch], torch.Tensor | float]
 FrozenModel = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # inputs of the model -> its output, no gradients
 # Metrics of any run.
-RESERVED = ("step", "loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "data_s", "skipped")
 IGNORED = -100  # in labels: nothing is predicted at this position
 
 

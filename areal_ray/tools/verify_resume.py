@@ -16,6 +16,7 @@ from areal_ray.checkpoint import StoredState
 from areal_ray.config import Config, ConfigError, load
 from areal_ray.config.schema import fits
 from areal_ray.run import RunDir
+from areal_ray.run.metric_names import CLOCK
 from areal_ray.storage import Storage, storage_at
 from areal_ray.tools import checkpoints
 
@@ -25,7 +26,6 @@ BOUND = 3e-4
 # On a GPU, where no order of sums is fixed, and in bfloat16: on an H200 two runs of 0.13B parameters from the same
 # start on the same batch were 1.2e-3 apart after 8 steps and 0.3 after 60; other weights altogether would be 1.4 apart.
 GPU_BOUND = 0.6
-_TIMES = ("tokens_per_s", "step_time_s", "data_s")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _common(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> tuple[lis
 
 def lines_of(run: RunDir) -> list[dict[str, Any]]:
     """The logged steps without what the clock says."""
-    return [{key: value for key, value in line.items() if key not in _TIMES} for line in run.metrics()]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in run.metrics()]
 
 
 def _arrows(sizes: Sequence[int]) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from areal_ray.run import RunDir
-
-_KNOWN = ("loss", "grad_norm", "lr", "epoch", "tokens_per_s", "step_time_s", "data_s", "skipped")
+from areal_ray.run.metric_names import RESERVED
 
 _SLOW_DATA = 0.1  # of a step's time: from which on waiting for data is shown
 
@@ -51,13 +50,14 @@ class Console:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         held_out = {name: value for name, value in values.items() if name.startswith("held_out_")}
         if "lr" in values:
-            own = {name: value for name, value in values.items() if name not in _KNOWN and name not in held_out}
+            own = {name: value for name, value in values.items() if name not in RESERVED and name not in held_out}
             parts = [f"loss {values['loss']:.4f}", f"grad norm {values['grad_norm']:.2f}"] if "loss" in values else []
             parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items()]
             parts += [f"lr {values['lr']:.2e}", f"{values['tokens_per_s']:,.0f} tokens/s"]
             parts += [f"{values['step_time_s']:.3f} s/step"]
             if values.get("data_s", 0.0) > _SLOW_DATA * values["step_time_s"]:
                 parts += [f"{values['data_s']:.3f} of them waiting for data"]
+            parts += [f"{_span(values['left_s'])} left"] if values.get("left_s", 0.0) >= 60 else []
             parts += [f"{values['skipped']} skipped"] if "skipped" in values else []
             self._line(step, parts)
         if held_out:
@@ -69,6 +69,13 @@ class Console:
     def rewind(self, step: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+def _span(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 class MetricsFile:

@@ -45,7 +45,7 @@ class StepMetrics:
         cadence: when to log.
         sinks: where to.
         total_steps: the last of them is always logged.
-        tokens_per_step: of the global batch.
+        samples_per_step, tokens_per_step: of the global batch.
         waited: seconds that this rank has waited for batches so far.
         of_data: what there is to say of the data so far.
     """
@@ -55,23 +55,30 @@ class StepMetrics:
         cadence: Cadence,
         sinks: Sequence[MetricsSink],
         total_steps: int,
+        samples_per_step: int,
         tokens_per_step: int,
         waited: Callable[[], float] = lambda: 0.0,
         of_data: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._cadence, self._sinks = cadence, sinks
-        self._total_steps, self._tokens_per_step = total_steps, tokens_per_step
+        self._total_steps = total_steps
+        self._samples_per_step, self._tokens_per_step = samples_per_step, tokens_per_step
         self._window = Window()
         self.loss: float | None = None  # of the newest step; None: it was left out
         self._skipped = 0  # steps of this window that were left out
         self._line: dict[str, Any] = {}
         self._began = self._seconds = 0.0
+        # Between steps: since the last one ended, and so far in this window; None: no step has ended yet.
+        self._ended: float | None = None
+        self._evaluating = self._between = 0.0
         self._waited, self._waited_before, self._of_data = waited, 0.0, of_data
         self._steps_timed = 0
 
     def begin_step(self) -> None:
         """Begin to time a step. What lies between the steps (evaluation, saves) does not count as their time."""
         self._began = time.perf_counter()
+        if self._ended is not None:
+            self._between += self._began - self._ended
 
     def add(self, values: Mapping[str, float] | None) -> None:
         """Take the numbers of the next step in order; None: it was left out, and is in no mean."""
@@ -92,23 +99,40 @@ class StepMetrics:
             epoch: passes over the data that are complete.
             lr: that the step had.
         """
-        self._seconds += time.perf_counter() - self._began
+        self._ended = time.perf_counter()
+        self._seconds += self._ended - self._began
         self._steps_timed += 1
         if not self.due(step, epoch):
             return
         means = self._window.flush()
         self._cadence.fired(step, epoch)
-        seconds = self._seconds / self._steps_timed
-        timing = {"tokens_per_s": round(self._tokens_per_step / seconds, 1), "step_time_s": round(seconds, 4)}
-        waited = self._waited()
-        timing["data_s"] = round((waited - self._waited_before) / self._steps_timed, 4)
-        self._waited_before = waited
+        seen = {"samples": step * self._samples_per_step, "tokens": step * self._tokens_per_step}
         skipped = {"skipped": self._skipped} if self._skipped else {}
-        self._seconds, self._steps_timed, self._skipped = 0.0, 0, 0
-        self._line |= {**means, "lr": lr, "epoch": epoch, **self._of_data(), **timing, **skipped}
+        self._line |= {**means, "lr": lr, "epoch": epoch, **seen, **self._of_data(), **self._timing(step), **skipped}
+        self._skipped = 0
+
+    def _timing(self, step: int) -> dict[str, float]:
+        """What the clock says of the window, which ends here: means over its steps, and the seconds that are left."""
+        seconds = self._seconds / self._steps_timed
+        waited = self._waited()
+        parts = waited - self._waited_before, self._evaluating, self._between - self._evaluating
+        data, evaluation, save = (part / self._steps_timed for part in parts)
+        self._waited_before = waited
+        self._seconds, self._steps_timed, self._evaluating, self._between = 0.0, 0, 0.0, 0.0
+        return {
+            "tokens_per_s": round(self._tokens_per_step / seconds, 1),
+            "step_time_s": round(seconds, 4),
+            "data_s": round(data, 4),
+            "evaluation_s": round(evaluation, 4),
+            "save_s": round(save, 4),
+            "left_s": round((self._total_steps - step) * (seconds + evaluation + save), 1),
+            "time": round(time.time(), 3),
+        }
 
     def evaluated(self, results: dict[str, float]) -> None:
         """Take the results of an evaluation after the step."""
+        if self._ended is not None:
+            self._evaluating += time.perf_counter() - self._ended
         self._line |= results
 
     def write(self, step: int) -> None:

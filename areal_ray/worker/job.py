@@ -80,8 +80,8 @@ def build_job(
         args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
         evaluator = Evaluator(*args)
     log = Cadence(config.logging.every_steps)
-    tokens = train.global_batch_size * train.seq_len
-    metrics = StepMetrics(log, _sinks(config, start), train.steps, tokens, lambda: cursor.seconds, cursor.metrics)
+    of_step = train.global_batch_size, train.global_batch_size * train.seq_len
+    metrics = StepMetrics(log, _sinks(config, start), train.steps, *of_step, lambda: cursor.seconds, cursor.metrics)
     save = auto or Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
     copy = Cadence(every.memory_every_steps)
     evaluate = Cadence(config.eval.every_steps)

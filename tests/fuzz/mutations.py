@@ -7,6 +7,7 @@ import pickletools
 import re
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -75,11 +76,11 @@ def _change(box: list[Any], draw: Random) -> None:
     value = parent[key]
     kind = draw.randrange(8)
     if kind == 0 and isinstance(value, dict):
-        value[draw.choice(("", "chunks", "step", "format", "__class__", "extra"))] = draw.choice(_NONSENSE)
+        value[draw.choice(("", "chunks", "step", "format", "__class__", "extra"))] = _nonsense(draw)
     elif kind == 1 and parent is not box:
         del parent[key]
     elif kind == 2 and isinstance(parent, list):
-        parent.insert(key, value)
+        parent.insert(key, deepcopy(value))
     elif kind == 3 and isinstance(parent, dict):
         parent[draw.choice((f"{key}x", key.upper(), f"../{key}", "²"))] = parent.pop(key)
     elif kind == 4:
@@ -87,13 +88,18 @@ def _change(box: list[Any], draw: Random) -> None:
         if _is_plain(value) and _is_plain(other[place]):
             parent[key], other[place] = other[place], value
         else:
-            parent[key] = draw.choice(_NONSENSE)
+            parent[key] = _nonsense(draw)
     elif kind == 5 and type(value) in (int, float):
         parent[key] = draw.choice((-value, value + 1, value - 1, value * 2**32, str(value), [value], float(value)))
     elif kind == 6:
-        parent[key] = draw.choice(({"a": value}, [value], [value, value], str(value)))
+        parent[key] = draw.choice(({"a": value}, [value], [value, deepcopy(value)], str(value)))
     else:
-        parent[key] = draw.choice(_NONSENSE)
+        parent[key] = _nonsense(draw)
+
+
+def _nonsense(draw: Random) -> Any:
+    """One of its own: a tree must not hold the same list twice, or itself."""
+    return deepcopy(draw.choice(_NONSENSE))
 
 
 def _is_plain(value: Any) -> bool:

@@ -67,7 +67,7 @@ class Job:
         default_factory=lambda: GlobalBatches(Tokens(), 0, SAMPLES_PER_STEP, 0, 1)  # type: ignore[arg-type]
     )
     progress: Progress = field(default_factory=Progress)
-    metrics: StepMetrics = field(default_factory=lambda: StepMetrics(Cadence(1), [], 100, 32))
+    metrics: StepMetrics = field(default_factory=lambda: StepMetrics(Cadence(1), [], 100, 1, 32))
     guard: BadStepPolicy = field(default_factory=lambda: BadStepPolicy(BadStepConfig(), [], lambda _: None))
 
     @property

@@ -8,6 +8,7 @@ import pytest
 from areal_ray.cli.main import main as run_cli
 from areal_ray.config import load
 from areal_ray.driver.connect import cluster
+from areal_ray.run.metric_names import CLOCK
 from areal_ray.storage import LocalStorage
 from areal_ray.tools import checkpoints
 
@@ -65,10 +66,7 @@ class Run:
 
     def metrics(self) -> list[dict]:
         """The logged lines without what the clock says."""
-        return [
-            {k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s", "data_s")}
-            for x in self.lines("metrics.jsonl")
-        ]
+        return [{k: v for k, v in x.items() if k not in CLOCK} for x in self.lines("metrics.jsonl")]
 
 
 @pytest.fixture(scope="session")

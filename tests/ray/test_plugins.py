@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from areal_ray.cli.main import main as run_cli
+from areal_ray.run.metric_names import CLOCK
 
 from .conftest import EXPERIMENT, SMALL
 
@@ -143,7 +144,7 @@ def train(ray_cluster, experiment, tmp_path):
         run = tmp_path / "runs" / name
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert logged == metrics
-        return run, [{k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s", "data_s")} for x in logged]
+        return run, [{k: v for k, v in x.items() if k not in CLOCK} for x in logged]
 
     return train
 

@@ -10,6 +10,7 @@ import pytest
 
 from areal_ray.cli.main import main as run_cli
 from areal_ray.run import RunDir
+from areal_ray.run.metric_names import CLOCK
 from areal_ray.storage import storage_at
 from areal_ray.tools import checkpoints
 from tests.ray.conftest import EXPERIMENT, SMALL
@@ -39,10 +40,7 @@ class Run:
 
     def metrics(self):
         """The logged lines without what the clock says."""
-        return [
-            {k: v for k, v in x.items() if k not in ("tokens_per_s", "step_time_s", "data_s")}
-            for x in self.files.metrics()
-        ]
+        return [{k: v for k, v in x.items() if k not in CLOCK} for x in self.files.metrics()]
 
 
 class Screen(io.StringIO):

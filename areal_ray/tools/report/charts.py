@@ -8,25 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_ray.run.goodput import PHASES
+from areal_ray.run.metric_names import RESERVED
 from areal_ray.tools.report.course import Course
 
 # Okabe and Ito's colours, told apart by people with any kind of colour vision; black and yellow are left out, as each
 # is lost on one of the two backgrounds. https://jfly.uni-koeln.de/color/
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("solid", "dot", "dash", "dashdot", "longdash", "longdashdot")  # on paper without colours
-_KNOWN = {
-    "step",
-    "loss",
-    "grad_norm",
-    "lr",
-    "epoch",
-    "tokens_per_s",
-    "step_time_s",
-    "skipped",
-    "time",
-    "samples",
-    "tokens",
-}
 _PARTS = ("data_s", "save_s", "evaluation_s")
 _OWN_CHARTS = 8
 
@@ -53,7 +41,7 @@ def charts(runs: Sequence[Course]) -> list[Chart]:
     made += [_parts(run) for run in runs] if len(runs) == 1 else []
     made += [_lines(runs, "grad_norm", "Gradient norm", log=True), _lines(runs, "lr", "Learning rate")]
     names = {name for run in runs for line in run.metrics for name in line}
-    own = sorted(name for name in names - _KNOWN - set(_PARTS) if not name.startswith("held_out_loss"))
+    own = sorted(name for name in names - set(RESERVED) if name != "held_out_loss")
     made += [_lines(runs, name, name.replace("_", " ").capitalize()) for name in own[:_OWN_CHARTS]]
     made += [_checkpoints(runs), *(_starts(run) for run in runs)]
     return [chart for chart in made if chart.traces]

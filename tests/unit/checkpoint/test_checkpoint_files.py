@@ -37,10 +37,15 @@ VALUES = {"step": 7, "lr": 0.1, "name": "größer", "on": True, "none": None, "l
 
 
 def blank(tree):
+    """Of the same types, with other values."""
     return {
-        k: torch.full_like(v, 1) if torch.is_tensor(v) else blank(v) if isinstance(v, dict) else "?"
+        k: torch.full_like(v, 1) if torch.is_tensor(v) else blank(v) if isinstance(v, dict) else plain(v)
         for k, v in tree.items()
     }
+
+
+def plain(value):
+    return None if value is None else type(value)()
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):

@@ -77,10 +77,16 @@ def other_error():
     return error
 
 
+def of_node():
+    error = ActorDiedError()
+    error.error_msg = "The actor died because its node has died. Node Id: 1"
+    return error
+
+
 OTHERS = {
     "an exception": lambda life: life.end(other_error()),
     "a node that was taken away": lambda life: life.end(lost_node=True),
-    "a node that died": lambda life: life.end(ActorDiedError("The actor died because its node has died. Node Id: 1")),
+    "a node that died": lambda life: life.end(of_node()),
     "after it was restored": lambda life: (life.run.event("restored", attempt=life.attempt, step=20), life.end()),
     "of a hang": lambda life: (
         life.run.event(

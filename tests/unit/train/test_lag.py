@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from areal_ray.config import BadStepConfig, ConfigError
 from areal_ray.engine.scalars import Reading
+from areal_ray.run.metric_names import CLOCK
 from areal_ray.train import bad_steps
 from areal_ray.train.bad_steps import BadStepError
 
@@ -19,12 +20,11 @@ pytestmark = pytest.mark.unit
 
 NAN, INF = math.nan, math.inf
 SPIKES = BadStepConfig(on_bad="skip", spike_factor=2.0, spike_window=3, max_bad_steps=100)
-TIMES = {"step_time_s", "tokens_per_s", "data_s"}
 
 
 def lines(job):
     """The metrics lines but for what the clock says."""
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in job.recover.run.metrics()]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in job.recover.run.metrics()]
 
 
 losses = st.lists(st.floats(0.125, 10, width=32) | st.sampled_from([NAN, INF]), max_size=30)

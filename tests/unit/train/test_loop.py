@@ -3,6 +3,7 @@
 import pytest
 
 from areal_ray.data import GlobalBatches
+from areal_ray.run.metric_names import CLOCK
 from areal_ray.train.bad_steps import BadStepError
 from areal_ray.train.evaluation import Evaluator
 
@@ -10,12 +11,10 @@ from .loop_fakes import SEQUENCES, TOTAL, Engine
 
 pytestmark = pytest.mark.unit
 
-TIMES = {"step_time_s", "tokens_per_s", "data_s"}
-
 
 def lines(job):
     """The metrics lines but for what the clock says."""
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in job.recover.run.metrics()]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in job.recover.run.metrics()]
 
 
 def test_it_logs_evaluates_and_saves_when_it_is_due_and_at_the_end(start):
@@ -45,7 +44,7 @@ def test_a_line_tells_the_means_of_its_window(start):
     assert line["loss"] == pytest.approx(sum(losses[4:]) / 4)
     assert line["grad_norm"] == pytest.approx(sum(losses[4:]) / 2)
     assert (line["lr"], line["epoch"]) == (0.1, 0)
-    assert set(line) == {"step", "loss", "grad_norm", "lr", "epoch"} | TIMES
+    assert set(line) == {"step", "loss", "grad_norm", "lr", "epoch", "samples", "tokens"} | set(CLOCK)
     assert line["tokens_per_s"] > 0
 
 
@@ -138,7 +137,7 @@ def test_a_step_that_is_left_out_changes_nothing_but_how_far_the_run_is(start):
 def test_a_window_without_a_step_that_counts_has_a_line_without_a_loss(start):
     job = start(spoiled=range(5, 9))
     line = next(line for line in lines(job) if line["step"] == 8)
-    assert line == {"step": 8, "lr": 0.1, "epoch": 0, "skipped": 4}
+    assert line == {"step": 8, "lr": 0.1, "epoch": 0, "samples": 32, "tokens": 64, "skipped": 4}
 
 
 def test_what_is_not_a_number_is_in_no_checkpoint_even_of_the_very_step(start):

@@ -53,7 +53,7 @@ def test_waiting_for_data_is_a_mean_over_the_steps_of_a_line():
             lines.append(values["data_s"])
 
     lines, waited = [], 0.0
-    metrics = StepMetrics(Cadence(2), [Sink()], 100, 1, lambda: waited)
+    metrics = StepMetrics(Cadence(2), [Sink()], 100, 1, 1, lambda: waited)
     for step, seconds in ((1, 1.0), (2, 3.0), (3, 0.0), (4, 0.5)):
         metrics.begin_step()
         waited += seconds
@@ -61,6 +61,28 @@ def test_waiting_for_data_is_a_mean_over_the_steps_of_a_line():
         metrics.end_step(step, 0, 0.1)
         metrics.write(step)
     assert lines == [2.0, 0.25]
+
+
+def test_what_lies_between_steps_is_told_apart_from_them(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr("areal_ray.train.tracking.time.perf_counter", lambda: now[0])
+    metrics = StepMetrics(
+        Cadence(2), [type("Sink", (), {"log": lambda _, step, values: lines.append(values)})()], 6, 4, 40
+    )
+    for step in range(1, 5):
+        metrics.begin_step()
+        now[0] += 2.0
+        metrics.add({"loss": 1.0})
+        metrics.end_step(step, 0, 0.1)
+        if step == 2:
+            now[0] += 6.0
+            metrics.evaluated({"held_out_loss": 1.0})
+        metrics.write(step)
+        now[0] += 1.0  # a save
+    first, second = lines
+    assert (first["samples"], first["tokens"]) == (8, 80)
+    assert (first["step_time_s"], first["evaluation_s"], first["save_s"], first["left_s"]) == (2.0, 0.0, 0.5, 10.0)
+    assert (second["step_time_s"], second["evaluation_s"], second["save_s"]) == (2.0, 3.0, 1.0)
 
 
 def test_a_state_is_not_changed_by_what_is_added_later():
