@@ -95,7 +95,7 @@ def _finish(model: nn.Module, layer: nn.Linear, logits: torch.Tensor) -> torch.T
 @contextmanager
 def _replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     for module in modules:
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:
