@@ -77,16 +77,17 @@ def other_error():
     return error
 
 
-def of_node():
-    error = ActorDiedError()
-    error.error_msg = "The actor died because its node has died. Node Id: 1"
-    return error
+class NodeDied(ActorDiedError):
+    """As Ray says it of an actor whose node is gone; its constructor takes no text."""
+
+    def __str__(self):
+        return "The actor died because its node has died. Node Id: 1"
 
 
 OTHERS = {
     "an exception": lambda life: life.end(other_error()),
     "a node that was taken away": lambda life: life.end(lost_node=True),
-    "a node that died": lambda life: life.end(of_node()),
+    "a node that died": lambda life: life.end(NodeDied()),
     "after it was restored": lambda life: (life.run.event("restored", attempt=life.attempt, step=20), life.end()),
     "of a hang": lambda life: (
         life.run.event(
