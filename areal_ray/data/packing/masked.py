@@ -6,7 +6,6 @@ from functools import cached_property
 
 import numpy as np
 
-from areal_ray.data.corpus.corpus import TokenStream
 from areal_ray.data.corpus.manifest import digest
 from areal_ray.data.dataset import IGNORED
 from areal_ray.data.packing.concatenate import ConcatenatedRows
@@ -21,13 +20,9 @@ class MaskedRows(ConcatenatedRows):
         stream, seq_len: as for ConcatenatedRows.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int) -> None:
-        super().__init__(stream, seq_len)
-        self._documents = stream
-
     @cached_property
     def _starts(self) -> np.ndarray:
-        lengths = self._documents.document_lengths()
+        lengths = self._stream.document_lengths()
         return np.cumsum(lengths, dtype=np.int64) - lengths
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -44,8 +39,8 @@ class MaskedRows(ConcatenatedRows):
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the stream's and of the length; reads nothing."""
-        return digest(["concatenate", "masked", super().fingerprint])
+        return digest(["concatenate", "document_mask", self._stream.fingerprint, self._seq_len])
 
     def old_fingerprint(self) -> str:
-        """None: there were no masks before corpora were prepared."""
+        """That of no checkpoint: there were no such rows before corpora were prepared."""
         return ""
