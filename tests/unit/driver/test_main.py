@@ -73,7 +73,8 @@ def test_a_tokenizer_with_ids_that_the_model_has_no_row_for_is_found_before_anyt
 
 
 def test_a_mixture_is_prepared_by_its_sources_and_what_is_cut_is_said(config, tmp_path, capsys):
-    (tmp_path / "chats.jsonl").write_text('{"prompt": "a", "completion": "' + "b" * 90 + '"}\n' * 40)
+    line = '{"prompt": "a", "completion": "' + "b" * 90 + '"}\n'
+    (tmp_path / "chats.jsonl").write_text(line * 40)
     mixture = [
         f"{{name: notes, source: text, paths: [{tmp_path}/corpus], weight: 3}}",
         f"{{name: chats, source: jsonl, format: completion, paths: [{tmp_path}/chats.jsonl], held_out: 0, weight: 1}}",
