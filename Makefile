@@ -9,14 +9,16 @@ STAMP := $(VENV)/.installed
 # Kept open to be told where torch comes from: PIP_INSTALL="pip install --index-url ..." for a CPU-only or CUDA build.
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu bench bench-gpu chaos check clean
+.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu families bench bench-gpu chaos fuzz check clean
 
 help:
 	@echo "make train              train the tiny model on this machine (EXP=name, SET=\"key=value ...\")"
 	@echo "make submit             the same as a job of the cluster at RAY_API_SERVER_ADDRESS"
 	@echo "make test               all tests; also test-unit, test-distributed, test-ray, test-gpu"
+	@echo "make families           try every causal language model of transformers, and write the table into README.md"
 	@echo "make bench              measure against the peers, side by side (ARMS=saves ROUNDS=5); bench-gpu: the engine on one GPU"
 	@echo "make chaos              real faults for MINUTES=15 in the order of SEED=0, and a check that nothing was lost"
+	@echo "make fuzz               N=20000 mutated checkpoints, logs and configs of SEED=0; CASE=n repeats one"
 	@echo "make check              format, lint, types, import contracts"
 	@echo "make install            .venv with everything pinned; the others call it when needed"
 
@@ -57,6 +59,10 @@ test-gpu:
 	@# strict-config would stumble over the options of absent plugins
 	@$(PYTHON) -m tests.gpu_probe; probe=$$?; $(PYTHON) -m pytest $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py') -m gpu -o addopts="-q --strict-markers" -W ignore::pytest.PytestConfigWarning && exit $$probe
 
+# make families NAMES="qwen3 mixtral": only these, without writing the table
+families: install
+	@$(BIN)/python -m tests.families $(NAMES)
+
 # make bench ARMS="saves restart" ROUNDS=5 ONLY="tutorial areal_ray" MODEL=120M
 bench: install
 	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5) $(if $(ONLY),--only $(ONLY)) $(if $(MODEL),--model $(MODEL))
@@ -68,6 +74,10 @@ bench-gpu:
 # make chaos MINUTES=15 SEED=1 SET="key=value"
 chaos: install
 	@$(BIN)/areal-ray chaos --config $(CONFIG) --minutes $(or $(MINUTES),15) --seed $(or $(SEED),0) $(SET)
+
+# make fuzz N=20000 SEED=0 CASE=17 (that one again)
+fuzz: install
+	@$(BIN)/python -m tests.fuzz --cases $(or $(N),20000) --seed $(or $(SEED),0) $(if $(CASE),--case $(CASE))
 
 check: install
 	@$(BIN)/ruff format --check --quiet .

@@ -9,12 +9,25 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from areal_ray.checkpoint.format.manifest import MANIFEST, CheckpointDamaged, Manifest, check_sizes, read_manifest
-from areal_ray.storage import Storage, read_ahead
+from areal_ray.checkpoint.format.manifest import (
+    MANIFEST,
+    CheckpointDamaged,
+    CheckpointUnreadable,
+    Manifest,
+    check_info,
+    check_sizes,
+    read_manifest,
+    reading,
+)
+from areal_ray.storage import Storage, is_unreadable, read_ahead
 
 INDEX = "checkpoints.json"
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.a(\d+)")
+# Files of a save, finished or not, with those that a reader and a killed writer may leave beside them.
+_OWN = re.compile(
+    r"(shard-\d+\.(distcp|sums)|layout\.json|state\.json|\.metadata|manifest\.json|\.reading-[0-9a-f]+)(\.\d+\.tmp)?"
+)
 _INFO = ("step", "attempt", "time", "world_size", "metrics")  # of a manifest's, what the index has
 
 
@@ -25,7 +38,8 @@ class Entry:
     Args:
         name, step, attempt: as the directory's name says.
         manifest: None if it cannot be used, and `problem` says why.
-        committed: whether its save was finished once, good or not by now.
+        committed: whether its save was finished once, good or not by now; also if that cannot be told.
+        unreadable: whether the problem is one that may pass, see `CheckpointUnreadable`.
     """
 
     name: str
@@ -34,6 +48,7 @@ class Entry:
     manifest: Manifest | None
     problem: str | None = None
     committed: bool = True
+    unreadable: bool = False
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -106,34 +121,57 @@ class Catalog:
 
     def last_committed(self) -> str | None:
         """The newest one whose save was finished, good or not by now; None if none ever was."""
-        return next((name for *_, name in self.names() if self.directory(name).size(MANIFEST) is not None), None)
+        return next((name for *_, name in self.names() if self.is_committed(name)), None)
+
+    def is_committed(self, name: str) -> bool:
+        """Whether a save was finished once. What cannot be looked at counts as finished: nobody may delete it.
+
+        Raises:
+            OSError: if the storage is away.
+        """
+        try:
+            directory = self.directory(name)
+            # Something else in its place, a directory perhaps: then it is not known.
+            return directory.size(MANIFEST) is not None or (self._run.can_append and MANIFEST in directory.names())
+        except OSError as error:
+            if not is_unreadable(error):
+                raise
+            return True
 
     def unfinished(self, before_attempt: int) -> list[str]:
-        """Names of directories of earlier attempts whose save was never finished: nobody will finish or may read them.
+        """Directories of earlier attempts that an unfinished save has left: nobody will finish them."""
+        return [name for name, own in self.uncommitted(before_attempt).items() if own]
+
+    def is_of_a_save(self, name: str) -> bool:
+        """Whether a directory holds nothing but files that saves write; else it is another program's."""
+        return all(_OWN.fullmatch(file) for file in self.directory(name).names())
+
+    def uncommitted(self, before_attempt: int) -> dict[str, bool]:
+        """Directories of earlier attempts without a manifest, by name, and whether each is `is_of_a_save`.
 
         Asks for the manifest of those that the index does not have.
         """
         rows = self._rows()
-        return [
-            name
+        return {
+            name: self.is_of_a_save(name)
             for attempt, _, name in self.names()
-            if attempt < before_attempt
-            and self._current(rows, name) is None
-            and self.directory(name).size(MANIFEST) is None
-        ]
+            if attempt < before_attempt and self._current(rows, name) is None and not self.is_committed(name)
+        }
 
     def entry(self, name: str) -> Entry:
         """A directory with its manifest and sizes checked; contents are not read."""
         attempt, step = self.version(name)
         try:
-            manifest = read_manifest(self.directory(name))
-            check_sizes(self.directory(name), manifest)
+            with reading("the directory"):
+                directory = self.directory(name)
+            manifest = read_manifest(directory)
+            check_sizes(directory, manifest)
             if (manifest.info.get("step"), manifest.info.get("attempt")) != (step, attempt):
                 raise CheckpointDamaged("manifest.json: belongs to another checkpoint")
             return Entry(name, step, attempt, manifest)
         except CheckpointDamaged as error:
-            committed = self.directory(name).size(MANIFEST) is not None
-            return Entry(name, step, attempt, None, str(error), committed)
+            committed, unreadable = self.is_committed(name), isinstance(error, CheckpointUnreadable)
+            return Entry(name, step, attempt, None, str(error), committed, unreadable)
 
     def entries(self) -> Iterator[Entry]:
         """Every directory, newest first, as `entry` says; looked at when it is its turn."""
@@ -185,7 +223,7 @@ class Catalog:
         self._run.replace(INDEX, f'{{"format": {_FORMAT}, "checkpoints": {{\n{rows}\n}}}}\n'.encode())
 
     def _rows(self) -> dict[str, Summary]:
-        """The index; empty if there is none, or it is torn or of another version."""
+        """The index; empty if there is none that can be read, or it is torn or of another version."""
         try:
             found = json.loads(self._run.read(INDEX))
             if found["format"] != _FORMAT:
@@ -195,7 +233,7 @@ class Catalog:
                     name,
                     int(match[1]),
                     int(match[2]),
-                    info=dict(row["info"]),
+                    info=check_info(row["info"]),
                     size=int(row["bytes"]),
                     stamp=row["stamp"],
                     indexed=True,
@@ -203,7 +241,7 @@ class Catalog:
                 for name, row in found["checkpoints"].items()
                 if (match := _NAME.fullmatch(name))
             }
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return {}
 
     def _current(self, rows: Mapping[str, Summary], name: str) -> Summary | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 
 from areal_ray.checkpoint.format.contents import Contents
 from areal_ray.checkpoint.format.layout import LAYOUT, Cut
-from areal_ray.checkpoint.format.manifest import CheckpointDamaged
+from areal_ray.checkpoint.format.manifest import CheckpointDamaged, reading
 from areal_ray.checkpoint.format.sums import Sums
 from areal_ray.checkpoint.tree import box_of, is_here, local
 from areal_ray.distributed.device import Uploads
@@ -60,7 +59,11 @@ class _Block:
 
 
 def read_tensors(
-    directory: Storage, contents: Contents, tensors: Mapping[str, torch.Tensor], one_by_one: bool = False
+    directory: Storage,
+    contents: Contents,
+    tensors: Mapping[str, torch.Tensor],
+    one_by_one: bool = False,
+    offsets: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Fill tensors in place. No collective.
 
@@ -71,11 +74,12 @@ def read_tensors(
         contents: of the checkpoint; they have tensors of these names, shapes and types.
         tensors: plain ones and DTensors, whose parts here are filled.
         one_by_one: read one range after the other, where several threads do this.
+        offsets: where in the stored ones these tensors begin, where that is not what a DTensor says of itself.
 
     Raises:
         CheckpointDamaged: if something that is needed is missing or damaged.
     """
-    wanted = _overlaps(contents, tensors)
+    wanted = _overlaps(contents, tensors, offsets or {})
     sums = contents.sums(directory, wanted)
     reads = (
         (end - start, partial(_read, directory, contents.files[number], sums[number], start, end, blocks))
@@ -89,14 +93,17 @@ def read_tensors(
     uploads.wait()
 
 
-def _overlaps(contents: Contents, tensors: Mapping[str, torch.Tensor]) -> dict[int, list[_Overlap]]:
+def _overlaps(
+    contents: Contents, tensors: Mapping[str, torch.Tensor], offsets: Mapping[str, tuple[int, ...]]
+) -> dict[int, list[_Overlap]]:
     """By the number of the shard file. Tensors that are cut alike there and here are looked up once."""
     found: dict[int, list[_Overlap]] = {}
     known: dict[Any, list[int]] = {}
     for name, tensor in tensors.items():
         if not is_here(tensor):
             continue
-        cut, rows, (offset, length) = contents.layout.tensors[name].cut, contents.layout.rows[name], box_of(tensor)
+        cut, rows = contents.layout.tensors[name].cut, contents.layout.rows[name]
+        offset, length = (offsets[name], tuple(tensor.shape)) if name in offsets else box_of(tensor)
         key = id(cut), offset, length
         if key not in known:
             known[key] = cut.overlapping(offset, length).tolist()
@@ -161,10 +168,8 @@ def _read(
     directory: Storage, name: str, sums: Sums, start: int, end: int, blocks: list[_Block]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Targets, and verified tensors for them."""
-    try:
+    with reading(name):
         data = bytearray(directory.read_range(name, start, end - start))  # writable, as torch wants it
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{name}: missing") from None
     if len(data) != end - start:
         raise CheckpointDamaged(f"{name}: ends after {start + len(data)} bytes, should have {end}")
     view, pairs = memoryview(data), []
@@ -187,7 +192,9 @@ def _decode(data: memoryview, name: str, at: int, shape: tuple[int, ...], dtype:
     """A tensor as torch.save wrote it."""
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # written so, or the checksum would not match
+    except MemoryError:  # of this machine
+        raise
+    except Exception as error:  # noqa: BLE001  (written so, or the checksum would not match; torch raises almost anything)
         raise CheckpointDamaged(f"{name}: the bytes at {at} are no tensor ({type(error).__name__})") from None
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CheckpointDamaged(f"{name}: the bytes at {at} are no {dtype} of shape {shape}")

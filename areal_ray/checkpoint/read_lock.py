@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from areal_ray.storage import Storage
+from areal_ray.storage import NotAFile, Storage
 
 _NAME = re.compile(r"\.reading-[0-9a-f]+")
 _SECONDS = 3600.0  # a reader that was killed keeps its checkpoint alive that long
@@ -39,7 +39,7 @@ def has_readers(directory: Storage) -> bool:
     """Whether a reader holds the lock of this checkpoint."""
     for name in directory.names():
         if _NAME.fullmatch(name):  # not the half of one that a killed reader left
-            with suppress(FileNotFoundError, ValueError, KeyError):  # just finished, or torn
+            with suppress(FileNotFoundError, NotAFile, ValueError, KeyError, TypeError):  # just finished, or torn
                 if json.loads(directory.read(name))["until"] > time.time():
                     return True
     return False

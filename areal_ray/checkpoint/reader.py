@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint.format.contents import Contents, torch_dtype
 from areal_ray.checkpoint.format.layout import StoredTensor
-from areal_ray.checkpoint.format.manifest import Manifest
+from areal_ray.checkpoint.format.manifest import STATE, CheckpointDamaged, CheckpointUnreadable, Manifest
 from areal_ray.checkpoint.parts import read_tensors
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.tree import flatten, merge
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import RankError, Ranks
 from areal_ray.storage import Storage, read_ahead
 
+AGAIN_S = 1.0  # after which what could not be read is tried once more: some errors pass
 _PART_BYTES = 4 << 20  # of tensors that tools read ahead in one go, and take three times as much while they are
 
 
@@ -49,13 +52,63 @@ def load(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks, part: 
         tensors, _ = flatten(trees)
         _check_keys(tensors, stored, directory.location, part)
         ranks.all_or_raise(lambda: read_tensors(directory, contents, tensors))
-        for name, each in state.items():
-            each.load_state_dict(merge(trees[name], contents.values.get(name, {})))
+        other = ranks.all_or_raise(lambda: _take_over(state, trees, contents.values))
+        if other is not None:
+            raise other
     return contents.manifest
 
 
+def damage_on_loading(directory: Storage, state: Mapping[str, Stateful], ranks: Ranks) -> str | None:
+    """Load a checkpoint as `load` does; the damage that was found, or None. A collective."""
+    for again in (True, False):
+        try:
+            load(directory, state, ranks)
+            return None
+        except RankError as error:
+            if not error.only(CheckpointDamaged):
+                raise
+            if not (again and error.only(CheckpointUnreadable)):
+                return str(error)
+        time.sleep(AGAIN_S)
+    raise AssertionError("unreachable")
+
+
+def _take_over(
+    state: Mapping[str, Stateful], trees: Mapping[str, Mapping[str, Any]], values: Mapping[str, Mapping[str, Any]]
+) -> Exception | None:
+    """Hand the objects what was saved; what one of them raises for other reasons, to be raised as it is.
+
+    Raises:
+        CheckpointDamaged: if values are missing, or not of the types that the objects have now.
+    """
+    _check_types(flatten(trees)[1], values, "")
+    for name, each in state.items():
+        try:
+            each.load_state_dict(merge(trees[name], values.get(name, {})))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            text = f"{STATE}: {name!r} cannot go on from its values ({type(error).__name__}: {error})"
+            raise CheckpointDamaged(text) from error
+        except Exception as error:  # noqa: BLE001  (raised again: it is no damage)
+            return error
+    return None
+
+
+def _check_types(own: Mapping[str, Any], saved: Mapping[str, Any], path: str) -> None:
+    """Raise CheckpointDamaged for a value of another type than the object's own; a number may be whole or not.
+
+    What either does not have is for the object: it may be older, or younger, than the checkpoint. So is None.
+    """
+    for key in own.keys() & saved.keys():
+        mine, its = own[key], saved[key]
+        number = type(mine) is int and type(its) in (int, float)
+        if type(mine) in (int, str, list, dict) and type(its) is not type(mine) and not number:
+            raise CheckpointDamaged(f"{STATE}: {path}{key} is a {type(its).__name__}, not a {type(mine).__name__}")
+        if type(mine) is dict:
+            _check_types(mine, its, f"{path}{key}.")
+
+
 class StoredState:
-    """The contents of a checkpoint, for tools: whole tensors, in one process; needs a `read_lock`.
+    """The contents of a checkpoint, for tools: tensors or parts of them, in one process; needs a `read_lock`.
 
     Args:
         directory: a committed checkpoint.
@@ -80,6 +133,13 @@ class StoredState:
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, put together from all shards."""
         return self._read([name])[name]
+
+    def part(self, name: str, box: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The values in a box of a tensor: from where to where in each dimension."""
+        part = torch.empty([end - begin for begin, end in box], dtype=self.dtype(name))
+        offsets = {name: tuple(begin for begin, _ in box)}
+        read_tensors(self._directory, self._contents, {name: part}, one_by_one=True, offsets=offsets)
+        return part
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors by name, in this order; those that come next are read meanwhile, a bounded number of bytes."""

@@ -80,19 +80,26 @@ class Retention:
             del known[name]
 
     def clean_up(self, before_attempt: int) -> None:
-        """Delete what saves of earlier attempts have left unfinished."""
-        self._delete(self._catalog.unfinished(before_attempt))
+        """Delete what saves of earlier attempts have left unfinished, and say it.
+
+        What holds files that no save writes was not left by one: it stays, and that is said.
+        """
+        found = self._catalog.uncommitted(before_attempt)
+        if deleted := self._delete([name for name, own in found.items() if own]):
+            self._say(f"cleaned up saves of earlier attempts that were never finished: {_some(deleted)}")
+        if foreign := [name for name, own in found.items() if not own]:
+            self._say(f"left as it is, without a manifest and with files that no save writes: {_some(foreign)}")
 
     def discard(self, name: str) -> None:
         """Delete what a failed save has left, which may be what fills the disk.
 
-        If a rank died after the commit, it is a checkpoint and stays.
+        If a rank died after the commit, it is a checkpoint and stays; so does what was there before and made it fail.
         """
         try:
-            committed = self._catalog.directory(name).size(MANIFEST) is not None
+            own = not self._catalog.is_committed(name) and self._catalog.is_of_a_save(name)
         except OSError:  # not known; what is left is cleaned up by a later attempt
             return
-        if not committed:
+        if own:
             self._remove(name)
 
     def _load(self) -> dict[str, Summary]:
@@ -142,6 +149,11 @@ class Retention:
         except OSError as error:
             self._say(f"could not delete {name}: {error}")
             return False
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def deletable(entries: Sequence[E], keep: KeepConfig) -> list[E]:

@@ -25,6 +25,8 @@ _DUMP = re.compile(
     r'|^ *File "[^"]+", line \d+ in |^Extension modules: |^(PC: )?\s*@ +(0x|\.\.\.)|^ *<no Python frame>'
     r"|^Stack \(most recent call first"
 )
+# torch asks for the names of addresses, for messages of its own, and complains where there are none.
+_NOISE = re.compile(r"\[c10d\] The hostname of the client socket cannot be retrieved")
 _HANDLER = "areal_ray_console"
 
 
@@ -123,7 +125,7 @@ class Console:
         for line in data.get("lines", []):
             if line.startswith(_MARK):
                 self._show_marked(line[len(_MARK) :])
-            elif foreign or not line.strip() or line.startswith(_LOG):
+            elif foreign or not line.strip() or line.startswith(_LOG) or _NOISE.search(line):
                 continue
             elif _DUMP.search(line):
                 if process not in self._dumped:

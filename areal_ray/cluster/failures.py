@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 import re
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Cause:
         kind, message: of the exception.
         where: "file:line in function" of the innermost frame of the user's code (else of any), "" if unknown.
         infrastructure: whether a machine, the network or storage is to blame, and not the code.
+        node: of the worker, as it said itself or as Ray knows the address of a dead one; "" if unknown.
     """
 
     rank: int | None
@@ -57,6 +59,12 @@ class Cause:
     message: str
     where: str = ""
     infrastructure: bool = False
+    node: str = ""
+
+    @property
+    def is_death(self) -> bool:
+        """Whether a process was gone without a word: killed, crashed, or out of memory."""
+        return self.kind == _DEATH
 
 
 def root_cause(errors: dict[int, Exception]) -> Cause:
@@ -66,10 +74,9 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
         rank, error = item
         # A bad device explains whatever else went wrong; then an exception of one's own code explains most, then a dead
         # process, then errors of the survivors of either.
-        collateral = _is_collateral(error)
         return (
             not isinstance(error, BadDevice),
-            collateral,
+            _is_collateral(error),
             isinstance(error, RankError),
             not hasattr(error, "__notes__"),
             rank,
@@ -78,7 +85,14 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
     rank, error = min(errors.items(), key=order)
     if isinstance(error, RankError):  # every rank has it; the one where it happened has its traceback, too
         rank = _of_one(error)[0] if isinstance(errors.get(_of_one(error)[0]), RankError) else rank
-    return _describe(rank, errors[rank])
+    cause = _describe(rank, errors[rank])
+    return replace(cause, node=_node(errors.get(cause.rank))) if cause.rank is not None else cause
+
+
+def _node(error: Exception | None) -> str:
+    """Where it was raised, or where the worker died of which it tells."""
+    found = re.search(r"^\s*ip: (\S+)", str(error), re.M)
+    return str(getattr(error, "areal_ray", {}).get("node", found[1] if found else ""))
 
 
 def _of_one(error: RankError) -> tuple[int, str, list[str]]:
@@ -123,7 +137,7 @@ def annotate(error: Exception, step: int | None) -> None:
     """
     # Ray hands exceptions on without their traceback, but with their attributes.
     error.add_note(traceback.format_exc())
-    error.areal_ray = {"step": step, "time": time.time()}  # type: ignore[attr-defined]
+    error.areal_ray = {"step": step, "time": time.time(), "node": socket.gethostname()}  # type: ignore[attr-defined]
 
 
 def ensure_picklable(error: Exception, own_folders: Sequence[str] = ()) -> None:
@@ -186,23 +200,23 @@ def hung_cause(run: RunDir, errors: dict[int, Exception]) -> Cause | None:
     """
     before = run.newest("failure")
     failed = before["time"] if before else 0.0
-    latest = {rank: event for rank, event in _stuck(run).items() if event["time"] > failed}
+    latest = {rank: event for rank, event in _stuck(run).items() if event.get("time", 0.0) > failed}
     if not latest:
         return None
     for rank, event in sorted(latest.items()):
         if not event["waiting"]:
-            text = f"no progress for {event['seconds']:.0f} s in phase {event['phase']}"
-            return Cause(rank, _STUCK, text, event["where"], infrastructure=True)
+            text = f"no progress for {event.get('seconds', 0.0):.0f} s in phase {event.get('phase')}"
+            return Cause(rank, _STUCK, text, event.get("where") or "", infrastructure=True)
     if late := late_rank({rank: event.get("collectives") or {} for rank, event in latest.items()}):
-        return Cause(late[0], _STUCK, late[1], latest[late[0]]["where"], infrastructure=True)
+        return Cause(late[0], _STUCK, late[1], latest[late[0]].get("where") or "", infrastructure=True)
     alive = set(latest) | {rank for rank, error in errors.items() if hasattr(error, "areal_ray")}
     attempt = run.newest("attempt")
-    assert attempt is not None  # whose watchdogs these are
-    silent = sorted(set(range(attempt["world_size"])) - alive)
+    world_size = attempt.get("world_size", 0) if attempt else 0
+    silent = sorted(set(range(world_size)) - alive)
     if len(silent) == 1:
         return Cause(silent[0], _STOPPED, "no sign of life while the others waited for it", infrastructure=True)
     # With more of them it is not known which had no time to say anything, because they were ended with the first.
-    return Cause(min(latest), _STUCK, "waited for others", latest[min(latest)]["where"], infrastructure=True)
+    return Cause(min(latest), _STUCK, "waited for others", latest[min(latest)].get("where") or "", infrastructure=True)
 
 
 def _where(error: BaseException) -> str:
@@ -236,6 +250,6 @@ def cause_of(error: BaseException, run: RunDir) -> Cause:
                 (event for event in reversed(run.turning_points()) if event["event"] in ("failure", "submitted")), {}
             )
             if cause.kind == _DEATH and seen.get("cause") in (_STUCK, _STOPPED):
-                return Cause(seen["rank"], seen["cause"], seen["error"], seen["where"], infrastructure=True)
+                return Cause(seen["rank"], seen["cause"], seen.get("error", ""), seen.get("where") or "", True)
         return cause
     return _describe(None, getattr(error, "controller_failure", error))

@@ -1,7 +1,9 @@
-"""Nodes of a cluster: their names, and whether they can be reached."""
+"""Nodes of a cluster: their names, whether they can be reached, and through which interface their ranks speak."""
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -39,3 +41,37 @@ def this_node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
+
+
+def use_own_interface() -> str:
+    """Have gloo and NCCL speak through the interface with this node's Ray address, unless their variables are given.
+
+    Gloo else listens at what the host name resolves to, which Debian's /etc/hosts makes 127.0.1.1: no other node gets
+    there. An address that no interface has (behind NAT) changes nothing.
+
+    Returns:
+        Node, address and interface, as a message names them.
+    """
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    interface = interface_of(address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if not ipaddress.ip_address(address).is_loopback:  # which NCCL takes by itself where there is nothing else
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # exactly: it takes names for beginnings
+    used = os.environ.get("GLOO_SOCKET_IFNAME", "the one of its host name")
+    return f"{socket.gethostname()} at {address} (interface {used})"
+
+
+def interface_of(address: str) -> str | None:
+    """Name of this machine's network interface with an IP address; None if none has it."""
+    import psutil
+
+    wanted = ipaddress.ip_address(address)
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            ip = each.family in (socket.AF_INET, socket.AF_INET6)
+            if ip and ipaddress.ip_address(each.address.partition("%")[0]) == wanted:
+                return str(name)
+    return None

@@ -7,12 +7,10 @@ Nothing of Ray is imported before it is used: a module that a new Ray has rename
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from areal_ray.cluster.ray_checks import missing
@@ -38,6 +36,8 @@ _CORE = {
     "keep_alive_duration_secs",
     "ray.core.generated.gcs_pb2:ResourcesData": "resources_total resources_available is_draining",
     "ray.core.generated.node_manager_pb2_grpc:NodeManagerServiceStub": "PrestartWorkers GetResourceLoad",
+    "ray.core.generated.gcs_service_pb2": "GetClusterIdRequest GetClusterIdReply.cluster_id",
+    "ray.core.generated.gcs_service_pb2_grpc:NodeInfoGcsServiceStub": "GetClusterId",
     "ray.experimental.internal_kv": "_internal_kv_put(key,value,namespace) _internal_kv_get(key,namespace) "
     "_internal_kv_del(key,namespace)",
     "ray.runtime_context:RuntimeContext": "get_runtime_env_string gcs_address",
@@ -57,9 +57,9 @@ _TRAIN = {
     "ray.train.v2._internal.constants": "get_env_vars_to_propagate CHECKPOINT_MANAGER_SNAPSHOT_FILENAME",
     "ray.train.v2._internal.exceptions": "WorkerGroupStartupTimeoutError WorkerGroupStartupFailedError "
     "WorkerHealthCheckTimeoutError WorkerHealthCheckFailedError.health_check_failure",
-    "ray.train.v2._internal.util": "ObjectRefWrapper",
     SYNC_ACTOR: "SynchronizationActor",
-    f"{_EXECUTION}.callback": "ControllerCallback.after_controller_start(train_run_context)",
+    f"{_EXECUTION}.callback:ControllerCallback": "after_controller_start(train_run_context) "
+    "before_controller_execute_failure_decision(failure_decision)",
     f"{_EXECUTION}.callback:WorkerGroupCallback": "before_worker_group_start(worker_group_context) "
     "on_worker_group_start before_init_train_context(workers) after_worker_group_start(worker_group) "
     "after_worker_group_training_start(worker_group) after_worker_group_poll_status(worker_group_status) "
@@ -89,6 +89,7 @@ _TRAIN = {
     "shutdown abort has_started get_workers _clear_state _worker_group_state _worker_group_context _train_run_context "
     "get_resources_per_worker execute(fn) execute_single(rank,fn)",
     f"{_EXECUTION}.worker_group.worker:Worker": "actor metadata distributed_context",
+    f"{_EXECUTION}.worker_group.worker:RayTrainWorker": "run_train_fn(train_fn_ref)",
     f"{_EXECUTION}.worker_group.placement_group_handle:DefaultPlacementGroupHandle": "wait(timeout_seconds) "
     "placement_group",
     f"{_EXECUTION}.worker_group.state": "WorkerGroupContext(run_attempt_id,train_fn_ref,num_workers,"
@@ -109,23 +110,6 @@ def core_problems() -> list[str]:
 def train_problems() -> list[str]:
     """List differences of Ray Train, by name; imports ray.train."""
     return missing(_TRAIN)
-
-
-@contextmanager
-def unseeded_actor_classes() -> Iterator[None]:
-    """Let classes become actors', while the block lasts, without starting Ray's random generator for their ids.
-
-    Forks of a process that has started it all draw the same numbers: two workers that call one actor pass for one.
-    """
-    import ray.actor
-
-    own = ray.actor.ActorClassID
-    size = len(own.nil().binary())
-    ray.actor.ActorClassID = SimpleNamespace(from_random=lambda: own(os.urandom(size)))
-    try:
-        yield
-    finally:
-        ray.actor.ActorClassID = own
 
 
 @contextmanager
@@ -161,6 +145,17 @@ def log_directory() -> str:
     """Directory of the logs on this node; "Ray's session directory" while there is no connection."""
     node = import_module("ray._private.worker")._global_node
     return "Ray's session directory" if node is None else str(node.get_logs_dir_path())
+
+
+def cluster_id(address: str) -> str | None:
+    """Identity of the cluster whose head node's store is at host:port; None if it does not say within a second."""
+    grpc, messages = import_module("grpc"), import_module("ray.core.generated.gcs_service_pb2")
+    with import_module("ray._private.grpc_utils").init_grpc_channel(address) as channel:
+        store = import_module("ray.core.generated.gcs_service_pb2_grpc").NodeInfoGcsServiceStub(channel)
+        try:
+            return str(store.GetClusterId(messages.GetClusterIdRequest(), timeout=1.0).cluster_id.hex())
+        except grpc.RpcError:
+            return None
 
 
 def draining_nodes() -> dict[str, int]:

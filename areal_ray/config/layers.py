@@ -158,11 +158,11 @@ def _default_groups(defaults: Any, source: str) -> dict[str, str]:
 
 def _group_layer(folder: Path, group: str, name: str, source: str, schema: type) -> Layer:
     path = folder / group / f"{name}.yaml"
-    if not path.is_file() and (shipped := _shipped() / group / path.name).is_file():
+    if not _is_file(path) and _is_file(shipped := _shipped() / group / path.name):
         path = shipped
-    if not path.is_file():
+    if not _is_file(path):
         known = sorted({*_stems(path.parent), *_stems(_shipped() / group)})
-        raise ConfigError(group, f"there is no {path}{_suggest(name, known)}", source)
+        raise ConfigError(group, f"there is no {_one_line(str(path))}{_suggest(name, known)}", source)
     layer = _read_yaml(path, hint_at(schema, group))
     if "defaults" in layer.values:
         raise ConfigError("defaults", "only an experiment may have a defaults list", layer.source)
@@ -173,6 +173,13 @@ def _shipped() -> Path:
     """The folder with this package's own groups: areal_ray/conf where it is installed, conf/ in its repository."""
     package = Path(__file__).parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than a name can be, or with a null byte
+        return False
 
 
 def _conf_folder(experiment: Path) -> Path:

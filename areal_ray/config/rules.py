@@ -59,6 +59,8 @@ def _check_run(config: Config) -> None:
         raise ConfigError("run.s3", "access_key and secret_key go together; or neither, for those of the environment")
     if s3.endpoint and not re.fullmatch(r"https?://[^/@\s]+/?", s3.endpoint):
         raise ConfigError("run.s3.endpoint", "must be http(s)://host or http(s)://host:port, without credentials")
+    if config.run.private and path.startswith("s3://"):
+        raise ConfigError("run.private", "is for directories; who may read in S3 is up to the bucket's policy")
     if not 0 <= config.run.seed < 2**32:
         raise ConfigError("run.seed", f"must be in [0, 2**32), not {config.run.seed}")
     if other := set(config.run.allow_changes) - set(ALLOWABLE):

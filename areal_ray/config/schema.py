@@ -26,6 +26,7 @@ class RunConfig:
     name: str = "run"  # the run directory's name; the same name and storage_path resume
     storage_path: str = "~/areal_ray"  # a path that every node sees, or s3://bucket/prefix; ${oc.env:NAME} works here
     s3: S3Config = field(default_factory=S3Config)
+    private: bool = False  # the run directory is closed to other users (mode 0700); not for s3://
     seed: int = 0  # weights, order of the data and all randomness follow from it
     recover: Literal["auto", "resume", "fresh"] = "auto"  # if there is something · insist · refuse a used directory
     allow_changes: list[str] = field(default_factory=list)  # data, run.seed, model.config, model.path, model.factory
@@ -62,6 +63,10 @@ class ModelConfig:
     path: str | None = None  # instead: a Hugging Face directory or hub name, whose weights are the first ones
     factory: str | None = None  # instead: "package.module:function", called with args, returns an nn.Module
     args: dict[str, Any] = field(default_factory=dict)
+    # auto: sdpa (torch's scaled_dot_product_attention) where the model has it, and else eager
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    # logits: of all tokens at once · chunked: of some rows at a time, so that memory does not grow with the vocabulary
+    loss: Literal["auto", "logits", "chunked"] = "auto"  # auto: chunked from 256 MiB of float32 logits on
     shard_units: list[str] = field(default_factory=list)  # class names sharded one by one; default: the model's own
 
 

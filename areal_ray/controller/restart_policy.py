@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.early_deaths import EarlyDeaths
 from areal_ray.cluster.failures import Cause, root_cause, step_of
 from areal_ray.cluster.requests import StoppedWhileWaiting, is_planned
+from areal_ray.cluster.restore_watch import RestoreWatch
 from areal_ray.controller.worker_count import WorkerCount
 from areal_ray.run import RunDir
 from areal_ray.train.bad_steps import BadStepError
@@ -72,7 +74,7 @@ class RestartPolicy:
         self._count, self._run, self._bad_nodes, self._say = count, run, bad_nodes, say
         self._max_failures, self._skip = max_failures, skip_poison_steps
         self._max_controller_failures, self._rapid_s, self._clock = max_controller_failures, rapid_s, clock
-        self._early_deaths = EarlyDeaths(run, say)
+        self._early_deaths, self._restores = EarlyDeaths(run, say), RestoreWatch(run, say)
         self._seen: Counter[_Failure] = Counter()  # since the newest checkpoint
         self._last_controller_error = ""
         self._rapid_failures = self._controller_failures = self._worker_failures = 0
@@ -96,6 +98,9 @@ class RestartPolicy:
             return False
         storage_answers = self._look_for_progress()
         bad_device = self._bad_nodes.record(workers.values())
+        if workers and storage_answers:
+            with suppress(OSError):  # storage that is away says nothing of a checkpoint
+                self._restores.record(workers, bad_device or any(map(_is_preempted, workers.values())))
         if workers and not bad_device:
             if self._is_final(root_cause(workers), step_of(workers, lambda: self._run)):
                 return False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.train import FailureConfig, Result
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -16,7 +17,6 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.util import ObjectRefWrapper
 
 from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.console import say
@@ -75,6 +75,24 @@ class Controller(TrainController):
             self._placement_groups.release()
 
 
+class ByValue:
+    """A training function in the place of Ray's reference to one in the object store; some kilobytes.
+
+    A worker on a node that is new to the job would fetch that from a node that has a copy, and wait ten seconds if that
+    is the one that has just died.
+
+    Args:
+        function: to train with.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._pickled: bytes = cloudpickle.dumps(function)  # the controller, which hands it on, need not import it
+
+    def get(self) -> Callable[[], Any]:
+        function: Callable[[], Any] = cloudpickle.loads(self._pickled)
+        return function
+
+
 class Trainer(TorchTrainer):
     """A TorchTrainer whose controller has our policies.
 
@@ -111,7 +129,7 @@ class Trainer(TorchTrainer):
         try:
             result = self._run(
                 policies=(scaling, FailurePolicy(rules)),
-                train_fn_ref=ObjectRefWrapper(self._get_train_func()),
+                train_fn_ref=ByValue(self._get_train_func()),
                 train_run_context=self.train_run_context,
                 callbacks=self._create_default_callbacks(),
             )

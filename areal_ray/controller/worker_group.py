@@ -162,6 +162,9 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
         self._context = train_run_context
 
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        self._times["noticed"] = self._clock()
+
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._times |= {"begin": self._clock()}
 
@@ -179,9 +182,13 @@ class GroupLife(WorkerGroupCallback, ControllerCallback):
             "start_s": at["placed"] - at["begin"],
             "imports_s": at["ready"] - at["placed"],
             "process_group_s": at["process_group"] - at["ready"],
+            "launch_s": self._clock() - at["process_group"],
         }
+        noticed = at.pop("noticed", None)
         if "end" in at:
-            phases["teardown_s"] = at.pop("end") - at.pop("failed")
+            teardown = phases["teardown_s"] = at.pop("end") - at.pop("failed")
+            if noticed is not None:  # the workers are torn down when others can be started
+                phases["wait_s"] = max(0.0, at["begin"] - noticed - teardown)
         rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
         self._run.note("group", say, workers=len(self._workers), **rounded)
 

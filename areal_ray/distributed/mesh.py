@@ -102,6 +102,12 @@ def connect(
     assert there == dist.get_world_size(group), (name, there)
 
 
+def _set_timeout(limit: timedelta, group: dist.ProcessGroup) -> None:
+    """`torch.distributed.set_timeout`, which torch has since 2.14; the older name prints a warning there."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(limit, group)
+
+
 @dataclass(frozen=True)
 class ParallelDims:
     """Parallel dimensions: the one place that knows the names of the mesh's dimensions, and which ranks share what.
@@ -145,7 +151,7 @@ class ParallelDims:
             # DTensor finds this one and sums over both at once, where it would sum over one and then over the other.
             groups += [mesh["shard", "tensor"]._flatten().get_group(), batch_group]
         for group in groups:  # made with the backend's own limit, half an hour for gloo
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+            _set_timeout(timedelta(seconds=timeout_s), group)
         dims = ParallelDims(mesh, fsdp, tensor, batch_group)
         for name, size in dims.sizes().items():
             connect(f"the {size} ranks of dimension {name}", mesh.get_group(name), device, entering)

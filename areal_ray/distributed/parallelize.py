@@ -36,7 +36,7 @@ def parallelize(model: nn.Module, units: Sequence[nn.Module], dims: ParallelDims
     policy = MixedPrecisionPolicy()
     if config.precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for unit in units:
+    for unit in reversed(units):  # one may lie in another, and FSDP takes the inner one first
         # Backward begins with the last unit and with the rest: given up, they would be gathered again at once.
         reshard = config.reshard_after_forward and unit is not units[-1]
         fully_shard(unit, mesh=dims.fsdp, mp_policy=policy, reshard_after_forward=reshard)

@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from areal_ray.cluster import ray_internals
 from areal_ray.cluster.nodes import is_reachable
 from areal_ray.config import Config
 from areal_ray.processes.fork_server import ForkServer, fork_server_for, process_environment
+from areal_ray.storage.local import deny_writing_to_all
 
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
 _PORT = "RAY_GCS_SERVER_PORT"  # of a cluster that `ray.init` starts
+_TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_SHARED = ("logs", "logs/old", "sockets", "runtime_resources")  # directories of a session that Ray opens to all
 BESIDE = 1  # actors that Ray Train starts beside every group: for synchronisation
 
 
@@ -31,7 +35,7 @@ def use_token() -> None:
     `ray start` asks for tokens as soon as this user has one (a local `ray.init` makes one), but clients send it only
     when RAY_AUTH_MODE says so. To be called before the first import of ray.
     """
-    have = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    have = any(os.environ.get(name) for name in _TOKENS)
     if have or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -81,6 +85,7 @@ def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | 
     """
     import ray
 
+    deny_writing_to_all()
     if ray.is_initialized():
         yield
         return
@@ -98,6 +103,7 @@ def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | 
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         options |= _local_options(config)
+        _make_token()
     port = os.environ.get(_PORT)
     if not fast and not address:
         os.environ[_PORT] = port or _free_port()
@@ -117,12 +123,36 @@ def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | 
                 os.environ.pop(_PORT, None)
                 if port is not None:
                     os.environ[_PORT] = port
+            if fast and "address" in options:
+                _close_to_writers(Path(ray_internals.session_directory()))
             _start_ahead(config)
             yield
         finally:
             ray.shutdown()
             if made:
                 made.close()
+
+
+def _make_token() -> None:
+    """Make the token that `ray.init` makes for a cluster of one's own: its file could be read by every user."""
+    named = any(os.environ.get(name) for name in _TOKENS)
+    if named or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(file, "w") as token:
+            token.write(secrets.token_hex(32))
+
+
+def _close_to_writers(session: Path) -> None:
+    """Take the right to write from all other users in the directories of a cluster of one's own, where its logs are.
+
+    Ray gives it to them, for clusters that several users share.
+    """
+    for folder in filter(Path.is_dir, (session, *map(session.joinpath, _SHARED))):
+        folder.chmod(folder.stat().st_mode & 0o7775)
 
 
 def _local_options(config: Config) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import SimpleNamespace
 
-from areal_ray.cluster.ray_internals import SYNC_ACTOR, unseeded_actor_classes
+from areal_ray.cluster.ray_internals import SYNC_ACTOR
 from areal_ray.config import ConfigError, ModelConfig
 from areal_ray.processes.hidden_devices import hidden_devices
 
@@ -73,11 +74,28 @@ def import_ray() -> None:
     """Import Ray as a process of a job does, after that process has shown its environment."""
     import ray  # in sight of the devices: it keeps what is visible now, and would give the forks none of them
 
-    with hidden_devices(), unseeded_actor_classes():
+    with hidden_devices(), _unseeded_actor_classes():
         _import(_AFTER)
     drawn = [_in_a_fork(lambda: bytes(ray.WorkerID.from_random().binary())) for _ in range(2)]
     if drawn[0] == drawn[1]:
         raise RuntimeError("forks of a process that has imported Ray would draw the same random numbers")
+
+
+@contextmanager
+def _unseeded_actor_classes() -> Iterator[None]:
+    """Let classes become actors', while the block lasts, without starting Ray's random generator for their ids.
+
+    Forks of a process that has started it all draw the same numbers: two workers that call one actor pass for one.
+    """
+    import ray.actor
+
+    own = ray.actor.ActorClassID
+    size = len(own.nil().binary())
+    ray.actor.ActorClassID = SimpleNamespace(from_random=lambda: own(os.urandom(size)))
+    try:
+        yield
+    finally:
+        ray.actor.ActorClassID = own
 
 
 def _in_a_fork(work: Callable[[], bytes]) -> bytes:

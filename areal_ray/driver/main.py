@@ -6,7 +6,8 @@ import os
 import secrets
 import subprocess
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import failures, ray_internals
 from areal_ray.cluster.bad_devices import readmit
 from areal_ray.cluster.console import Display, display
+from areal_ray.cluster.head_watch import watching
 from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to
 from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
-from areal_ray.driver.head_watch import watching
 from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
@@ -30,9 +31,12 @@ from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
 from areal_ray.run.directory import REPORT
 from areal_ray.run.goodput import History, account, history, table
-from areal_ray.run.lease import RunInUse, hold_lease
+from areal_ray.run.lease import RunInUse, hold_lease, let_go
+from areal_ray.run.shared_storage import leave_token
 from areal_ray.run.stop_request import hearing_stop
 from areal_ray.tools.report import page, read_course
+
+_LOOK_S = 0.5  # between two looks at the head node: one that is replaced may be away for two seconds
 
 
 def train(
@@ -67,7 +71,7 @@ def train(
         )
         return 0
     try:
-        run.storage.ensure()
+        run.storage.ensure(config.run.private)
     except OSError as error:
         raise ConfigError("run.storage_path", str(error)) from None
     print(f"run directory: {run.storage.location}", flush=True)
@@ -84,9 +88,11 @@ def train(
         try:
             # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
             stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
+            run.clear(_print)
             run.write_config(_record(config, overrides))
             # The workers open what is noted here.
             run.write_data({name: {"path": s.location, "fingerprint": s.fingerprint} for name, s in sources.items()})
+            leave_token(run.storage, context.submission)
             readmit(run, config.cluster.use_again, _print)
             stack.enter_context(hearing_stop(run.storage, lambda: _asked_to_stop(requests)))
         except RunInUse as error:
@@ -101,7 +107,9 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
     run.note("submitted", print, last_step=config.last_step, submission=context.submission)
     address = ray.get_runtime_context().gcs_address
     try:
-        with watching(address, _print, lambda: _lost_head(run, address)):
+        identity = partial(ray_internals.cluster_id, address) if context.fast_restarts else lambda: None
+        lost = partial(_lost_head, config, run, address)
+        with watching(address, _print, lost, identity=identity, look_s=_LOOK_S):
             outcome = supervise(choose_fit(config, context), run)
     except StoppedWhileWaiting:
         return _interrupted(run)
@@ -119,6 +127,11 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
     finally:
         requests.close()
     shown.wait_for_end()
+    if _has_no_checkpoint(run):
+        text = f"the workers ended at step {outcome['step']}, and there is no checkpoint in {run.storage.location}"
+        _close(run, "failed", {}, cause="no checkpoint", error=text)
+        print(text, flush=True)
+        return 1
     if outcome["reason"] == "stop":
         return _interrupted(run)
     status = "finished" if outcome["step"] == config.train.steps else "stopped"
@@ -126,8 +139,17 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
     return 0
 
 
-def _lost_head(run: RunDir, address: str) -> None:
+def _lost_head(config: Config, run: RunDir, address: str) -> None:
     text = f"the head node ({address}) is gone, and the cluster with it"
+    newest = None
+    with suppress(OSError):  # storage that is away, too
+        let_go(run.storage)
+        newest = Catalog(run.storage).newest()
+    if newest is not None and newest.step >= config.last_step:  # it has no more to do
+        status = "finished" if newest.step == config.train.steps else "stopped"
+        _close(run, status, {"step": newest.step}, step=newest.step)
+        print(f"{text}, after the last step was saved\ncheckpoint: {run.storage.location}/{newest.name}", flush=True)
+        os._exit(0)
     checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
     print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
     os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
@@ -136,6 +158,14 @@ def _lost_head(run: RunDir, address: str) -> None:
 def _asked_to_stop(requests: Requests) -> None:
     _print("asked to stop: saving")
     requests.ask("stop")
+
+
+def _has_no_checkpoint(run: RunDir) -> bool:
+    """Whether this process sees none: then nobody can go on, whatever the workers said. Not if storage is away."""
+    try:
+        return Catalog(run.storage).last_committed() is None
+    except OSError:
+        return False
 
 
 def _print(text: str) -> None:
@@ -189,7 +219,7 @@ def _result(run: RunDir, status: str, outcome: dict[str, Any], past: History) ->
         "status": status,
         "step": outcome.get("step", newest.step if newest else 0),
         "loss": outcome.get("loss"),
-        "world_size": outcome.get("world_size", attempts[-1]["world_size"] if attempts else None),
+        "world_size": outcome.get("world_size", attempts[-1].get("world_size") if attempts else None),
         "restarts": max(0, len(attempts) - submitted - planned),
         "checkpoint": newest.name if newest else None,
         "goodput": account(past),

@@ -27,7 +27,8 @@ def show(cause: Cause, run: RunDir, logs: str, advice: str | None = None) -> Non
     if cause.where:
         rows.append(("at", cause.where))
     if cause.rank is not None:
-        node = nodes[cause.rank] if cause.rank < len(nodes) else "unknown"
+        # What the worker said goes before: it may have failed before its attempt was written down.
+        node = cause.node or (nodes[cause.rank] if cause.rank < len(nodes) else "unknown")
         rows.append(("worker", f"rank {cause.rank} on node {node}"))
     if advice:
         rows.append(("try", advice))

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, plugin, redact
@@ -17,9 +19,10 @@ from areal_ray.data.splits import check_sizes, open_splits, own_splits
 from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import sources_of
+from areal_ray.engine import hidden
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
-from areal_ray.models import hf_weights
+from areal_ray.models import hf_weights, safetensors_files
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
@@ -47,13 +50,7 @@ def prepare(config: Config) -> tuple[RunDir, Config, Sources]:
     tokenizer = data.build_tokenizer(config.data.tokenizer)
     if config.model.path and not config.data.allow_other_tokenizer:
         check_of_model(config.data.tokenizer, tokenizer, config.model.path)
-    models.check_model(config.model, tokenizer.vocab_size)
-    if config.data.document_mask and (why := keeps_no_documents_apart(models.build_model(config.model))):
-        raise ConfigError("data.document_mask", f"{why}; without it documents of a row see each other")
-    if config.engine.mesh.tensor > 1:
-        tensor_plan(models.build_model(config.model), config.engine.mesh.tensor)
-    if config.model.path:
-        _check_weights(config)
+    _check_model(config, tokenizer.vocab_size)
     _check_plugins(config)
     run = RunDir(storage.sub(config.run.name))
     newest = Catalog(run.storage).newest()
@@ -93,11 +90,34 @@ def _check_plugins(config: Config) -> None:
         freeze(models.build_model(config.model), config.optim.groups)
 
 
-def _check_weights(config: Config) -> None:
+def _check_model(config: Config, vocab_size: int) -> None:
+    """Build the model without memory, and find what it cannot do; say what it does in another way than is usual."""
+    model = models.build_model(config.model)
+    models.check_model(config.model, model, vocab_size, config.train.seq_len)
+    if config.data.document_mask and (why := keeps_no_documents_apart(model)):
+        raise ConfigError("data.document_mask", f"{why}; without it documents of a row see each other")
+    units = models.shard_units(model, config.model.shard_units)
+    split = config.engine.mesh.tensor > 1
+    if split:
+        tensor_plan(model, config.engine.mesh.tensor)
+    if config.model.attention == "auto" and models.attention_of(model) not in (None, "sdpa"):
+        name = type(model).__name__
+        print(f"{name} has no scaled_dot_product_attention: its attention is {models.attention_of(model)}", flush=True)
+    try:
+        models.output_layer(model, units, split)
+    except models.NoOutputLayer as error:
+        if hidden.choose(config, vocab_size, why_not=None) == "chunked":
+            hidden.choose(config, vocab_size, str(error))
+            print(f"the loss is computed with all logits of a micro-batch at once: {error}", flush=True)
+    if config.model.path:
+        _check_weights(config, model)
+
+
+def _check_weights(config: Config, model: nn.Module) -> None:
     assert config.model.path
     try:
         path = hf_weights.resolve(config.model.path)
-        hf_weights.stored_names(path, models.build_model(config.model), hf_weights.shapes(path))
+        hf_weights.stored_weights(path, model, safetensors_files.opened(path))
     except ConfigError:
         raise
     except ValueError as error:

@@ -16,6 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from areal_ray.cluster.bad_devices import BadNodes
+from areal_ray.cluster.nodes import use_own_interface
 from areal_ray.cluster.requests import AWAY, requests_to, stop_on_signal
 from areal_ray.config import Config
 from areal_ray.controller.failure_report import Reporter
@@ -139,7 +140,7 @@ class StockTrainer:
         no_retries = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
         return TorchTrainer(
             self._train,
-            torch_config=TorchConfig(**self._torch),
+            torch_config=OwnInterface(**self._torch),
             scaling_config=ScalingConfig(
                 num_workers=size,
                 use_gpu=gpu,
@@ -168,6 +169,19 @@ class StockTrainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class OwnInterface(TorchConfig):
+    """Ray's, for ranks that speak through the interface with their node's Ray address."""
+
+    @property
+    def backend_cls(self) -> Any:
+        class Backend(super().backend_cls):  # type: ignore[misc]
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                worker_group.execute(use_own_interface)
+                super().on_start(worker_group, backend_config)
+
+        return Backend
 
 
 def _print(text: str) -> None:

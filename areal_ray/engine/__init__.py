@@ -2,6 +2,7 @@
 
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, TrainEngine
 from areal_ray.engine.fsdp import FSDPEngine
+from areal_ray.engine.hidden import Hidden
 from areal_ray.engine.objectives import Batch, FrozenModel, LanguageModeling, Objective
 from areal_ray.engine.state import DCPState
 
@@ -11,6 +12,7 @@ __all__ = [
     "EvalResult",
     "FSDPEngine",
     "FrozenModel",
+    "Hidden",
     "LanguageModeling",
     "Objective",
     "SaveLoadMeta",

@@ -114,7 +114,7 @@ class TrainEngine(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """world_size, mesh and accumulate (how gradients of micro-batches add up), for the manifest."""
+        """world_size, mesh, and what `auto` was taken for: accumulate, loss. For the manifest."""
         ...
 
     def forward_backward(self, batch: Batch, objective: Objective) -> StepResult:

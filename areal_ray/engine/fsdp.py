@@ -12,10 +12,10 @@ from torch import nn
 from areal_ray.config import Config, plugin
 from areal_ray.distributed import Ranks, accumulation
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
-from areal_ray.engine import save_load
+from areal_ray.engine import hidden, save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
 from areal_ray.engine.metric_sums import MetricSums
-from areal_ray.engine.objectives import Batch, FunctionObjective, LossFn, LossWeightFn, Objective, text_inputs
+from areal_ray.engine.objectives import Batch, FunctionObjective, LossFn, LossWeightFn, Objective, split, text_inputs
 from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm, skips_on_device
 from areal_ray.engine.reproducibility import reseed, set_process_switches
 from areal_ray.engine.scalars import positive_or_one, scalar_on
@@ -47,6 +47,7 @@ class FSDPEngine:
         references: Sequence[str] = (),
         entering: Callable[[str], None] = lambda _: None,
         accumulate: accumulation.Accumulate | None = None,
+        loss: hidden.Loss | None = None,
     ) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
 
@@ -54,7 +55,7 @@ class FSDPEngine:
             weights: False leaves parameters undefined, for when a checkpoint is loaded next.
             references: names of frozen models beside it, each with the first weights; see `Objective.references`.
             entering: told of the phase that begins: "connect ..." for each group of ranks, then "build".
-            accumulate: what the checkpoint says that is loaded next; None: there is none. See `accumulation.choose`.
+            accumulate, loss: what the checkpoint says that is loaded next; None: there is none. See `choose` of both.
 
         Raises:
             RuntimeError: if ranks do not reach each other and are told so; says in which dimension of the mesh.
@@ -70,6 +71,7 @@ class FSDPEngine:
         entering("build")
         self._sharded = self._build()
         self.accumulate = accumulation.choose(config, self.model.parameters(), accumulate)
+        self.loss = hidden.choose(config, self._sharded.vocabulary, self._sharded.needs_logits, loss)
         if weights:
             self._sharded.init_weights()
         else:
@@ -123,7 +125,8 @@ class FSDPEngine:
         return skips_on_device(self.optimizer)
 
     def describe(self) -> dict[str, Any]:
-        return {"world_size": self._ranks.size, "mesh": self.dims.sizes(), "accumulate": self.accumulate}
+        mesh = self.dims.sizes()
+        return {"world_size": self._ranks.size, "mesh": mesh, "accumulate": self.accumulate, "loss": self.loss}
 
     def train(self) -> None:
         """Put the model into training mode; `forward_backward` does so itself."""
@@ -148,7 +151,7 @@ class FSDPEngine:
             first, last = micro is micro_batches[0], micro is micro_batches[-1]
             accumulation.reduce_after(self.model, self._sharded.late, self.accumulate, first, last)
             prepared = self._prepared(objective, micro)
-            output = self._sharded(objective.model_inputs(prepared))
+            output = self._output(objective, prepared)
             summed.wait()
             mean, values = objective.loss(output, prepared)
             loss = mean * (weight / positive_or_one(total))  # without a token to predict nothing changes
@@ -204,7 +207,7 @@ class FSDPEngine:
         metrics = MetricSums(objective.metrics, self.device)
         for micro in self._split(batch):
             weight, prepared = self._weight(objective, micro), self._prepared(objective, micro)
-            mean, values = objective.loss(self._sharded(objective.model_inputs(prepared)), prepared)
+            mean, values = objective.loss(self._output(objective, prepared), prepared)
             sums += torch.stack([mean.double() * weight, weight.double()])
             metrics.add(values, weight)
         dist.all_reduce(sums, group=self.dims.batch_group)
@@ -234,17 +237,18 @@ class FSDPEngine:
             RankError: on every rank, if it is damaged.
             ValueError: if it is of another model, or has no optimizer and one is asked for.
         """
-        save_load.load_engine(meta, self.state, self._ranks)
+        save_load.load_engine(meta, self._config.model, self.state, self._ranks)
 
     def _split(self, batch: Batch) -> list[Batch]:
-        size = self._config.train.micro_batch_size
-        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        rows = len(next(iter(on_device.values())))
-        return [{name: t[i : i + size] for name, t in on_device.items()} for i in range(0, rows, size)]
+        return split(batch, self._config.train.micro_batch_size, self.device)
 
     @torch.no_grad()
     def _prepared(self, objective: Objective, micro: Batch) -> Batch:
         return objective.prepare(micro, {name: reference.frozen for name, reference in self._references.items()})
+
+    def _output(self, objective: Objective, prepared: Batch) -> torch.Tensor | hidden.Hidden:
+        forward = self._sharded.hidden if self.loss == "chunked" and objective.takes_hidden else self._sharded
+        return forward(objective.model_inputs(prepared))
 
     def _weight(self, objective: Objective, micro: Batch) -> torch.Tensor:
         return scalar_on(self.device, objective.weight(micro)).float()

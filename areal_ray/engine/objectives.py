@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from areal_ray.config import ConfigError, ObjectiveConfig, plugin
+from areal_ray.engine.hidden import Hidden
 
 Batch = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]
@@ -29,10 +30,12 @@ class Objective(ABC):
     Attributes:
         references: names of frozen models that `prepare` needs. Each is the run's model with its first weights.
         metrics: names of the values that `loss` may return beside the loss; all ranks sum all of them.
+        takes_hidden: whether `loss` can do without the logits, and is given a `Hidden` where model.loss says chunked.
     """
 
     references: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    takes_hidden: bool = False
 
     def prepare(self, batch: Batch, models: Mapping[str, FrozenModel]) -> Batch:
         """The micro-batch with what frozen models say of it; called without gradients, just before the forward pass."""
@@ -50,15 +53,18 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(self, output: Any, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The mean over the micro-batch, a scalar, and means of other values to be logged, some of `metrics` by name.
 
-        A micro-batch for which a value means nothing leaves it out. The output (logits) must not be changed in place.
+        A micro-batch for which a value means nothing leaves it out. The output, the logits (B, S, vocabulary) or with
+        `takes_hidden` perhaps a `Hidden`, must not be changed in place.
         """
 
 
 class LanguageModeling(Objective):
     """Cross entropy of each token given those before it, in nats."""
+
+    takes_hidden = True
 
     def model_inputs(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         return text_inputs(batch)
@@ -66,7 +72,7 @@ class LanguageModeling(Objective):
     def weight(self, batch: Batch) -> torch.Tensor:
         return predicted_tokens(batch)
 
-    def loss(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(self, output: Any, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         return next_token_loss(output, batch), {}
 
 
@@ -110,21 +116,31 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return made
 
 
+def split(batch: Batch, size: int, device: torch.device) -> list[Batch]:
+    """A batch on the device, in parts of at most `size` rows."""
+    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    rows = len(next(iter(on_device.values())))
+    return [{name: t[i : i + size] for name, t in on_device.items()} for i in range(0, rows, size)]
+
+
 def text_inputs(batch: Batch) -> Mapping[str, torch.Tensor]:
     """Inputs of a language model: input_ids, and attention_mask and position_ids where there are any."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
 
-def next_token_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+def next_token_loss(output: torch.Tensor | Hidden, batch: Batch) -> torch.Tensor:
     """Mean cross entropy of each token given those before it, in nats.
 
     Args:
-        logits: (B, S, vocabulary).
+        output: logits (B, S, vocabulary), or what they are made of.
         batch: labels of shape (B, S), or input_ids and perhaps attention_mask, see `labels_of`.
     """
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels_of(batch).flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    labels = labels_of(batch)
+    if isinstance(output, Hidden):
+        total = output.cross_entropy(labels, IGNORED)
+    else:
+        logits = output.flatten(0, 1).float()
+        total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / predicted_tokens(batch).clamp(min=1)
 
 

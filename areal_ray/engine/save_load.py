@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from areal_ray import models
-from areal_ray.checkpoint import load, save
+from areal_ray.checkpoint import StoredState, load, save
 from areal_ray.config import ModelConfig
 from areal_ray.distributed import Ranks
 from areal_ray.engine.base import SaveLoadMeta
 from areal_ray.engine.state import DCPState
-from areal_ray.models import hf_weights
+from areal_ray.models import conversion, hf_weights, safetensors_files
+from areal_ray.models.lazy_tensor import stored_tensors
 from areal_ray.storage import LocalStorage
+
+_SHARD_BYTES = 5 << 30
+_PARTS = "sharded"  # the parts of the ranks, until the files are made of them
 
 
 def save_engine(meta: SaveLoadMeta, model: ModelConfig, state: DCPState, info: Mapping[str, Any], ranks: Ranks) -> None:
@@ -32,8 +38,7 @@ def save_engine(meta: SaveLoadMeta, model: ModelConfig, state: DCPState, info: M
         ranks.on_rank_zero(lambda: _make_room(directory.location))
         save(directory, {"engine": state if meta.with_optim else state.weights()}, info, ranks)
     else:
-        ranks.on_rank_zero(lambda: hf_weights.prepare(directory.location))
-        ranks.all_or_raise(lambda: hf_weights.save_weights(directory.location, hf_weights.weights_of(state.model)))
+        _save_weights(directory, model, state, ranks)
         if (architecture := models.architecture(model)) is not None:
             ranks.on_rank_zero(lambda: directory.replace("config.json", json.dumps(architecture, indent=2).encode()))
         if meta.with_optim:
@@ -42,7 +47,26 @@ def save_engine(meta: SaveLoadMeta, model: ModelConfig, state: DCPState, info: M
         ranks.on_rank_zero(lambda: meta.tokenizer.save_pretrained(directory.location) and None)
 
 
-def load_engine(meta: SaveLoadMeta, state: DCPState, ranks: Ranks) -> None:
+def _save_weights(directory: LocalStorage, model: ModelConfig, state: DCPState, ranks: Ranks) -> None:
+    """Write the weights so that `from_pretrained` reads them: each rank its part, and then some of the files.
+
+    No rank gathers the model; while the files are written, it lies on the disk twice.
+    """
+    ranks.on_rank_zero(lambda: _clear(directory))
+    parts = directory.sub(_PARTS)
+    save(parts, {"engine": state.weights()}, {}, ranks)
+
+    def write() -> dict[str, Any]:
+        stored = stored_tensors(StoredState(parts), "engine.model.")
+        weights = conversion.to_files(models.build_model(model), stored)
+        return safetensors_files.write(directory, weights, _SHARD_BYTES, ranks.rank, ranks.size)
+
+    index = ranks.all_or_raise(write)
+    ranks.on_rank_zero(lambda: safetensors_files.write_index(directory, index))
+    ranks.on_rank_zero(lambda: shutil.rmtree(parts.location))
+
+
+def load_engine(meta: SaveLoadMeta, model: ModelConfig, state: DCPState, ranks: Ranks) -> None:
     """Load as `FSDPEngine.load` does. A collective."""
     directory = LocalStorage(meta.path)
     if meta.weight_format == "dcp":
@@ -51,9 +75,19 @@ def load_engine(meta: SaveLoadMeta, state: DCPState, ranks: Ranks) -> None:
         else:
             load(directory, {"engine": state.weights()}, ranks, part=True)
         return
-    hf_weights.load_weights(directory.location, state.model, ranks)
+    hf_weights.load_weights(directory.location, state.model, models.build_model(model), ranks)
     if meta.with_optim:
         load(directory.sub("optim"), {"engine": state.without_weights()}, ranks)
+
+
+def _clear(directory: LocalStorage) -> None:
+    """Remove what an earlier save has left: it would be taken for a part of the new one."""
+    for part in (_PARTS, "optim"):
+        shutil.rmtree(os.path.join(directory.location, part), ignore_errors=True)
+    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+        for old in glob.glob(os.path.join(glob.escape(directory.location), pattern)):
+            os.remove(old)
+    os.makedirs(directory.location, exist_ok=True)
 
 
 def _make_room(path: str) -> None:

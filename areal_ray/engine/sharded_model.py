@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.distributed.mesh import ParallelDims
 from areal_ray.distributed.overlap import overlap
 from areal_ray.distributed.parallelize import parallelize
+from areal_ray.engine.hidden import Hidden
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights
 from areal_ray.models.masking import unasked, with_mask
@@ -32,6 +34,8 @@ class ShardedModel:
         module: the sharded torch module.
         units: its modules that are gathered one at a time. Found before sharding, which changes their classes.
         late: gradient reductions that are to be waited for after a backward pass.
+        vocabulary: columns of its logits; 0 if it does not say.
+        needs_logits: why they cannot be computed by somebody else; None if they can, see `hidden`.
     """
 
     def __init__(self, config: Config, dims: ParallelDims, device: torch.device, ranks: Ranks) -> None:
@@ -39,6 +43,14 @@ class ShardedModel:
         self.module = models.build_model(config.model)
         freeze(self.module, config.optim.groups)
         self.units = models.shard_units(self.module, config.model.shard_units)
+        # Of a model that returns hidden states these are a view; nothing here changes them in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        self.needs_logits: str | None = None
+        try:
+            self._output_layer = models.output_layer(self.module, self.units, dims.tensor is not None)
+            self.vocabulary = self._output_layer.layer.out_features
+        except models.NoOutputLayer as error:
+            self.needs_logits, self.vocabulary = str(error), 0
         parallelize(self.module, self.units, dims, config.engine)
         self.late = overlap(self.module, dims)
         models.materialise(self.module, device)
@@ -69,6 +81,19 @@ class ShardedModel:
             output = self.module(**with_mask(self.module, inputs))
         return output if isinstance(output, torch.Tensor) else output.logits
 
+    def hidden(self, inputs: Mapping[str, torch.Tensor]) -> Hidden:
+        """As a call, without the output layer. Its weight is gathered, until the backward pass or `reshard`."""
+        with self._output_layer.left_out() as seen:
+            # Before FSDP's own hook: the backward pass of the whole begins where its output is asked for a gradient.
+            hook = self.module.register_forward_hook(lambda *_: seen[0], prepend=True)
+            try:
+                states = self(inputs)
+            finally:
+                hook.remove()
+        _, weight, bias = seen
+        assert weight is not None
+        return Hidden(states, weight, bias, self._output_layer.finish)
+
     @torch.no_grad()
     def frozen(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """As a call, without gradients, dropout and anything left gathered: for a model that is not trained."""
@@ -88,4 +113,4 @@ class ShardedModel:
         # One download per machine; the others then find it.
         self._ranks.all_or_raise(lambda: others or hf_weights.resolve(path))
         here = self._ranks.all_or_raise(lambda: hf_weights.resolve(path))
-        hf_weights.load_weights(here, self.module, self._ranks)
+        hf_weights.load_weights(here, self.module, models.build_model(self._config.model), self._ranks)

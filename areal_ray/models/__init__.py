@@ -3,17 +3,22 @@
 Imports config and distributed.
 """
 
-from areal_ray.models.build import architecture, build_model, check_model, same_architecture
+from areal_ray.models.build import architecture, attention_of, build_model, build_saved, check_model, same_architecture
 from areal_ray.models.init import init_buffers, init_weights, materialise
+from areal_ray.models.output_layer import NoOutputLayer, output_layer
 from areal_ray.models.shard_units import shard_units
 
 __all__ = [
+    "NoOutputLayer",
     "architecture",
+    "attention_of",
     "build_model",
+    "build_saved",
     "check_model",
     "init_buffers",
     "init_weights",
     "materialise",
+    "output_layer",
     "same_architecture",
     "shard_units",
 ]

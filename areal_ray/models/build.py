@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,21 +26,41 @@ def build_model(config: ModelConfig) -> nn.Module:
     return model.train()
 
 
-def check_model(config: ModelConfig, vocab_size: int) -> None:
-    """Find out before anything is started whether the model can be built and has a row for every token.
+def build_saved(values: Mapping[str, Any]) -> nn.Module:
+    """The model of a config.json, as `architecture` gives it, on the meta device."""
+    from transformers import AutoConfig
+
+    with torch.device("meta"):
+        return _of_config(AutoConfig.for_model(**values), ModelConfig())
+
+
+def check_model(config: ModelConfig, model: nn.Module, vocab_size: int, seq_len: int) -> None:
+    """Find out before anything is started whether the model has a row for every token and every position.
+
+    Args:
+        config: of the model, for messages.
+        model: built from it, see `build_model`.
+        vocab_size: ids of the tokenizer.
+        seq_len: tokens of a row.
 
     Raises:
         ConfigError: if not.
     """
-    if config.factory:
-        build_model(config)
-        return
-    rows = getattr(_transformers_config(config), "vocab_size", vocab_size)
-    if rows < vocab_size:
-        key = "model.path" if config.path else "model.config.vocab_size"
+    rows = _rows(model)
+    if rows is not None and rows < vocab_size:
+        key = "model.config.vocab_size" if config.config else "model.path" if config.path else "model.factory"
         raise ConfigError(
             key, f"the model has {rows} rows of embeddings, but the tokenizer has ids up to {vocab_size - 1}"
         )
+    positions = _positions(model)
+    if positions is not None and positions < seq_len:
+        text = f"the model has {positions} positions, and rows of {seq_len} tokens do not fit"
+        raise ConfigError("train.seq_len", text)
+
+
+def attention_of(model: nn.Module) -> str | None:
+    """How a model computes attention: sdpa, eager, ...; None if it does not say."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 def architecture(config: ModelConfig) -> dict[str, Any] | None:
@@ -90,19 +111,64 @@ def _transformers_config(config: ModelConfig) -> Any:
 
 
 def _from_transformers(config: ModelConfig) -> nn.Module:
+    transformers_config = _transformers_config(config)
+    if getattr(transformers_config, "quantization_config", None):
+        raise ConfigError("model.path", "its weights are quantized, and are not trained so; give unquantized ones")
+    try:
+        return _of_config(transformers_config, config)
+    except Exception as error:  # noqa: BLE001  (each architecture refuses values in its own way)
+        text = " ".join(str(error).split())[:300]
+        if config.attention != "auto" and _builds(transformers_config):
+            raise ConfigError(
+                "model.attention", f"{config.attention} is not for this model on this machine: {text}"
+            ) from None
+        key = "model.path" if config.path else "model.config"
+        raise ConfigError(key, text or type(error).__name__) from None
+
+
+def _of_config(transformers_config: Any, config: ModelConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    transformers_config = _transformers_config(config)
-    try:
-        # float32 whatever the files are in: these are the weights that the optimizer changes.
-        model = AutoModelForCausalLM.from_config(
-            transformers_config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
-        )
-    except ValueError as error:
-        key = "model.path" if config.path else "model.config.model_type"
-        raise ConfigError(key, " ".join(str(error).split())[:300]) from None
+    # With None it is scaled_dot_product_attention where the model has it, and else eager.
+    attention = None if config.attention == "auto" else config.attention
+    # float32 whatever the files are in: these are the weights that the optimizer changes.
+    model = AutoModelForCausalLM.from_config(
+        transformers_config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+    )
     model.config.use_cache = False
     return model
+
+
+def _builds(transformers_config: Any) -> bool:
+    """Whether the model can be built with its own choice of attention."""
+    with torch.device("meta"), suppress(Exception):
+        _of_config(transformers_config, ModelConfig())
+        return True
+    return False
+
+
+def _rows(model: nn.Module) -> int | None:
+    """Ids that a model has a row of embeddings for; None if it does not say."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return int(table.num_embeddings) if isinstance(table, nn.Embedding) else None
+
+
+def _positions(model: nn.Module) -> int | None:
+    """The length of a model's table of positions; None if it computes them (rotary ones, ALiBi) or does not say.
+
+    transformers has no one name for such a table. It is an embedding, or a buffer, that has a dimension of as many rows
+    as the config says that there are positions, or a few more (OPT begins with the third).
+    """
+    said = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(said, int):
+        return None
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
+    tables += [buffer for buffer in model.buffers() if buffer.ndim > 1]
+    return said if any(0 <= size - said <= 2 for table in tables for size in table.shape) else None
 
 
 def _from_factory(config: ModelConfig, factory: Callable[..., Any]) -> nn.Module:

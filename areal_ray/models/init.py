@@ -9,8 +9,9 @@ these, too; that takes 10 ns and 4 bytes for each element of the module, on ever
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,7 +90,7 @@ def _run_rule(
 ) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]), _full_sized(module, without_memory) as full:
         torch.manual_seed(seed_of(f"{seed}/{name}"))
-        _apply_rule(model, module, name)
+        _apply_rules(model, name)
     return full
 
 
@@ -117,19 +118,83 @@ def _full_sized(module: nn.Module, without_memory: Collection[str]) -> Iterator[
         module._parameters, module._buffers = parameters, buffers
 
 
-def _apply_rule(model: nn.Module, module: nn.Module, name: str) -> None:
-    rule = getattr(model, "_init_weights", None)  # transformers: one call per module
-    if rule is None:
-        rule = getattr(type(module), "reset_parameters", None)
+def _apply_rules(model: nn.Module, name: str) -> None:
+    """Set a module's tensors by its rule; what that leaves, by those of the modules that it lies in.
+
+    A router may be set by the rule of its block, and a buffer of a layer by that of the whole model.
+    """
+    lineage = _lineage(model, name)
+    module = lineage[-1]
+    rule = _rule(lineage)
     if rule is None:
         raise ValueError(
             f"module {name!r} ({type(module).__name__}) has parameters or buffers but neither reset_parameters() nor a "
             "model with _init_weights(module): give it a reset_parameters() that sets them"
         )
-    rule(module)
-    for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if isinstance(tensor, StandIn):
-            if not tensor.is_set:
-                raise NeedsWholeTensor(f"{name}.{key}")
-        elif tensor is not None and tensor.dtype.is_floating_point and bool(tensor.isnan().any()):
-            raise ValueError(f"{name}.{key}: the initialisation of {type(module).__name__} does not set it")
+    # What it does to modules within it is done by their own rules, which come later.
+    with _without_values(module, but=module) if next(module.children(), None) is not None else nullcontext():
+        rule()
+    for depth in range(len(lineage) - 1, 0, -1):
+        if not _unset(module):
+            return
+        if (rule := _rule(lineage[:depth])) is not None:
+            with _without_values(lineage[depth - 1], but=module):
+                rule()
+    if unset := _unset(module):
+        if isinstance(module._parameters.get(unset[0]), StandIn):
+            raise NeedsWholeTensor(f"{name}.{unset[0]}")
+        raise ValueError(f"{name}.{unset[0]}: the initialisation of {type(module).__name__} does not set it")
+
+
+def _lineage(model: nn.Module, name: str) -> list[nn.Module]:
+    """The model, what lies in it on the way to a module, and the module itself."""
+    lineage = [model]
+    for part in name.split(".") if name else ():
+        lineage.append(lineage[-1].get_submodule(part))
+    return lineage
+
+
+def _rule(lineage: Sequence[nn.Module]) -> Callable[[], None] | None:
+    """What sets the tensors of the last one; None if nothing does."""
+    module = lineage[-1]
+    if hasattr(lineage[0], "_init_weights"):  # transformers: one call per module, to the innermost model around it
+        owner: Any = next(each for each in reversed(lineage) if hasattr(each, "_init_weights"))
+        return lambda: owner._init_weights(module)
+    rule = getattr(type(module), "reset_parameters", None)
+    return None if rule is None else lambda: rule(module)
+
+
+def _unset(module: nn.Module) -> list[str]:
+    """Names of the module's own tensors of which some values are not set."""
+    return [
+        key
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if (isinstance(tensor, StandIn) and not tensor.is_set)
+        or (
+            tensor is not None
+            and not isinstance(tensor, StandIn)
+            and tensor.dtype.is_floating_point
+            and bool(tensor.isnan().any())
+        )
+    ]
+
+
+@contextmanager
+def _without_values(above: nn.Module, but: nn.Module) -> Iterator[None]:
+    """Let all modules in one have tensors on the meta device, for a moment, where a rule changes nothing."""
+    kept = [(each, each._parameters, each._buffers) for each in above.modules() if each is not but]
+    for module, parameters, buffers in kept:
+        module._parameters = {
+            k: None
+            if p is None
+            else nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+            for k, p in parameters.items()
+        }
+        module._buffers = {
+            k: None if b is None else torch.empty(b.shape, dtype=b.dtype, device="meta") for k, b in buffers.items()
+        }
+    try:
+        yield
+    finally:
+        for module, parameters, buffers in kept:
+            module._parameters, module._buffers = parameters, buffers

@@ -7,13 +7,33 @@ import re
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 # Names of variables that are read when a library is loaded or imported.
 _AT_IMPORT = re.compile(r"(LD|GLIBC|MALLOC|OMP|MKL|OPENBLAS|KMP|GOMP|HF|TRANSFORMERS|TORCH|PYTORCH|CUDA|TRITON)_")
 _MAY_DIFFER = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"}  # set again in each process
+_SAY_S = 60.0
 _OF_ACTORS = ("RAY_TRAIN_", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")  # read when they run
+
+
+class RefusedPeers:
+    """Counts connections that are refused, and says so at once, but not more often than once a minute."""
+
+    def __init__(self) -> None:
+        self._count, self._next, self._last = 0, 0.0, ""
+
+    def add(self, reason: Exception) -> None:
+        self._count, self._last = self._count + 1, str(reason)
+        if time.monotonic() >= self._next:
+            self.say()
+
+    def say(self) -> None:
+        """Say what has not been said; to be called at the end."""
+        if self._count:
+            print(f"fork server: {self._count} connections refused, the last: {self._last}", file=sys.stderr)
+            self._count, self._next = 0, time.monotonic() + _SAY_S
 
 
 def of_ray(environment: dict[str, str]) -> dict[str, str]:
@@ -39,6 +59,12 @@ def within(limits: dict[str, Any], own: dict[str, Any]) -> bool:
 
 def python_path(environment: dict[str, str]) -> list[str]:
     return [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def base_path() -> list[str]:
+    """The module path of this process without what its environment adds, and without this package."""
+    added = {str(Path(__file__).resolve().parents[2]), *python_path(dict(os.environ))}
+    return [path for path in sys.path if path not in added]
 
 
 def inherit(request: dict[str, Any]) -> bool:

@@ -37,6 +37,9 @@ def process_environment(config: Config) -> dict[str, str]:
     not. With GPUs many threads allocate at once (pinned memory, NCCL, copies), and one heap would make them wait for
     each other. In huge pages it costs the processor fewer look-ups. See the GNU C library's manual, "Memory Allocation
     Tunables".
+
+    A job without GPUs sees none, wherever it runs: torch's build for GPUs would ask CUDA for them on a machine without
+    NVIDIA's driver, and after that no fork of the process could be used.
     """
     tunables = (
         ["glibc.malloc.hugetlb=1"] if config.cluster.use_gpu else ["glibc.malloc.arena_max=1", "glibc.malloc.hugetlb=1"]
@@ -46,7 +49,9 @@ def process_environment(config: Config) -> dict[str, str]:
         config.cluster.use_gpu
     ):  # NCCL's flight recorder, see distributed/flight_recorder.py: the older and the newer name
         own |= {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_FR_BUFFER_SIZE": "2000"}
-    return {**{name: os.environ.get(name, value) for name, value in own.items()}, **config.cluster.env}
+    chosen = {name: os.environ.get(name, value) for name, value in own.items()}
+    hidden = {} if config.cluster.use_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**chosen, **hidden, **config.cluster.env}
 
 
 class ForkServer:

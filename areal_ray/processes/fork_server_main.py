@@ -10,6 +10,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -53,7 +54,7 @@ class Server:
     ) -> None:
         self._name, self._preparation, self._model, self._idle_s = name, preparation, model, idle_s
         self._owner = os.pidfd_open(owner)
-        self._base = _base_path()
+        self._base = fork_checks.base_path()
         self._surroundings = launch.surroundings()
         self._read = fork_checks.at_import(dict(os.environ))
         self._listener = socket.socket(socket.AF_UNIX)
@@ -61,6 +62,8 @@ class Server:
         self._adopted: dict[str, str] | None = None  # what Ray has read of the environment
         self._broken = False
         self._said: set[str] = set()  # reasons for refusals
+        self.refused = fork_checks.RefusedPeers()
+        self._used = time.monotonic()  # when a process of the job was here last
 
     def serve(self) -> Callable[[], None] | None:
         """Serve until no process is left to serve, then None; in each fork, its work."""
@@ -68,20 +71,22 @@ class Server:
             self._listener.bind(launch.address(self._name))
         except OSError:  # another one was faster
             return None
-        self._listener.listen(64)
+        self._listener.listen(1024)  # requests wait there for the imports
         self._try(lambda: import_module(self._preparation).prepare(self._model))
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, self._on_request)
         self._selector.register(self._owner, selectors.EVENT_READ, None)
+        self._used = time.monotonic()
         while True:
-            ready = self._selector.select(None if self._children else self._idle_s)
-            if not ready and not self._children:
-                return None
-            for key, _ in ready:
+            left = self._used + self._idle_s - time.monotonic()
+            for key, _ in self._selector.select(None if self._children else left):
                 if key.data is None:
                     return None
                 if work := key.data():
                     return work
+            # Not "nothing was ready": others who knock keep no server alive.
+            if not self._children and time.monotonic() >= self._used + self._idle_s:
+                return None
 
     def _try(self, work: Callable[[], None]) -> None:
         try:
@@ -99,9 +104,10 @@ class Server:
             launch.check_peer(connection)
             request, descriptors = launch.receive_request(connection)
         except (OSError, ValueError) as error:  # it is gone, or nobody of ours
-            print(f"fork server: {type(error).__name__}: {error}", file=sys.stderr)
+            self.refused.add(error)
             connection.close()
             return None
+        self._used = time.monotonic()
         refusal = self._refusal(request)
         pid = refusal if refusal is not None else self._fork()
         if pid is None:
@@ -176,6 +182,7 @@ class Server:
     def _reap(self, child: _Child) -> None:
         _, status = os.waitpid(child.pid, 0)
         del self._children[child.pid]
+        self._used = time.monotonic()
         self._selector.unregister(child.ended)
         os.close(child.ended)
         if child.connection.fileno() >= 0:
@@ -223,12 +230,6 @@ class Server:
         runpy.run_path(command[0], run_name="__main__")
 
 
-def _base_path() -> list[str]:
-    """The module path without what the environment adds."""
-    added = {str(Path(__file__).resolve().parents[2]), *fork_checks.python_path(dict(os.environ))}
-    return [path for path in sys.path if path not in added]
-
-
 def main(name: str, owner: str, preparation: str, idle_s: float = IDLE_S) -> None:
     for number in (signal.SIGINT, signal.SIGQUIT):  # a shell that starts something in the background has them ignored
         signal.signal(number, signal.SIG_DFL)
@@ -237,8 +238,11 @@ def main(name: str, owner: str, preparation: str, idle_s: float = IDLE_S) -> Non
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     model = os.environ.get(launch.MODEL)
     known = ModelConfig(**json.loads(model)) if model else None
-    work = Server(name, int(owner), preparation, known, idle_s).serve()
-    if work is not None:
+    server = Server(name, int(owner), preparation, known, idle_s)
+    work = server.serve()
+    if work is None:
+        server.refused.say()
+    else:
         work()
 
 

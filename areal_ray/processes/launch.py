@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 MODEL = "AREAL_RAY_WARM"  # the model to get ready for, in the environment of training workers and their standbys only
@@ -37,10 +38,14 @@ _STREAMS = (0, 1, 2)
 def address(name: str) -> str:
     """In the abstract namespace: nothing is left in any directory, whatever happens.
 
-    It is one for all containers that share the host's network; a process of another one would be of no use.
+    It is one for all containers that share the host's network; a process of another one would be of no use. Every user
+    can read it (/proc/net/unix), and take it before: both ends call `check_peer` before they believe anything.
     """
-    spaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("mnt", "pid")]
-    return f"\0areal_ray-{name}-{spaces[0]}-{spaces[1]}"
+    return "\0areal_ray-{}-{}-{}".format(name, *_namespaces("self"))
+
+
+def _namespaces(process: int | str) -> list[int]:
+    return [os.stat(f"/proc/{process}/ns/{kind}").st_ino for kind in ("mnt", "pid")]
 
 
 def fork_server_command(name: str, owner: int, preparation: str) -> list[str]:
@@ -66,10 +71,22 @@ def fork_server_environment(model: str) -> dict[str, str]:
 
 
 def check_peer(connection: socket.socket) -> None:
-    """Raise PermissionError if another user is at the other end: environments hold secrets."""
-    _, user, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    """Raise PermissionError unless a process of this user and this container is at the other end.
+
+    Requests hold secrets in their environment, and what is answered is trusted. At the end that has connected it is
+    about the process that called `listen`, and that one must be alive still.
+    """
+    process, user, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if user != os.getuid():
         raise PermissionError("a process of another user")
+    with suppress(OSError):  # it is gone, or nothing that this user may look at
+        if process != 0 and _namespaces(process) == _namespaces("self"):  # 0: one that is not to be seen from here
+            return
+    raise PermissionError("a process of another container, or one that is gone")
+
+
+class Unfit(ConnectionRefusedError):
+    """The fork server does not make this process, and has said why."""
 
 
 def send_number(connection: socket.socket, number: int) -> None:
@@ -154,10 +171,11 @@ def _connect(name: str, preparation: str, deadline: float) -> socket.socket:
         try:
             connection.connect(address(name))
             return connection
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, BlockingIOError) as error:  # there is none, or its queue is full
             connection.close()
             if time.monotonic() > find_until:
                 raise
+            started = started or isinstance(error, BlockingIOError)
         if not started:  # of several that are started at once one gets the name
             command = fork_server_command(name, os.getppid(), preparation)
             environment = fork_server_environment(os.environ.get(MODEL, ""))
@@ -183,7 +201,7 @@ def _hand_over(name: str, preparation: str, command: list[str], wait_s: float) -
         connection.close()
         connection, number, go = _ask(f"{name}-{os.environ.get(NODE)}", preparation, command, deadline)
     if number <= REFUSED:
-        raise ConnectionRefusedError("the fork server cannot make this process")
+        raise Unfit("the fork server cannot make this process")
     process = os.pidfd_open(number)
     os.write(go, GO)
     return connection, process
@@ -192,7 +210,7 @@ def _hand_over(name: str, preparation: str, command: list[str], wait_s: float) -
 def _ask(name: str, preparation: str, command: list[str], deadline: float) -> tuple[socket.socket, int, int]:
     """Ask a fork server; the connection to it, its answer, and where the fork is to be told to begin."""
     connection = _connect(name, preparation, deadline)
-    check_peer(connection)
+    check_peer(connection)  # whoever else has taken the name gets no request
     request = json.dumps(_own(command)).encode()
     # The fork begins when it reads a word from here, and ends if this process closes it before.
     wait, go = os.pipe()
@@ -221,7 +239,9 @@ def main(name: str, preparation: str, *command: str, wait_s: float = _WAIT_S) ->
     """Stand for a process until it ends; its exit status. If there is no fork after `wait_s` seconds, become it."""
     try:
         connection, process = _hand_over(name, preparation, list(command), wait_s)
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError) as error:
+        if not isinstance(error, Unfit):
+            print(f"no fork server: {error}; this process does all its imports itself", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, *command])
     return _stand_for(connection, process)
 

@@ -3,20 +3,27 @@
 The memory is anonymous files, which live as long as some process has them open: here a child that does nothing else,
 and imports neither torch nor Ray. It ends when it is released, when it has handed the memory over, with its owner (the
 node's own process), or when nobody has asked for too long. Nothing is left in any directory.
+
+A keeper listens under a name with a random part, so that nobody can take it before; a successor looks for it in the
+kernel's table of sockets. Every user can read that table, and connect: both ends check who the other is. Whatever
+others do there, the worst is that a copy is not found.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
+import secrets
 import select
+import selectors
 import socket
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +36,8 @@ _CLAIM_S = 2.0  # for an answer: the process before may be dying still
 _LOOK_S = 0.01
 _RELEASE = b"."
 _MOST = 8  # files
+_QUEUE = 64  # connections of others that are seen to before the successor's
+_RANDOM = re.compile(r"(.+)~[0-9a-f]{16}")
 _HEAD = struct.Struct("<QQ")  # of a record: its length, xxh3_64
 _TAIL = struct.Struct("<Q")  # behind it, at the end of the file: where the record begins
 
@@ -37,19 +46,18 @@ class MemoryKeeper:
     """The parent's end: a child that has these files open, too.
 
     Args:
-        name: under which the successor asks for them; unique to a run and a place in it.
+        name: under which the successor asks for them; of a run and a place in it.
         files: file descriptors, in an order that the successor knows.
         owner: process id; the child ends with it. None: it has no owner.
 
     Raises:
-        OSError: if the child cannot be started, or there is one of that name.
+        OSError: if the child cannot be started.
     """
 
     def __init__(self, name: str, files: Sequence[int], owner: int | None) -> None:
         assert 0 < len(files) <= _MOST, files
         with socket.socket(socket.AF_UNIX) as listener:
-            _bind(listener, address(name))
-            listener.listen(4)
+            listener.bind(address(f"{name}~{secrets.token_hex(8)}"))
             kept = [listener.fileno(), *files]
             processes = os.getpid(), owner or 0
             command = [sys.executable, "-m", "areal_ray.processes.memory_keeper", *map(str, (*processes, *kept))]
@@ -77,19 +85,6 @@ class MemoryKeeper:
             return
 
 
-def _bind(listener: socket.socket, name: str) -> None:
-    """Take the name; the process that has handed over its memory under it may be about to end still."""
-    deadline = time.monotonic() + _CLAIM_S
-    while True:
-        try:
-            listener.bind(name)
-            return
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                raise
-            time.sleep(_LOOK_S)
-
-
 def claim(name: str, wait_s: float = _CLAIM_S) -> list[int]:
     """Take over the files of a process of that name that has died; each can be taken once.
 
@@ -98,34 +93,59 @@ def claim(name: str, wait_s: float = _CLAIM_S) -> list[int]:
         wait_s: seconds to wait for an answer: a process that lives keeps its files.
 
     Returns:
-        File descriptors; none if there are no such files.
+        File descriptors; none if there are no such files, or others are in the way.
     """
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(wait_s)
-        try:
-            connection.connect(address(name))
-            check_peer(connection)
-            _, files, *_ = socket.recv_fds(connection, 1, _MOST)
-        except (ConnectionError, TimeoutError):
-            return []
-    return list(files)
+    deadline, files = time.monotonic() + wait_s, list[int]()
+    untried = [address for each, address in _keepers(name) if each == name]
+    with ExitStack() as connections, selectors.DefaultSelector() as waiting:
+        while untried or waiting.get_map():
+            untried = [address for address in untried if not _connect(address, connections, waiting)]
+            left = deadline - time.monotonic()
+            for key, _ in waiting.select(max(0.0, min(left, _LOOK_S) if untried else left)):
+                waiting.unregister(key.fileobj)
+                with suppress(ConnectionError):  # the other end is gone
+                    files += socket.recv_fds(key.data, 1, _MOST)[1]
+            if left <= 0 or (files and not waiting.get_map()):
+                break
+    return files
+
+
+def _connect(address: str, connections: ExitStack, waiting: selectors.BaseSelector) -> bool:
+    """Connect to a keeper and wait for its answer, or see that it is none; False if it is to be tried again."""
+    connection = connections.enter_context(socket.socket(socket.AF_UNIX))
+    connection.setblocking(False)
+    try:
+        connection.connect(address)
+        check_peer(connection)
+        waiting.register(connection, selectors.EVENT_READ, connection)
+    except BlockingIOError:  # its queue is full; it sees to that when its process has died
+        connection.close()
+        return False
+    except OSError:  # gone, or somebody else's
+        connection.close()
+    return True
 
 
 def kept_names(prefix: str) -> list[str]:
-    """Names that begin so under which files are kept on this machine, sorted, as far as this process could claim them.
+    """Names that begin so under which files are kept on this machine, sorted; others may have made some of them up."""
+    return sorted({name for name, _ in _keepers(prefix)})
 
-    Reads the kernel's table of Unix sockets, in which names of other users may stand, too.
-    """
+
+def _keepers(prefix: str) -> list[tuple[str, str]]:
+    """Names that begin so and their addresses in the kernel's table of Unix sockets; none where it cannot be read."""
     before, after = address("|").removeprefix("\0").split("|")
-    # Of others there may be any bytes, line ends among them.
-    lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
-    paths = [columns[-1] for columns in map(str.split, lines) if columns]
-    names = {
-        path.removeprefix(f"@{before}").removesuffix(after)
-        for path in paths
-        if path.startswith(f"@{before}{prefix}") and path.endswith(after)
-    }
-    return sorted(names)
+    try:
+        # Of others there may be any bytes, line ends among them.
+        lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    found = set()
+    for path in (columns[-1] for columns in map(str.split, lines) if columns):
+        if path.startswith(f"@{before}{prefix}") and path.endswith(after):
+            kept = path.removeprefix(f"@{before}").removesuffix(after)
+            if (match := _RANDOM.fullmatch(kept)) is not None:
+                found.add((match[1], address(kept)))
+    return sorted(found)
 
 
 def write_record(file: int, at: int, record: dict[str, Any]) -> None:
@@ -187,23 +207,33 @@ def _keep(parent: int, owner: int | None, listener: socket.socket, files: list[i
     for number in (0, parent):
         waiting.unregister(number)
     waiting.register(listener, select.POLLIN)
-    while {number for number, _ in waiting.poll(WAIT_S * 1e3)} == {listener.fileno()}:
+    deadline = time.monotonic() + WAIT_S  # however often others knock
+    while (left := deadline - time.monotonic()) > 0:
+        if {number for number, _ in waiting.poll(left * 1e3)} != {listener.fileno()}:
+            return
         connection, _ = listener.accept()
         with connection:
             try:
                 check_peer(connection)
                 socket.send_fds(connection, [_RELEASE], files)
-                listener.close()  # at once: the successor takes the name for a keeper of its own
                 return
-            except OSError:  # of another user, or it has died as well: wait for the next
+            except OSError:  # of somebody else, or it has died as well: wait for the next
                 continue
 
 
 def main(parent: str, owner: str, listener: str, *files: str) -> None:
     # Before the fork: where there are no such processes, as in another container, it has not started.
     processes = os.pidfd_open(int(parent)), os.pidfd_open(int(owner)) if int(owner) else None
+    theirs, ours = os.pipe()
     if os.fork() == 0:
-        _keep(*processes, socket.socket(fileno=int(listener)), [int(number) for number in files])
+        os.close(theirs)
+        own = socket.socket(fileno=int(listener))
+        own.listen(_QUEUE)  # in this process: the successor asks the kernel who has done it, and that it is there
+        os.close(ours)
+        _keep(*processes, own, [int(number) for number in files])
+    else:
+        os.close(ours)
+        os.read(theirs, 1)  # until it listens
 
 
 if __name__ == "__main__":

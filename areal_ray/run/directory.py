@@ -8,15 +8,18 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from areal_ray.run.event_index import HISTORY, NEWEST, EventIndex
 from areal_ray.run.event_log import open_log
-from areal_ray.storage import Storage
+from areal_ray.run.log_schema import is_batch, is_event, is_metric
+from areal_ray.storage import Storage, set_obstacle_aside
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
 EVENT_INDEX, REPORT = "events.index.json", "report.html"
 DATA = "data.json"  # which prepared corpora the run trains on
+CHECKPOINTS = "checkpoints.json"  # index of the checkpoints, see checkpoint/catalog.py
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
 _INDEX_EVERY = 4096  # events of one process: what a reader finds behind the index stays below a few megabytes
 
@@ -30,9 +33,9 @@ class RunDir:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._events = open_log(storage, EVENTS, at_once=True)
-        self._metrics = open_log(storage, METRICS, at_once=False)
-        self._samples = open_log(storage, SAMPLES, at_once=False)
+        self._events = open_log(storage, EVENTS, at_once=True, is_good=is_event)
+        self._metrics = open_log(storage, METRICS, at_once=False, is_good=is_metric)
+        self._samples = open_log(storage, SAMPLES, at_once=False, is_good=is_batch)
         self._index = EventIndex(storage, EVENT_INDEX, self._events)
         self._told = 0
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
@@ -48,6 +51,22 @@ class RunDir:
     def exists(self) -> bool:
         """Whether there is a run in this directory."""
         return bool(self.storage.names())
+
+    def clear(self, say: Callable[[str], None]) -> None:
+        """Set aside what has the name of one of the run's own files and cannot be read as one; see `storage.obstacles`.
+
+        To be called by who holds the lease.
+
+        Args:
+            say: prints a line for the user, for each.
+
+        Raises:
+            OSError: if it cannot be set aside, or the storage is away.
+        """
+        set_obstacle_aside(self.storage, f"{EVENTS}.jsonl", self.turning_points, say)
+        set_obstacle_aside(self.storage, f"{METRICS}.jsonl", self.reached, say)
+        for name in (f"{SAMPLES}.jsonl", CONFIG, RESULT, EVENT_INDEX, CHECKPOINTS, SNAPSHOT):
+            set_obstacle_aside(self.storage, name, partial(self.storage.read_range, name, 0, 1), say)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to the ledger, durable on return.
@@ -183,8 +202,8 @@ class RunDir:
         self.storage.replace(DATA, json.dumps(data, indent=2).encode() + b"\n")
 
     def data(self) -> dict[str, dict[str, str]] | None:
-        """What `write_data` has noted; None: nothing."""
-        return json.loads(self.storage.read(DATA)) if self.storage.size(DATA) is not None else None
+        """What `write_data` has noted; None if there is nothing, or it is no longer one."""
+        return self._read_object(DATA)
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.storage.replace(RESULT, json.dumps(result, indent=2).encode() + b"\n")
@@ -193,7 +212,19 @@ class RunDir:
         self.storage.replace(REPORT, text.encode())
 
     def result(self) -> dict[str, Any] | None:
-        return json.loads(self.storage.read(RESULT)) if self.storage.size(RESULT) is not None else None
+        """result.json; None if there is none, or it is no longer one."""
+        return self._read_object(RESULT)
+
+    def _read_object(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.storage.read(name))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None
+        return found if type(found) is dict else None
+
+    def damage(self) -> list[str]:
+        """Sentences about lines of the logs that were found unreadable since this was asked for the last time."""
+        return [news for log in (self._events, self._metrics, self._samples) if (news := log.news()) is not None]
 
     def next_attempt(self, last_saved: int) -> int:
         """A number that no attempt has had; to be asked for once, at its beginning.
@@ -201,10 +232,10 @@ class RunDir:
         Args:
             last_saved: the highest attempt among the checkpoints, should the ledger have been lost.
         """
-        newest = self.newest("attempt")
-        self._write_index()
-        return max(newest["attempt"] if newest else 0, last_saved) + 1
+        attempt = max(self._index.last_attempt(), last_saved) + 1
+        self._write_index(attempt)
+        return attempt
 
-    def _write_index(self) -> None:
+    def _write_index(self, attempts: int = 0) -> None:
         with suppress(OSError):  # nothing depends on it: the next one reads more of the ledger
-            self._index.write()
+            self._index.write(attempts)

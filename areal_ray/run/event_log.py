@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from areal_ray.run.log_lines import Line, backwards, decode, decode_one, encode, scan
+from areal_ray.run.log_lines import Decoder, Line, backwards, encode, forwards, scan
 from areal_ray.run.object_log import ObjectLog
 from areal_ray.storage import Storage
 
@@ -41,7 +41,11 @@ class Log(Protocol):
         ...
 
     def lines(self) -> Iterator[Line]:
-        """All durable lines; one that a crash tore in the middle of a write is left out."""
+        """All durable lines; what a crash tore in the middle of a write, or is no line of this log, is left out."""
+        ...
+
+    def news(self) -> str | None:
+        """A sentence about what was found unreadable since this was asked for the last time; None if nothing was."""
         ...
 
     def tail(self) -> list[Line]:
@@ -70,14 +74,18 @@ class Log(Protocol):
         ...
 
 
-def open_log(storage: Storage, name: str, at_once: bool) -> Log:
+def open_log(storage: Storage, name: str, at_once: bool, is_good: Callable[[Line], bool] = lambda line: True) -> Log:
     """The log `name` in a directory.
 
     Args:
         at_once: whether `append` returns when the line is durable. If not, object storage is written to in the
             background: a line of metrics is not worth a round trip of training.
+        is_good: whether an object is a line of this log; any other is left out, as one that is torn.
     """
-    return FileLog(storage, f"{name}.jsonl") if storage.can_append else ObjectLog(storage.sub(name), at_once)
+    decode = Decoder(is_good)
+    if storage.can_append:
+        return FileLog(storage, f"{name}.jsonl", decode)
+    return ObjectLog(storage.sub(name), at_once, decode=decode)
 
 
 class FileLog:
@@ -86,10 +94,11 @@ class FileLog:
     Args:
         storage: one that can append.
         name: of the file in it.
+        decode: decodes its lines.
     """
 
-    def __init__(self, storage: Storage, name: str) -> None:
-        self._storage, self._name = storage, name
+    def __init__(self, storage: Storage, name: str, decode: Decoder | None = None) -> None:
+        self._storage, self._name, self._decode = storage, name, decode or Decoder()
         self._unwritten = b""
         self._lock = threading.Lock()
 
@@ -114,10 +123,16 @@ class FileLog:
         self._unwritten = b""
 
     def lines(self) -> Iterator[Line]:
-        if self._storage.size(self._name) is None:
+        try:
+            file = self._storage.open(self._name)
+        except FileNotFoundError:
             return
-        with self._storage.open(self._name) as file:
-            yield from (line for raw in file if (line := decode_one(raw)) is not None)
+        with file:
+            yield from (line for raw in forwards(file) if (line := self._decode(raw)) is not None)
+
+    def news(self) -> str | None:
+        found = self._decode.news()
+        return None if found is None else f"{self.location}: {found}"
 
     def tail(self) -> list[Line]:
         size = self._size()
@@ -125,17 +140,17 @@ class FileLog:
         for offset, raw in backwards(self._storage, self._name, size):
             if found and offset < size - _TAIL_BYTES:
                 break
-            if (line := decode_one(raw)) is not None:
+            if (line := self._decode(raw)) is not None:
                 found.append(line)
         return found[::-1]
 
     def keep(self, wanted: Callable[[Line], bool]) -> None:
         with self._lock:
-            self._unwritten = b"".join(encode(line) for line in decode(self._unwritten) if wanted(line))
+            self._unwritten = b"".join(encode(line) for line in self._decode.lines(self._unwritten) if wanted(line))
             size = self._size()
             cut, staying, after_cut, quiet = size, list[bytes](), 0, 0
             for offset, raw in backwards(self._storage, self._name, size):
-                if (line := decode_one(raw)) is None:
+                if (line := self._decode(raw)) is None:
                     continue
                 if wanted(line):
                     staying.append(raw + b"\n")
@@ -155,7 +170,7 @@ class FileLog:
         begin, size = seen.get("bytes", 0), self._size()
         if seen and not (isinstance(begin, int) and 0 < begin <= size and self._check(begin) == seen.get("check")):
             return None
-        lines, end = scan(self._storage, self._name, begin, size, wanted)
+        lines, end = scan(self._storage, self._name, begin, size, wanted, self._decode)
         return lines, {"bytes": end, "check": self._check(end)} if end else {}
 
     def sort(self, lines: list[Line]) -> list[Line]:

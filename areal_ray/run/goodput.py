@@ -12,9 +12,11 @@ from areal_ray.run import RunDir
 PHASES = {
     "detection_s": "failure",  # from what the first survivor saw to the controller
     "teardown_s": "group",
+    "wait_s": "group",  # until one may begin again: there is room, and failures in a row have been waited between
     "start_s": "group",  # until the nodes have room
     "imports_s": "group",  # of new processes, with their start; of standbys next to nothing
     "process_group_s": "group",
+    "launch_s": "group",  # of the training function
     "connect_s": "training",  # first collectives of all groups of the mesh
     "build_s": "training",  # model, optimizer
     "data_s": "training",  # text, and the other objects of a rank
@@ -64,7 +66,7 @@ def course(events: Iterable[dict[str, Any]], metrics: Iterable[dict[str, Any]]) 
         if event["event"] in _TOLD:
             told.append(event)
         if event["event"] == "saved":
-            saves += event["blocked_s"]
+            saves += event.get("blocked_s") or 0.0
         last = event.get("time", last)
     wall += 0.0 if submitted is None else last - submitted
     timed: list[tuple[int, float, float]] = []
@@ -120,7 +122,7 @@ def _attempts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append({"attempt": event["attempt"], "after": _reason(since), "lost_steps": None})
         if event["event"] in ("attempt", "training", "restored", "started") and found:
             found[-1].update(_times(since))
-            if event["event"] in ("restored", "started") and len(found) > 1:
+            if event["event"] in ("restored", "started") and len(found) > 1 and event.get("step") is not None:
                 # What a survivor said, or the last line of the metrics, where nobody survived to say it.
                 failed = [e["step"] - 1 for e in since if e["event"] == "failure" and e.get("step")]
                 found[-1]["lost_steps"] = max(0, max([*failed, event.get("reached", 0)]) - event["step"])
@@ -141,7 +143,7 @@ def _reason(events: list[dict[str, Any]]) -> str:
     """Why workers were started: the last thing that happened before."""
     for event in reversed(events):
         if event["event"] == "failure":
-            return f"worker {event['rank']}: {event['cause']}"
+            return f"worker {event['rank']}: {event.get('cause', 'unknown')}"
         if event["event"] in ("controller_died", "controller_trouble"):
             return "the controller failed"
         if event["event"] == "not_started":

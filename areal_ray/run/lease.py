@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from areal_ray.storage import Storage
+from areal_ray.storage import Storage, set_obstacle_aside
 
 _NAME = "driver.json"
 
@@ -48,6 +48,7 @@ def hold_lease(
         RunInUse: if another driver is alive.
         OSError: if the storage cannot be read or written.
     """
+    set_obstacle_aside(run, _NAME, lambda: run.read_range(_NAME, 0, 1), say)  # no driver has written it
     _wait_for_others(run, say, renew_s, expires_s)
     mine = {"id": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot()}
     _write(run, mine)
@@ -72,6 +73,14 @@ def holder(run: Storage) -> dict[str, Any] | None:
     life by its own clock; None if nobody does, or has died here without giving it back."""
     now = _read(run)
     return None if now is None or _has_died(now) else now
+
+
+def let_go(run: Storage) -> None:
+    """Give back the lease of this process, which is about to end without leaving the block (OSError)."""
+    now = _read(run)
+    here = (socket.gethostname(), _boot(), os.getpid())
+    if now is not None and (now.get("host"), now.get("boot"), now.get("pid")) == here:
+        run.remove(_NAME)
 
 
 def _wait_for_others(run: Storage, say: Callable[[str], None], renew_s: float, expires_s: float) -> None:
@@ -111,9 +120,10 @@ def _keep(
 
 def _read(run: Storage) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(run.read(_NAME)))
-    except (FileNotFoundError, ValueError):  # none, or a torn one
+        found = json.loads(run.read(_NAME))
+    except (FileNotFoundError, ValueError, RecursionError):  # none, or a torn one
         return None
+    return found if type(found) is dict and type(found.get("id")) is str else None
 
 
 def _write(run: Storage, mine: dict[str, Any]) -> None:
@@ -125,8 +135,11 @@ def _has_died(holder: dict[str, Any]) -> bool:
     # Containers and machines may share a host name; of another's process numbers nothing is known here.
     if (holder.get("host"), holder.get("boot")) != (socket.gethostname(), _boot()):
         return False
+    pid = holder.get("pid")
+    if type(pid) is not int or not 0 < pid < 2**31:  # it says nothing, and 0 would ask for our own process group
+        return False
     try:
-        os.kill(holder["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:  # somebody else's, and alive

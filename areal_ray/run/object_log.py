@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from areal_ray.run.log_lines import Line, decode, encode, scan
+from areal_ray.run.log_lines import Decoder, Line, encode, scan
 from areal_ray.storage import Storage
 
 _PART_BYTES = 1 << 20
+_NAME = re.compile(r"(\d+\.\d+)-[0-9a-f]+\.jsonl")
 
 
 class ObjectLog:
@@ -26,10 +27,14 @@ class ObjectLog:
         storage: the directory.
         at_once: whether `append` waits until the line is durable.
         part_bytes: a longer object is left as it is and another one begun: each is written again with every line.
+        decode: decodes the lines.
     """
 
-    def __init__(self, storage: Storage, at_once: bool, part_bytes: int = _PART_BYTES) -> None:
+    def __init__(
+        self, storage: Storage, at_once: bool, part_bytes: int = _PART_BYTES, decode: Decoder | None = None
+    ) -> None:
         self._storage, self._at_once, self._part_bytes = storage, at_once, part_bytes
+        self._decode = decode or Decoder()
         self._lock, self._upload = threading.Lock(), threading.Lock()
         self._name, self._text, self._changed = "", b"", False
         self._newest = 0.0  # when the newest object was begun, as `keep` has seen it
@@ -59,22 +64,26 @@ class ObjectLog:
         self._write()
 
     def lines(self) -> Iterator[Line]:
-        lines = [line for name in self._storage.names() for line in decode(self._storage.read(name))]
+        lines = [line for name in self._names() for line in self._decode.lines(self._storage.read(name))]
         yield from self.sort(lines)
+
+    def news(self) -> str | None:
+        found = self._decode.news()
+        return None if found is None else f"{self.location}: {found}"
 
     def sort(self, lines: list[Line]) -> list[Line]:
         return sorted(lines, key=lambda line: line.get("time", 0.0))  # several processes may write at a time
 
     def tail(self) -> list[Line]:
-        for name in reversed(self._storage.names()):
-            if lines := decode(self._storage.read(name)):
+        for name in reversed(self._names()):
+            if lines := self._decode.lines(self._storage.read(name)):
                 return lines
         return []
 
     def keep(self, wanted: Callable[[Line], bool]) -> None:
         self._write()
         with self._upload:
-            names = self._storage.names()
+            names = self._names()
             self._keep(wanted, names)
             with self._lock:  # what this process has written so far is changed; what comes goes into a new object
                 self._name, self._text = "", b""
@@ -84,8 +93,10 @@ class ObjectLog:
         """Read the newest objects, until one stays as it is: those of one attempt were begun after all of the one
         before, which had been kept then to where that one began."""
         for name in reversed(names):
-            lines = decode(self._storage.read(name))
+            lines = self._decode.lines(self._storage.read(name))
             kept = [line for line in lines if wanted(line)]
+            if not lines:  # nothing that can be read, and not ours to delete
+                continue
             if not kept:
                 self._storage.remove(name)
             elif len(kept) != len(lines):
@@ -94,16 +105,20 @@ class ObjectLog:
                 return
 
     def since(self, seen: dict[str, Any], wanted: re.Pattern[bytes]) -> tuple[list[Line], dict[str, Any]] | None:
-        sizes = self._storage.sizes()
+        sizes = {name: size for name, size in self._storage.sizes().items() if _NAME.fullmatch(name)}
         if not all(isinstance(size, int) and 0 <= size <= sizes.get(name, -1) for name, size in seen.items()):
             return None
         lines: list[Line] = []
         now = dict(seen)
         for name, size in sorted(sizes.items()):
             if size > now.get(name, 0):
-                found, now[name] = scan(self._storage, name, now.get(name, 0), size, wanted)
+                found, now[name] = scan(self._storage, name, now.get(name, 0), size, wanted, self._decode)
                 lines += found
         return lines, now
+
+    def _names(self) -> list[str]:
+        """Names of the objects, the oldest first; what somebody else has put beside them is none."""
+        return [name for name in self._storage.names() if _NAME.fullmatch(name)]
 
     def _drain(self) -> None:
         """Write until nothing was added in the meantime. What cannot be written waits for the next line, or `flush`."""
@@ -134,5 +149,5 @@ class ObjectLog:
 
 def _begun(names: Sequence[str]) -> float:
     """When the newest of these objects was begun; 0.0 if none has a name of ours."""
-    found = (re.match(r"\d+\.\d+", name) for name in names)
-    return max((float(match[0]) for match in found if match), default=0.0)
+    found = (_NAME.fullmatch(name) for name in names)
+    return max((float(match[1]) for match in found if match), default=0.0)

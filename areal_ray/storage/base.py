@@ -6,9 +6,26 @@ whole, replaced whole, or (logs) appended to.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol
+
+_OF_A_FILE = {errno.EIO, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EBADMSG, errno.EUCLEAN}
+
+
+class NotAFile(OSError):
+    """A directory, a FIFO, a socket or a device, where a file should be; it is not touched."""
+
+
+class LeadsOut(OSError, ValueError):
+    """A name that leads out of its directory, by itself or by a link."""
+
+
+def is_unreadable(error: OSError) -> bool:
+    """Whether an error is about one file that cannot be read, now or ever, and not about storage that is away."""
+    kinds = (NotAFile, LeadsOut, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, kinds) or error.errno in _OF_A_FILE
 
 
 class Sink(Protocol):
@@ -18,7 +35,8 @@ class Sink(Protocol):
 
 
 class Storage(Protocol):
-    """A directory. Names are relative to it, with `/` between their parts; one that leads out raises ValueError.
+    """A directory. Names are relative to it, with `/` between their parts; one that leads out raises LeadsOut, which is
+    a ValueError, too. Nothing but a file is opened as one: anything else raises NotAFile, and nothing waits for it.
 
     It can be pickled, to be opened in another process; the pickle may hold credentials, and is never to be shown.
     """
@@ -61,19 +79,23 @@ class Storage(Protocol):
         ...
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file directly in here, by name, with one look."""
+        """Bytes of every file directly in here, by name, with one look; links that lead nowhere are none."""
         ...
 
     def size(self, name: str) -> int | None:
-        """Bytes of the file `name`; None if there is no such file."""
+        """Bytes of the file `name`; None if there is no such file (OSError if that is not known)."""
         ...
 
     def make(self) -> None:
         """Create this directory, which must not exist yet (FileExistsError): every save has its own."""
         ...
 
-    def ensure(self) -> None:
-        """Create this directory unless it exists."""
+    def ensure(self, private: bool = False) -> None:
+        """Create this directory unless it exists.
+
+        Args:
+            private: also close it to other users; object storage has no such thing.
+        """
         ...
 
     @contextmanager
@@ -126,6 +148,14 @@ class Storage(Protocol):
 
     def remove(self, name: str) -> None:
         """Remove the file `name` (FileNotFoundError), durably."""
+        ...
+
+    def set_aside(self, name: str) -> str:
+        """Give `name`, whatever it is, another name that nobody uses (OSError); where `append` is there.
+
+        Returns:
+            The new name.
+        """
         ...
 
     def delete(self) -> None:

@@ -84,7 +84,7 @@ class S3Storage:
         if self._list():
             raise FileExistsError(f"{self.location} exists")
 
-    def ensure(self) -> None: ...
+    def ensure(self, private: bool = False) -> None: ...
 
     @contextmanager
     def create(self, name: str) -> Iterator[_Upload]:
@@ -153,6 +153,9 @@ class S3Storage:
     def remove(self, name: str) -> None:
         with self._client.plain_errors(self.location):
             self._files.delete_file(self._inside(name))
+
+    def set_aside(self, name: str) -> str:
+        raise UnsupportedOperation(f"{self.location}/{name}: objects cannot be given another name")
 
     def delete(self) -> None:
         with self._client.plain_errors(self.location):

@@ -11,28 +11,15 @@ import shlex
 import tempfile
 from dataclasses import dataclass
 
-import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-
+from areal_ray import models
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.reader import StoredState
 from areal_ray.data import build_tokenizer
+from areal_ray.models import conversion, safetensors_files
+from areal_ray.models.lazy_tensor import stored_tensors
 from areal_ray.storage import Storage
 
 _PREFIX = "engine.model."  # of the weights among the tensors of a checkpoint
-# https://github.com/huggingface/safetensors#format
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -76,37 +63,11 @@ def export(checkpoint: Storage, out: Storage, shard_bytes: int = 5 << 30, tokeni
             )
         out.ensure()
         _write_tokenizer(out, tokenizer or named)
-        names = {name.removeprefix(_PREFIX): name for name in state.names if name.startswith(_PREFIX)}
-        split = split_state_dict_into_shards_factory(
-            {name: _size(state, stored) for name, stored in names.items()},
-            get_storage_size=lambda size: size,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=shard_bytes,
-        )
-        for file, shard in split.filename_to_tensors.items():
-            _write_shard(out, file, state, {name: names[name] for name in shard})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        out.replace("model.safetensors.index.json", _json(index))
+        weights = conversion.to_files(models.build_saved(config), stored_tensors(state, _PREFIX))
+        index = safetensors_files.write(out, weights, shard_bytes)
+    safetensors_files.write_index(out, index)
     out.replace("config.json", _json(config))  # last: without it nobody takes the directory for a model
-    return Exported(sorted(out.names()), len(names), split.metadata["total_size"])
-
-
-def _write_shard(out: Storage, file: str, state: StoredState, names: dict[str, str]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, stored in names.items():
-        end = offset + _size(state, stored)
-        dtype = _DTYPES[state.dtype(stored)]
-        header[name] = {"dtype": dtype, "shape": list(state.shape(stored)), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin aligned
-    with out.create(file) as sink:
-        sink.write(len(text).to_bytes(8, "little"))
-        sink.write(text)
-        for _, tensor in state.tensors(names.values()):
-            sink.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return Exported(sorted(out.names()), len(weights), index["metadata"]["total_size"])
 
 
 def _write_tokenizer(out: Storage, name: str) -> None:
@@ -117,10 +78,6 @@ def _write_tokenizer(out: Storage, name: str) -> None:
         for file in sorted(os.listdir(folder)):
             with open(os.path.join(folder, file), "rb") as stream:
                 out.replace(file, stream.read())
-
-
-def _size(state: StoredState, name: str) -> int:
-    return torch.Size(state.shape(name)).numel() * state.dtype(name).itemsize
 
 
 def _json(value: object) -> bytes:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -62,6 +63,7 @@ class _Spoiled(Objective):
     def __init__(self, objective: Objective, spoil: Callable[[], bool]) -> None:
         self._objective, self._spoil = objective, spoil
         self.references, self.metrics = objective.references, objective.metrics
+        self.takes_hidden = objective.takes_hidden
 
     def prepare(self, batch: Batch, models: Mapping[str, FrozenModel]) -> Batch:
         return self._objective.prepare(batch, models)
@@ -72,7 +74,7 @@ class _Spoiled(Objective):
     def weight(self, batch: Batch) -> torch.Tensor | float:
         return self._objective.weight(batch)
 
-    def loss(self, output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(self, output: Any, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         loss, metrics = self._objective.loss(output, batch)
         return loss * torch.nan if self._spoil() and torch.is_grad_enabled() else loss, metrics
 

@@ -23,7 +23,7 @@ class Receipt:
         before, now: step, samples, epoch, lr, optimizer_step, global_batch, world_size, mesh.
         changed: [before, now] by key of the config, for the keys that differ.
         promise: SAME_BITS, or SAME_STEPS where sums are taken in another order: after a change of the mesh, of the
-            device, of torch or of engine.accumulate, and on GPUs without engine.deterministic.
+            device, of torch, of engine.accumulate or model.loss, and on GPUs without engine.deterministic.
     """
 
     before: dict[str, Any]
@@ -87,19 +87,23 @@ def _promise(saved: Mapping[str, Any], live: Mapping[str, Any], config: Mapping[
     # What an older checkpoint does not say is taken to have been the same.
     names = ("world_size", "mesh", "device", "torch")
     same_order = all(there.get(name) in (None, here.get(name)) for name in names)
-    same_order &= _accumulated(saved) == _accumulated(live)
+    same_order &= _chosen(saved) == _chosen(live)
     fixed_order = not config.get("cluster.use_gpu") or config.get("engine.deterministic")
     return SAME_BITS if same_order and fixed_order else SAME_STEPS
 
 
 def _settings(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration by key, with what `engine.accumulate: auto` was taken for; empty if the manifest has none."""
+    """The configuration by key, with what `auto` was taken for; empty if the manifest has none."""
     flat = _flat(info.get("config") or {})
-    return {**flat, "engine.accumulate": _accumulated(info)} if flat else {}
+    return {**flat, **_chosen(info)} if flat else {}
 
 
-def _accumulated(info: Mapping[str, Any]) -> str:
-    return str(info.get("accumulate", "unsharded"))  # the one way of versions that do not say
+def _chosen(info: Mapping[str, Any]) -> dict[str, str]:
+    """What `auto` was taken for, or the one way of versions that do not say."""
+    return {
+        "engine.accumulate": str(info.get("accumulate", "unsharded")),
+        "model.loss": str(info.get("loss", "logits")),
+    }
 
 
 def _position(values: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _position(values: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, A
         "epoch": values["data"].get("epoch"),
         "lr": schedule.get("lr"),
         "optimizer_step": schedule["step"],
-        "global_batch": (info.get("config") or {}).get("train", {}).get("global_batch_size"),
+        "global_batch": _settings(info).get("train.global_batch_size"),
         "world_size": info.get("world_size"),
         "mesh": info.get("mesh"),
         **values["data"].get("sources", {}),  # what a data set says of its parts

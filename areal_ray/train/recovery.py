@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from areal_ray.checkpoint import Catalog, CheckpointDamaged, CheckpointWriter, Copy, Manifest, MemoryCopies, load
+from areal_ray.checkpoint import Catalog, CheckpointWriter, Copy, Manifest, MemoryCopies, reader
 from areal_ray.checkpoint.tree import flatten
 from areal_ray.distributed import RankError, Ranks
 
@@ -220,6 +220,9 @@ class RecoverHandler:
 
         def step() -> tuple[str, str | None, bool] | None:
             entry = next(walk, None)
+            if entry is not None and entry.unreadable:
+                time.sleep(reader.AGAIN_S)
+                entry = self._catalog.entry(entry.name)
             return (entry.name, entry.problem, entry.committed) if entry is not None else None
 
         while (found := self._ranks.on_rank_zero(step)) is not None:
@@ -228,13 +231,9 @@ class RecoverHandler:
             if problem is None:
                 if self._memory is not None:
                     self._memory.forget()
-                try:
-                    load(self._catalog.directory(name), self._state, self._ranks)
+                problem = reader.damage_on_loading(self._catalog.directory(name), self._state, self._ranks)
+                if problem is None:
                     return name
-                except RankError as error:
-                    if not error.only(CheckpointDamaged):
-                        raise
-                    problem = str(error)
             if self._ranks.rank == 0:
                 self._journal.passed_over(name, problem)
         if committed:

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from areal_ray.checkpoint import Catalog, Copy, StoredState
+from areal_ray.checkpoint import Catalog, Copy, Entry, StoredState
 from areal_ray.distributed import Ranks
 from areal_ray.run import RunDir
+from areal_ray.run.restore_deaths import given_up
 from areal_ray.train.loop import Progress
 from areal_ray.train.receipt import receipt
 from areal_ray.train.recovery import RecoverHandler
 from areal_ray.train.tracking import StepMetrics
+
+
+class WatchedCatalog(Catalog):
+    """The catalog as a restore goes along it: it tells the ledger which checkpoint is about to be restored.
+
+    One in whose restore workers have died too often has that as its problem.
+
+    Args:
+        run: the run directory.
+        attempt: of this start of the workers.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, run: RunDir, attempt: int, say: Callable[[str], None]) -> None:
+        super().__init__(run.storage)
+        self._ledger, self._attempt, self._say = run, attempt, say
+
+    def entries(self) -> Iterator[Entry]:
+        died = given_up(self._ledger.turning_points())
+        for entry in super().entries():
+            if entry.problem is None and entry.name in died:
+                text = f"workers died {died[entry.name]} times in a row while it was being restored"
+                yield replace(entry, manifest=None, problem=text)
+                continue
+            if entry.problem is None:
+                self._ledger.note("restoring", self._say, attempt=self._attempt, checkpoint=entry.name)
+            yield entry
 
 
 @dataclass(frozen=True)
@@ -110,6 +138,8 @@ class Restore:
         reached = self._run.reached()
         self._metrics.rewind(self._progress.step if source else -1)  # the beginning has a line too, that of step 0
         self._run.rewind_samples(self._progress.samples)
+        for line in self._run.damage():
+            self._say(line)
         return reached
 
     def _receipt(self, source: _Source, event: str, prefix: str, **fields: Any) -> None:

@@ -18,6 +18,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine
 from areal_ray.run import RunDir
 from areal_ray.run.job_context import JobContext
+from areal_ray.storage.local import deny_writing_to_all
 from areal_ray.train import loop
 from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.device_check import Device
@@ -40,6 +41,7 @@ def main(config: Config, context: JobContext) -> dict[str, Any]:
         PlannedRestart: when the workers are to be started again, in another number or elsewhere.
         BadDevice: when this rank's GPU is not fit to train on.
     """
+    deny_writing_to_all()
     # A standby has imported torch before Ray said how many cores it has; threads change speed and last bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     plugin.extend_path(context.search_path)
@@ -61,7 +63,7 @@ def main(config: Config, context: JobContext) -> dict[str, Any]:
 
 def _train(config: Config, context: JobContext, device: Device | None) -> dict[str, Any]:
     run, ranks = context.run, Ranks()
-    with sidecars.watchdog(config, run, ranks) or nullcontext() as watchdog:
+    with sidecars.head_watch(), sidecars.watchdog(config, run, ranks) or nullcontext() as watchdog:
         return _train_watched(config, context, ranks, watchdog, device)
 
 
@@ -69,6 +71,7 @@ def _train_watched(
     config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None, device: Device | None
 ) -> dict[str, Any]:
     run, clock = context.run, sidecars.Stopwatch()
+    sidecars.check_storage(context, ranks)  # before an attempt is written down, in what may be another directory
     rank = wire(config, context, ranks, watchdog, clock, device)
     start, job, session = rank.start, rank.job, rank.session
 

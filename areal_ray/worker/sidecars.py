@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import ray.train
 
 from areal_ray.cluster.console import log, say
+from areal_ray.cluster.head_watch import watching
 from areal_ray.cluster.nodes import this_node_id
 from areal_ray.cluster.spare_nodes import SpareNodes
 from areal_ray.cluster.standbys import Standbys
@@ -17,11 +20,42 @@ from areal_ray.config import Config
 from areal_ray.data import GlobalBatches
 from areal_ray.distributed import Ranks, flight_recorder
 from areal_ray.engine import FSDPEngine
-from areal_ray.run import RunDir
+from areal_ray.run import JobContext, RunDir
+from areal_ray.run.shared_storage import SharedStorage, agree
 from areal_ray.worker.stragglers import StragglerDetector
 from areal_ray.worker.watchdog import Stuck, Watchdog
 
 _COMPARE_STEPS = 16  # between two comparisons of the ranks
+CUT_OFF = 87  # exit status of a worker that has heard nothing from the head node
+_LOOK_S = 5.0  # between two looks at the head node, from every node with workers
+
+
+def check_storage(context: JobContext, ranks: Ranks) -> None:
+    """Show that all nodes share the run directory; RankError if not. A collective."""
+    place, node = ray.train.get_context(), f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+    storage = SharedStorage(context.run.storage, context.submission, node)
+    first = place.get_local_rank() == 0
+    agree(storage, place.get_node_rank(), first, ranks.all_or_raise, ranks.all_reduce_min)
+
+
+def head_watch(leave: Callable[[int], object] = os._exit) -> AbstractContextManager[None]:
+    """Ends this process when the head node has not answered for as long as the driver waits for it.
+
+    By then the driver has given up, or others train in the place of a node that is cut off. One process of each node
+    looks, and the others end with it: without it no collective comes to an end. To be entered while it trains.
+
+    Args:
+        leave: ends the process, with its exit status.
+    """
+    if ray.train.get_context().get_local_rank() != 0:
+        return nullcontext()
+    address = ray.get_runtime_context().gcs_address
+
+    def lost() -> None:
+        say(f"the head node ({address}) does not answer any more: leaving, as others may have taken over")
+        leave(CUT_OFF)
+
+    return watching(address, log, lost, look_s=_LOOK_S)
 
 
 def standbys(config: Config, run: RunDir, ranks: Ranks, nodes: Sequence[str]) -> list[Standbys | SpareNodes]:
@@ -60,10 +94,10 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
         log(f"stuck for {what.seconds:.1f} s in phase {what.phase}\n{what.stacks}")
         waits = " (waiting for others)" if what.waiting else ""
         say(f"worker {ranks.rank} is stuck for {what.seconds:.1f} s at {what.where}{waits}: ending it")
-        attempt = 0
+        attempt = what.attempt or 0
         with suppress(OSError):
-            newest = run.newest("attempt")
-            attempt = newest["attempt"] if newest else 0
+            newest = run.newest("attempt") if what.attempt is None else None
+            attempt = newest["attempt"] if newest else attempt
         name = f"stacks.a{attempt}.rank{ranks.rank}.txt"
         fields: dict[str, Any] = {
             "phase": what.phase,

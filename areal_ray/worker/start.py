@@ -36,7 +36,7 @@ class Start:
     def left_out_steps(self) -> list[int]:
         """Steps that earlier attempts did not take: this one, which may begin before them, does not either."""
         events = self.run.turning_points()
-        bad = [event["step"] for event in events if event["event"] == "bad_step" and event["action"] != "stop"]
+        bad = [event["step"] for event in events if event["event"] == "bad_step" and event.get("action") != "stop"]
         return bad + [event["step"] for event in events if event["event"] == "poison_step"]
 
     def record_samples(self, first: int, ids: list[int]) -> None:

@@ -42,6 +42,7 @@ class Stuck:
         where: "file:line in function", the innermost frame of the user's code (else of any).
         waiting: whether it waits for other ranks, and so is not the cause.
         stacks: stacks of all threads.
+        attempt: of this process; None if it was not known yet.
     """
 
     phase: str
@@ -50,6 +51,7 @@ class Stuck:
     where: str
     waiting: bool
     stacks: str
+    attempt: int | None = None
 
 
 class Watchdog:
@@ -63,6 +65,9 @@ class Watchdog:
         grace_s: seconds beyond its limit for a rank that waits for others: the cause reports first.
         last_resort_s: seconds beyond its limit after which C code ends the process, should the interpreter hang.
         clock: seconds, monotonic.
+
+    Attributes:
+        attempt: of this process, for its report: by then another one may have begun elsewhere. None until it is known.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Watchdog:
         self._usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self._phase, self._since = "start", clock()
         self._step: int | None = None
+        self.attempt: int | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -161,7 +167,7 @@ class Watchdog:
             return False
         if since != self._since:  # a beat at the last moment
             return False
-        self._stuck(Stuck(phase, step, now - since, where, waiting, _stacks()))
+        self._stuck(Stuck(phase, step, now - since, where, waiting, _stacks(), self.attempt))
         self._end(EXIT_STATUS)
         return True
 

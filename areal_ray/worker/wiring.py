@@ -18,7 +18,7 @@ from areal_ray.cluster.console import say
 from areal_ray.cluster.nodes import this_node_id
 from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
-from areal_ray.distributed import Ranks, accumulation
+from areal_ray.distributed import Ranks
 from areal_ray.distributed.point_to_point import PointToPoint
 from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.objectives import build_objective
@@ -28,7 +28,7 @@ from areal_ray.train.cadence import AutoCadence, SaveHistory
 from areal_ray.train.faults import Faults
 from areal_ray.train.journal import Journal, TunedSaves, retention
 from areal_ray.train.recovery import RecoverHandler, SaveListener, SavePolicy
-from areal_ray.train.restore import Restore
+from areal_ray.train.restore import Restore, WatchedCatalog
 from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.job import build_job, load_data
 from areal_ray.worker.provenance import provenance
@@ -77,7 +77,7 @@ def wire(
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     device_check.check(device)  # cuBLAS is used first here, with the engine's settings
     # A run that has saved goes on from a checkpoint or not at all: see RecoverHandler.load.
-    fresh, accumulate = ranks.on_rank_zero(lambda: (catalog.last_committed() is None, _recorded(config, catalog)))
+    fresh, recorded = ranks.on_rank_zero(lambda: (catalog.last_committed() is None, _recorded(config, catalog)))
 
     def entering(phase: str) -> None:
         if phase == "build":
@@ -85,8 +85,10 @@ def wire(
         if watchdog is not None:
             watchdog.beat(phase)
 
-    engine.initialize(weights=fresh, references=objective.references, entering=entering, accumulate=accumulate)
+    engine.initialize(weights=fresh, references=objective.references, entering=entering, **recorded)
     attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
+    if watchdog is not None:
+        watchdog.attempt = attempt
     start = Start(attempt, run, ranks, say if ranks.rank == 0 else _silent, catalog)
     places = ranks.gather((socket.gethostname(), os.getpid()))
     nodes, pids = [node for node, _ in places], [pid for _, pid in places]
@@ -134,7 +136,8 @@ def recover_handler(
     policy = SavePolicy(every.when_busy == "skip", every.max_failed_saves)
     described = {**info, **provenance(config)}
     writer = _writer(config, start)
-    return RecoverHandler(start.catalog, state, writer, journal, start.attempt, described, start.ranks, policy, memory)
+    catalog = WatchedCatalog(start.run, start.attempt, start.say)
+    return RecoverHandler(catalog, state, writer, journal, start.attempt, described, start.ranks, policy, memory)
 
 
 def auto_cadence(config: Config, start: Start, nodes: int) -> AutoCadence | None:
@@ -168,11 +171,13 @@ def memory_copies(config: Config, ranks: Ranks, context: JobContext, say: Callab
     return MemoryCopies(name, ranks, owner, say, durable, partners=partners)
 
 
-def _recorded(config: Config, catalog: Catalog) -> accumulation.Accumulate | None:
-    """How the run has accumulated gradients so far, if that is to go on; None without a good checkpoint."""
-    if config.engine.accumulate != "auto" or (newest := catalog.newest()) is None:
-        return None
-    return newest.info.get("accumulate", "unsharded")  # before there was a choice
+def _recorded(config: Config, catalog: Catalog) -> dict[str, Any]:
+    """What `auto` was taken for in the run so far, which is to go on: arguments of `FSDPEngine.initialize`."""
+    said = {"accumulate": config.engine.accumulate, "loss": config.model.loss}
+    before = {"accumulate": "unsharded", "loss": "logits"}  # there was a choice
+    if "auto" not in said.values() or (newest := catalog.newest()) is None:
+        return {}
+    return {key: newest.info.get(key, before[key]) for key in said if said[key] == "auto"}
 
 
 def _node_process() -> int | None:

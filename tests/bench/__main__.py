@@ -28,6 +28,7 @@ PARTS = {
     "losses": "tokens that count per second while workers and nodes are lost, beside none lost",
     "long": "start, restart, list and save with 10 and 1,000 checkpoints, and after 100 and 10^6 lines of logs",
     "accumulate": "peak memory and speed of a step with several micro-batches, gradients sharded and not",
+    "loss": "peak memory and speed of a step at a vocabulary of 128k, with all logits at once and without",
     "memory": "peak proportional set size, /dev/shm included",
     "data": "13 MB and 1 GB of text: preparing, start, restart, memory of a rank; a corpus on S3",
 }

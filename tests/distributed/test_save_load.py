@@ -156,7 +156,7 @@ def test_a_checkpoint_holds_tensors_and_json_and_no_pickled_objects(root: Path, 
 def test_the_manifest_says_who_wrote_and_sums_every_file(root: Path, by_two: Any) -> None:
     directory = root / "of 2" / "dcp-optim"
     manifest = read_manifest(LocalStorage(directory))
-    assert manifest.info == {"world_size": 2, "mesh": {"shard": 2}, "accumulate": "unsharded"}
+    assert manifest.info == {"world_size": 2, "mesh": {"shard": 2}, "accumulate": "unsharded", "loss": "logits"}
     assert set(manifest.files) | {"manifest.json"} == {path.name for path in directory.iterdir()}
     assert checkpoints.check(LocalStorage(directory)) == manifest.total_bytes
 

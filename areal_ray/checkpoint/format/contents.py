@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from functools import partial
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -26,6 +27,7 @@ from areal_ray.checkpoint.format.sums import Sums, shard_name
 from areal_ray.processes.file_writer import sums_name
 from areal_ray.storage import Storage, read_ahead
 
+_NO_NUMBERS = ("q", "bits")  # types of torch that have more to them than their bytes, or nothing to be done with
 _TABLE_BYTES = 1 << 20  # guessed, of a table that is read ahead
 
 
@@ -36,7 +38,7 @@ def torch_dtype(name: str) -> torch.dtype:
         CheckpointDamaged: if there is none.
     """
     found = torch.__dict__.get(name)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or name.startswith(_NO_NUMBERS):
         raise CheckpointDamaged(f"{LAYOUT}: this torch has no type {name!r}")
     return found
 
@@ -81,14 +83,14 @@ class Contents:
         """
         text, described, state = map(zlib.decompress, found)
         manifest, values = decode_manifest(text), parse_json(state, STATE)
-        if type(values) is not dict:
-            raise CheckpointDamaged(f"{STATE}: a {type(values).__name__}, not the values of objects")
+        if type(values) is not dict or not all(type(each) is dict for each in values.values()):
+            raise CheckpointDamaged(f"{STATE}: not the values of objects")
         if manifest.format == 1:
             layout, sums = old_layout(manifest, described)
+            _check_room(layout, manifest, METADATA)
             return cls(manifest, layout, values, list(sums), dict(enumerate(sums.values())))
         layout = Layout.decode(described)
-        for tensor in layout.tensors.values():
-            torch_dtype(tensor.dtype)
+        _check_room(layout, manifest, LAYOUT)
         cuts = {id(tensor.cut): tensor.cut for tensor in layout.tensors.values()}
         used = {number for cut in cuts.values() for number in cut.shards.tolist()}
         for name in (each(shard_name(number)) for number in sorted(used) for each in (str, sums_name)):
@@ -113,3 +115,14 @@ class Contents:
         name = self.files[number]
         table, size = sums_name(name), self.manifest.files[name].size
         return Sums.decode(read_checked(directory, table, self.manifest), table, size, int(self.layout.counts[number]))
+
+
+def _check_room(layout: Layout, manifest: Manifest, name: str) -> None:
+    """Raise CheckpointDamaged for types that there are not, and for more bytes of tensors than all files have.
+
+    Or a few bytes would make whoever reads a whole tensor ask for terabytes.
+    """
+    tensors = layout.tensors.values()
+    size = sum(prod(tensor.shape) * torch_dtype(tensor.dtype).itemsize for tensor in tensors)
+    if size > manifest.total_bytes:
+        raise CheckpointDamaged(f"{name}: tensors of {size} bytes, in files of {manifest.total_bytes}")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from areal_ray.checkpoint.format.layout import Cut, Layout, StoredTensor
-from areal_ray.checkpoint.format.manifest import METADATA, CheckpointDamaged, Manifest
+from areal_ray.checkpoint.format.manifest import MANIFEST, METADATA, CheckpointDamaged, Manifest
 from areal_ray.checkpoint.format.pickle_limits import TooMuch, check_pickle
 from areal_ray.checkpoint.format.sums import Sums
 
@@ -95,7 +95,7 @@ def old_layout(manifest: Manifest, data: bytes) -> tuple[Layout, dict[str, Sums]
     tensors = {}
     try:
         sums = {
-            name: {offset: (length, digest) for offset, length, digest in manifest.files[name].chunks} for name in names
+            name: {offset: (length, digest) for offset, length, digest in _chunks(manifest, name)} for name in names
         }
         for tensor, entry in metadata.state_dict_metadata.items():
             boxes, shards = [], []
@@ -114,6 +114,15 @@ def old_layout(manifest: Manifest, data: bytes) -> tuple[Layout, dict[str, Sums]
             dtype = str(entry.properties.dtype).removeprefix("torch.")  # type: ignore[union-attr]
             tensors[tensor] = StoredTensor(tuple(entry.size), dtype, cut)  # type: ignore[union-attr]
         layout = Layout(tensors, len(names))
+        return layout, {name: Sums.of_format_1(rows[name]) for name in names}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointDamaged(f"{METADATA}: not readable ({type(error).__name__}: {error})") from None
-    return layout, {name: Sums.of_format_1(rows[name]) for name in names}
+
+
+def _chunks(manifest: Manifest, name: str) -> list[tuple[int, int, str]]:
+    """Offset, length and checksum of each part of a file, which has them (CheckpointDamaged, ValueError, TypeError)."""
+    record = manifest.files[name]
+    for offset, length, _ in record.chunks:
+        if type(offset) is not int or type(length) is not int or not 0 <= offset <= offset + length <= record.size:
+            raise CheckpointDamaged(f"{MANIFEST}: {name} has no {length} bytes at {offset}")
+    return [(offset, length, digest) for offset, length, digest in record.chunks]

@@ -8,21 +8,64 @@ places in `.metadata`; such checkpoints are read as before (format_1.py).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
-from areal_ray.storage import Storage
+from areal_ray.storage import NotAFile, Storage, is_unreadable
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
 STATE = "state.json"
+_MOST_DEPTH = 64  # of JSON; what Python parses may be too deep for all that looks at it then
+_MOST = 2.5e11  # of numbers; as seconds shortly before the year 10000, which no calendar has
+_COUNT, _SECONDS, _TABLE = (int,), (int, float), (dict,)
+_INFO: dict[str, tuple[type, ...]] = {  # types of what is read of a manifest's info; the rest is shown as it is
+    "step": _COUNT,
+    "attempt": _COUNT,
+    "world_size": _COUNT,
+    "time": _SECONDS,
+    "metrics": _TABLE,
+    "mesh": _TABLE,
+    "config": (dict, type(None)),
+    "versions": _TABLE,
+    "hf_config": (dict, type(None)),
+    "tokenizer": (str, type(None)),
+    "accumulate": (str,),
+}
 _MOST_BYTES = 1 << 30  # of a file that is read at once; the largest, a table of checksums, has 20 bytes for every MiB
 
 
 class CheckpointDamaged(RuntimeError):
     """A directory is no good checkpoint; the message names the file and what is wrong with it."""
+
+
+class CheckpointUnreadable(CheckpointDamaged):
+    """A file of a checkpoint cannot be read, which may pass: of the input and output, or of a permission."""
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turns an error of reading one file of a checkpoint into damage; of storage that is away, the error stays.
+
+    Args:
+        name: of the file, for the message.
+
+    Raises:
+        CheckpointDamaged: if there is no such file, or something else in its place, or it cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointDamaged(f"{name}: missing") from None
+    except OSError as error:
+        if not is_unreadable(error):
+            raise
+        kind = CheckpointDamaged if isinstance(error, NotAFile) else CheckpointUnreadable
+        raise kind(f"{name}: cannot be read ({error.strerror or error})") from None
 
 
 @dataclass(frozen=True)
@@ -65,12 +108,14 @@ def read_manifest(directory: Storage) -> Manifest:
     """The manifest of a committed checkpoint, its own checksum verified.
 
     Raises:
-        CheckpointDamaged: if it is missing, torn or changed.
+        CheckpointDamaged: if it is missing, torn or changed, or cannot be read.
     """
-    try:
-        return decode_manifest(directory.read(MANIFEST))
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{MANIFEST}: missing, so the save was never finished") from None
+    with reading(MANIFEST):
+        try:
+            data = directory.read(MANIFEST)
+        except FileNotFoundError:
+            raise CheckpointDamaged(f"{MANIFEST}: missing, so the save was never finished") from None
+    return decode_manifest(data)
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -91,9 +136,28 @@ def decode_manifest(data: bytes) -> Manifest:
         files = {name: FileRecord(**record) for name, record in body["files"].items()}
         if any(type(record.size) is not int or record.size < 0 for record in files.values()):
             raise CheckpointDamaged(f"{MANIFEST}: a file of a size that there is not")
-        return Manifest(dict(body["info"]), files, body["format"])
+        return Manifest(check_info(body["info"]), files, body["format"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointDamaged(f"{MANIFEST}: not readable ({type(error).__name__}: {error})") from None
+
+
+def check_info(info: Any) -> dict[str, Any]:
+    """The info of a manifest, or of a row of the index, if all that is read of it is of its type.
+
+    Raises:
+        ValueError: if something is not.
+    """
+    if type(info) is not dict:
+        raise ValueError(f"info is a {type(info).__name__}")
+    for key, types in _INFO.items():
+        value = info.get(key)
+        if key in info and type(value) not in types:
+            raise ValueError(f"{key} is a {type(value).__name__}")
+        if types in (_COUNT, _SECONDS) and value is not None and not 0 <= value < _MOST:  # nan is not
+            raise ValueError(f"{key} is {value}")
+    if wrong := [name for name, value in info.get("metrics", {}).items() if type(value) not in (int, float)]:
+        raise ValueError(f"the metric {wrong[0]!r} is no number")
+    return info
 
 
 def check_sizes(directory: Storage, manifest: Manifest) -> None:
@@ -102,7 +166,8 @@ def check_sizes(directory: Storage, manifest: Manifest) -> None:
     Raises:
         CheckpointDamaged: for the first file that differs.
     """
-    sizes = directory.sizes()
+    with reading("the directory"):
+        sizes = directory.sizes()
     for name, record in manifest.files.items():
         size = sizes.get(name)
         if size != record.size:
@@ -120,8 +185,9 @@ def verify(directory: Storage) -> Manifest:
     check_sizes(directory, manifest)
     for name, record in manifest.files.items():
         digest = xxhash.xxh3_128()
-        for block in directory.read_blocks(name, record.size):
-            digest.update(block)
+        with reading(name):
+            for block in directory.read_blocks(name, record.size):
+                digest.update(block)
         if digest.hexdigest() != record.xxh3_128:
             raise CheckpointDamaged(f"{name}: the checksum does not match")
     return manifest
@@ -137,10 +203,8 @@ def read_checked(directory: Storage, name: str, manifest: Manifest) -> bytes:
         raise CheckpointDamaged(f"{name}: not in the manifest")
     if manifest.files[name].size > _MOST_BYTES:
         raise CheckpointDamaged(f"{name}: of {manifest.files[name].size} bytes, which nothing that describes one has")
-    try:
+    with reading(name):
         data = directory.read_range(name, 0, manifest.files[name].size + 1)  # and not what has grown without end
-    except FileNotFoundError:
-        raise CheckpointDamaged(f"{name}: missing") from None
     if xxhash.xxh3_128_hexdigest(data) != manifest.files[name].xxh3_128:
         raise CheckpointDamaged(f"{name}: the checksum does not match")
     return data
@@ -150,12 +214,25 @@ def parse_json(data: bytes, name: str) -> Any:
     """JSON from a file's bytes.
 
     Raises:
-        CheckpointDamaged: if they are none, or nested so deep that Python gives up.
+        CheckpointDamaged: if they are none, or nested deeper than anything in a checkpoint.
     """
     try:
-        return json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{name}: not readable ({type(error).__name__}: {error})") from None
+    level, depth = [value], 0
+    while level:
+        if depth > _MOST_DEPTH:
+            raise CheckpointDamaged(f"{name}: not readable (more than {_MOST_DEPTH} values in each other)")
+        level = [below for each in level for below in _parts(each) if type(below) in (list, dict)]
+        depth += 1
+    return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if type(value) is dict:
+        return value.values()
+    return value if type(value) is list else ()
 
 
 def _checksum(body: dict[str, Any]) -> str:

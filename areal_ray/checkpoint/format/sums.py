@@ -54,7 +54,12 @@ class Sums:
             sizes = np.array([int(row[0]) for row in rows], np.int64)
             before = np.array([int(row[1]) for row in rows], np.int64)
             counts = np.array([len(row) - 2 for row in rows], np.int64)
-            if (before < 0).any() or (before > sizes).any() or (counts != -(-sizes // int(piece))).any():
+            if (
+                (before < 0).any()
+                or (before > sizes).any()
+                or (sizes > size).any()
+                or (counts != -(-sizes // int(piece))).any()
+            ):
                 raise ValueError("a line of a tensor that there is not")
             if (int(sizes.sum()), len(rows)) != (size, parts):
                 raise ValueError(f"it is of a file of {len(rows)} parts and {int(sizes.sum())} bytes")

@@ -115,7 +115,7 @@ class KeptImages:
         Raises:
             OSError: if there is no memory for them, or nobody to keep it; to be followed by `release`.
         """
-        self._claimed.claim(self._name)  # or the name would be taken still
+        self._claimed.claim(self._name)  # its memory, if it is there still, is used again
         _check_room(self._claimed.missing([self._size, self._size, *guests]), neighbours, memory)
         for _ in range(2):
             self.images.append(ShardImage("", self._items, reused=self._claimed.take(self._size)))

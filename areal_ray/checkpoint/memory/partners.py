@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.distributed.point_to_point import Message, PointToPoint
 from areal_ray.processes.memory_keeper import kept_names
 
+_CLAIM_S = 10.0
 _PIECE_BYTES = 4 << 20  # at most so much is on its way at a time, between steps that send, too
 
 
@@ -103,8 +104,9 @@ class Partners:
         self._ranks.all_reduce_min(True)  # all have the same list
         claimed.claim(own)
         self._ranks.all_reduce_min(True)  # where two nodes are one machine, nobody takes another one's own
+        until = time.monotonic() + _CLAIM_S  # there may be thousands of names that others have made up
         for name in rest[neighbours.index(self._ranks.rank) :: len(neighbours)]:
-            with suppress(PermissionError):  # a process of another user has such a name
+            if time.monotonic() < until:
                 claimed.claim(name)
 
     def meet(self, size: int) -> list[int]:
@@ -175,7 +177,7 @@ class Partners:
         try:
             for guest, size in self._sizes.items():
                 name = f"{self._name}-{guest}-partner"
-                claimed.claim(name)  # or the name would be taken still
+                claimed.claim(name)  # its memory, if it is there still, is used again
                 self._guests[guest] = GuestFiles(name, self._owner, claimed, size)
         except OSError:
             self.release()

@@ -34,7 +34,8 @@ class PairRows:
         assert len(lengths) % 2 == 0
         if self._truncation != "drop":
             return pieces_of(lengths, self._seq_len, self._truncation)
-        fits = np.asarray((lengths <= self._seq_len).reshape(-1, 2).all(1))
+        chosen, rejected = (lengths <= self._seq_len).reshape(-1, 2).T
+        fits = chosen & rejected
         begins, keep = np.cumsum(lengths, dtype=np.int64) - lengths, np.repeat(fits, 2)
         left_out = int((~fits).sum())
         said = f"{left_out:,} of {len(fits):,} pairs are longer than train.seq_len={self._seq_len} tokens"

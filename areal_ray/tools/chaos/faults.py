@@ -1,4 +1,4 @@
-"""The faults of `areal-ray chaos`: real signals to real processes, real damage to real files."""
+"""Faults of workers, checkpoints, nodes and storage: real signals to real processes, real damage to real files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 
 from areal_ray.checkpoint.format.manifest import MANIFEST
@@ -18,42 +16,12 @@ from areal_ray.tools.chaos.world import World
 
 _AWAY_S = 5.0  # how long storage stays away
 _DISK_MB = 1024
-_STAGES = {  # of a commit: what is there in the directory of the checkpoint
+STAGES = {  # of a commit: what is there in the directory of the checkpoint
     "its directory is made": lambda names: True,
     "a shard is written": lambda names: any(name.endswith(".distcp") for name in names),
     ".metadata is written": lambda names: ".metadata" in names,
     "it is committed": lambda names: MANIFEST in names,
 }
-
-
-def possible(workers: int, disk: Path | None, storage_process: int | None, only: Sequence[str]) -> list[str]:
-    """The kinds that can be tried, of those that are named, if any are.
-
-    Args:
-        workers: in the run; one of several is on a node of its own.
-        disk, storage_process: as for World.
-        only: names.
-
-    Raises:
-        RuntimeError: if one that is named is not among them.
-    """
-    without = {
-        *([] if disk else ["the disk is full"]),
-        *([] if storage_process else ["the storage server stops"]),
-        *([] if workers > 1 else ["a node is lost"]),
-    }
-    kinds = [kind for kind in KINDS if kind not in without]
-    if unknown := set(only) - set(kinds):
-        raise RuntimeError(f"no such faults here: {', '.join(sorted(unknown))}; there are: {', '.join(kinds)}")
-    return [kind for kind in kinds if kind in only] if only else kinds
-
-
-def has_gone_on(world: World, since: float) -> bool:
-    """Whether the newest attempt has finished its first step, after that time."""
-    attempts, trained = world.run.events("attempt"), world.run.events("training")
-    if not trained or not attempts or trained[-1]["attempt"] != attempts[-1]["attempt"]:
-        return False
-    return bool(trained[-1]["time"] > since)
 
 
 def one(number: signal.Signals, world: World, draw: random.Random) -> None:
@@ -66,11 +34,6 @@ def first(world: World, draw: random.Random) -> None:
 
 def every(world: World, draw: random.Random) -> None:
     for pid in world.workers():
-        world.kill(pid)
-
-
-def controller(world: World, draw: random.Random) -> None:
-    for pid in world.processes("ray::Controller"):
         world.kill(pid)
 
 
@@ -103,7 +66,7 @@ def commit(stage: str, world: World, draw: random.Random) -> None:
     def come_so_far() -> bool:
         for name in {name for *_, name in world.catalog.names()} - before:
             with suppress(FileNotFoundError):
-                if _STAGES[stage](world.storage.sub(name).names()):
+                if STAGES[stage](world.storage.sub(name).names()):
                     return True
         return False
 
@@ -124,12 +87,12 @@ def full_disk(world: World, draw: random.Random) -> None:
     """Nothing can be written for a while; then a worker dies, so that the run must find its way from what there is."""
     assert world.disk
     ballast = world.disk / "ballast"
-    failed, trouble = world.count("save_failed"), world.count("controller_trouble")
+    troubles = world.troubles()
     try:
         world.until("a full disk", lambda: _filled(ballast))
         world.until(
             "a save that fails",
-            lambda: world.count("save_failed") > failed or world.count("controller_trouble") > trouble,
+            lambda: world.troubles() > troubles,
         )
     finally:
         ballast.unlink()
@@ -179,32 +142,10 @@ def storage_away(world: World, draw: random.Random) -> None:
     one(signal.SIGKILL, world, draw)
 
 
-KINDS: dict[str, Callable[[World, random.Random], None]] = {
-    "SIGKILL of a worker": partial(one, signal.SIGKILL),
-    "SIGSEGV of a worker": partial(one, signal.SIGSEGV),
-    "SIGSTOP of a worker": partial(one, signal.SIGSTOP),
-    "SIGKILL of rank 0": first,
-    "SIGKILL of all workers": every,
-    "SIGKILL of the controller": controller,
-    "SIGKILL of the driver": driver,
-    "SIGKILL during start": start,
-    "SIGKILL during restore": restore,
-    **{f"SIGKILL when {stage}": partial(commit, stage) for stage in _STAGES},
-    "SIGKILL during retention": retention,
-    "the disk is full": full_disk,
-    "a bit flips in a checkpoint": flip,
-    "a node is lost": node,
-    "the storage server stops": storage_away,
-}
-
-
-def small_disk(path: Path, stack: ExitStack) -> Path | None:
-    """A disk that can be filled without harm, until the stack is left; None where nothing may be mounted."""
+def small_disk(path: Path, stack: ExitStack) -> Path:
+    """A disk that can be filled without harm, until the stack is left; for where one may mount."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MB}m", "areal_ray_chaos", str(path)]
-    try:
-        subprocess.run(command, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    subprocess.run(command, capture_output=True, check=True)
     stack.callback(subprocess.run, ["umount", "--lazy", str(path)], check=True)
     return path

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_ray.config import Config, ConfigError, load
-from areal_ray.tools.chaos import faults
+from areal_ray.tools.chaos import faults, machine, unreadable
 from areal_ray.tools.chaos.checks import check
+from areal_ray.tools.chaos.kinds import KINDS, library, look_around, possible, survived
 from areal_ray.tools.chaos.world import BACK_S, World
 from areal_ray.tools.verify_resume import Check
 
@@ -60,18 +61,26 @@ def chaos(
     given = load(path, overrides)
     if given.cluster.use_gpu:
         raise ConfigError("cluster.use_gpu", "chaos starts nodes of its own, on this machine, with CPUs only")
+    workers = given.usable_sizes[-1]
+    here = look_around(workers, not _elsewhere(overrides), storage_process)
+    kinds, lacking = possible(here, only)
+    for kind, lacks in lacking.items() if not only else ():
+        say(f"not here: {kind} (needs {lacks})")
     folder.mkdir(parents=True, exist_ok=True)
     draw, injected = random.Random(seed), list[Injected]()
     checks: list[Check] = []
     with ExitStack() as stack:
-        disk = faults.small_disk(folder / "disk", stack) if not _elsewhere(overrides) else None
+        if here.mounts:
+            machine.private_mounts()
+        disk = faults.small_disk(folder / "disk", stack) if here.disk else None
         if disk:  # it is gone with the block, and what was lost on it could not be looked into
             stack.callback(lambda: None if _kept(checks) else shutil.copytree(disk, folder / "runs"))
-        workers = given.usable_sizes[-1]
-        kinds = faults.possible(workers, disk, storage_process, only)
         all_overrides = [*overrides, *_own(overrides, given, disk or folder / "runs")]
         config = load(path, all_overrides)
-        world = stack.enter_context(World(path, all_overrides, folder, config, storage_process, disk))
+        world = World(path, all_overrides, folder, config, storage_process, disk)
+        if any(KINDS[kind].lacks is library for kind in kinds):
+            world.refuse = unreadable.install(folder)
+        stack.enter_context(world)
         world.start_driver()
         world.until("the first checkpoint", world.newest)
         _disturb(world, kinds, draw, minutes, injected, say)
@@ -111,13 +120,13 @@ def _disturb(
         deck = deck or draw.sample(kinds, len(kinds))
         kind = deck.pop()
         hits = world.hits
-        faults.KINDS[kind](world, draw)
+        KINDS[kind].inject(world, draw)
         at = time.time()  # it has happened; some take a while to find their moment
         if world.hits == hits:
             say(f"{time.monotonic() - began:6.0f} s  {kind:<34} nobody was there")
             continue
-        world.until(f"a step after: {kind}", lambda at=at: faults.has_gone_on(world, at))  # type: ignore[misc]
-        injected.append(Injected(kind, at, world.run.events("training")[-1]["time"] - at))
+        world.until(f"a step after: {kind}", lambda: survived(KINDS[kind], world, at))  # noqa: B023  (called here)
+        injected.append(Injected(kind, at, time.time() - at))
         say(f"{time.monotonic() - began:6.0f} s  {kind:<34} back after {injected[-1].recovery_s:5.1f} s")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -57,16 +58,17 @@ class World:
         self._look_s = _LOOK_S if isinstance(self.storage, LocalStorage) else _LOOK_FAR_S
         self._workers = config.usable_sizes[-1]
         self.driver: subprocess.Popen[bytes] | None = None
+        self._drivers: list[subprocess.Popen[bytes]] = []  # all that were started
+        self.refuse: Path | None = None  # see `unreadable`
         self.damaged: set[str] = set()  # checkpoints
         self.hits = 0  # processes that were killed or stopped
         self.seen: dict[str, float] = {}  # committed checkpoints, by name: when they were first seen
+        self.kept_open: list[socket.socket] = []  # names that are taken from the run
         self._ended = threading.Event()
 
     def __enter__(self) -> World:
         logging.getLogger("ray").setLevel(logging.ERROR)
-        here = max(1, self._workers // 2)
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": here, "include_dashboard": False})
-        self._second = self.cluster.add_node(num_cpus=self._workers - here) if self._workers > here else None
+        self._start_cluster()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         return self
@@ -74,10 +76,22 @@ class World:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._watcher.join()
-        if self.driver is not None and self.driver.poll() is None:
-            self.driver.kill()
-            self.driver.wait()
+        for driver in self._drivers:
+            driver.kill()
+            driver.wait()
         self.cluster.shutdown()
+        for each in self.kept_open:
+            each.close()
+
+    def _start_cluster(self) -> None:
+        here = max(1, self._workers // 2)
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": here, "include_dashboard": False})
+        self._second = self.cluster.add_node(num_cpus=self._workers - here) if self._workers > here else None
+
+    def change_cluster(self) -> None:
+        """Take all nodes away, and bring others."""
+        self.cluster.shutdown()
+        self._start_cluster()
 
     @property
     def log(self) -> Path:
@@ -88,7 +102,10 @@ class World:
         auth = os.environ.get("RAY_AUTH_MODE", "disabled")
         environment = {**os.environ, "RAY_ADDRESS": self.cluster.address, "RAY_AUTH_MODE": auth}
         with open(self.log, "ab") as output:
-            self.driver = subprocess.Popen(self._command, stdout=output, stderr=output, env=environment)
+            self.driver = subprocess.Popen(
+                self._command, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        self._drivers.append(self.driver)
 
     def restart_driver(self) -> None:
         assert self.driver is not None
@@ -109,6 +126,69 @@ class World:
                 if " ".join(process.cmdline()).startswith(title):
                     found.add(process.pid)
         return found
+
+    def helpers(self, script: str) -> set[int]:
+        """Processes of this package's own, by a word of their command, that belong to this world's run.
+
+        The first process ids among their arguments are whom they serve: the driver, a worker or a node.
+        """
+        # A keeper of memory is no child of the worker that it serves.
+        mine = {str(pid) for pid in self.descendants()}
+        found = set()
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            at = next((number for number, word in enumerate(command) if script in word), None)
+            if at is not None and (mine & set(command[at + 1 : at + 3]) or str(process.pid) in mine):
+                found.add(process.pid)
+        return found
+
+    def descendants(self) -> set[int]:
+        return {process.pid for process in psutil.Process().children(recursive=True)}
+
+    def keepers(self) -> set[int]:
+        return self.helpers("areal_ray.processes.memory_keeper")
+
+    def file_writers(self) -> set[int]:
+        return self.helpers("areal_ray.processes.file_writer")
+
+    def fork_servers(self) -> set[int]:
+        return self.helpers("fork_server_main.py")
+
+    def drivers(self) -> set[int]:
+        return {self.driver.pid} if self.driver is not None else set()
+
+    def controllers(self) -> set[int]:
+        return self.processes("ray::Controller")
+
+    def gcs(self) -> set[int]:
+        return {each.process.pid for each in self.cluster.head_node.all_processes["gcs_server"]}
+
+    def raylet(self) -> set[int]:
+        """The second node's own process."""
+        assert self._second is not None
+        return {each.process.pid for each in self._second.all_processes["raylet"]}
+
+    def agent(self) -> set[int]:
+        """What Ray's dashboard has on the second node; the node's own process ends with it."""
+        (raylet,) = self.raylet()
+        children = psutil.Process(raylet).children()
+        return {each.pid for each in children if "DashboardAgent" in " ".join(each.cmdline())}
+
+    def send(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to a process, if it is there; counted in `hits`."""
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).send_signal(number)
+            self.hits += 1
+
+    def send_to_group(self, number: signal.Signals) -> None:
+        """Send a signal to the driver's process group."""
+        assert self.driver is not None
+        os.killpg(self.driver.pid, number)
+        self.hits += 1
+
+    def troubles(self) -> int:
+        """Saves that have failed, and troubles of the controller."""
+        return self.count("save_failed") + self.count("controller_trouble")
 
     def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to one of Ray's processes, if it is still that; `hits` counts those that were."""

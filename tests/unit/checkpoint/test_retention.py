@@ -152,6 +152,23 @@ def test_what_earlier_attempts_left_unfinished_is_cleaned_up(tmp_path):
     assert sorted(run.deleted) == ["step-00000010.a1", "step-00000020.a2"]
 
 
+def test_what_no_save_began_is_left_and_said(tmp_path):
+    do_damage(save_box(tmp_path, 10), "manifest deleted")
+    plain = tmp_path / "step-00000020.a1"  # as torch's own `dcp.save` leaves it, copied here by hand
+    plain.mkdir()
+    for name in (".metadata", "__0_0.distcp"):
+        (plain / name).write_bytes(b"mine")
+    run = Kept(tmp_path)
+    run.retention.clean_up(3)
+    run.retention.discard(plain.name)
+    assert (run.steps, run.deleted) == ([20], ["step-00000010.a1"])
+    assert sorted(path.name for path in plain.iterdir()) == [".metadata", "__0_0.distcp"]
+    assert run.said == [
+        "cleaned up saves of earlier attempts that were never finished: step-00000010.a1",
+        "left as it is, without a manifest and with files that no save writes: step-00000020.a1",
+    ]
+
+
 @pytest.mark.parametrize("committed", [True, False])
 def test_what_a_failed_save_left_is_discarded_unless_it_was_committed(tmp_path, committed):
     save_box(tmp_path, 10)

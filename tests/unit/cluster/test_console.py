@@ -6,6 +6,8 @@ from areal_ray.cluster import console
 
 pytestmark = pytest.mark.unit
 
+UNNAMED = "[W1127 07:29:18.77 socket.cpp:207] [c10d] The hostname of the client socket cannot be retrieved. err=-3"
+
 
 @pytest.fixture
 def printed(capsys, monkeypatch):
@@ -26,7 +28,7 @@ def printed(capsys, monkeypatch):
 def test_marked_lines_are_shown_as_they_were_said_and_the_end_is_noticed(printed, capsys):
     lines = printed(marks=True)
     with console.Console() as shown:
-        shown._show({"actor_name": "RayTrainWorker", "pid": 7, "lines": [*lines, "a user's own"]})
+        shown._show({"actor_name": "RayTrainWorker", "pid": 7, "lines": [*lines, UNNAMED, "a user's own"]})
         assert shown._ended.is_set()
     assert capsys.readouterr().out.splitlines() == ["step 3", "  [7] a user's own"]
 

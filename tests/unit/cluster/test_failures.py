@@ -2,16 +2,18 @@
 
 import json
 import pickle
+import socket
 import traceback
 from gzip import BadGzipFile
 from pathlib import Path
 
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
-from areal_ray.cluster.failures import Cause, cause_of, hung_cause, root_cause
+from areal_ray.cluster.failures import Cause, annotate, cause_of, hung_cause, root_cause
 from areal_ray.distributed import RankError
 
 pytestmark = pytest.mark.unit
@@ -52,6 +54,18 @@ def test_the_user_s_exception_is_chosen_whatever_its_rank(collateral, rank):
     errors[rank] = from_worker(KeyError("no such column"))
     cause = root_cause(errors)
     assert (cause.rank, cause.kind, cause.message) == (rank, "KeyError", "'no such column'")
+
+
+def test_the_node_is_the_one_that_the_worker_itself_or_ray_names():
+    mine = ValueError("mine")
+    annotate(mine, None)
+    assert root_cause({1: mine}).node == socket.gethostname()
+    neighbours = RankError([(1, "ValueError: mine", ["ValueError"])])
+    annotate(neighbours, None)
+    neighbours.areal_ray["node"] = "another"
+    assert root_cause({0: neighbours}).node == ""  # it is rank 1's that is asked for
+    died = ActorDiedError(ActorDiedErrorContext(actor_id=bytes(16), node_ip_address="10.0.0.7"))
+    assert root_cause({0: died}).node == "10.0.0.7"
 
 
 def test_the_user_s_exception_is_chosen_over_a_died_actor():

@@ -60,6 +60,7 @@ WRONG_OVERRIDES = [
     ("run.name=${run.name}", "run.name", "Recursive"),
     ("run.name='${run.nam}'", "run.name", "'run.nam' not found"),
     ("run.storage_path=s3:/bucket/x", "run.storage_path", "s3://bucket/x?"),
+    ("run={private: true, storage_path: s3://bucket/x}", "run.private", "the bucket's policy"),
     ("run.storage_path=s3:///bucket", "run.storage_path", "s3://bucket?"),
     ("run.storage_path=file:///tmp/x", "run.storage_path", "/tmp/x?"),
     ("cluster.env={LD_LIBRARY_PATH: '/opt:$HOME'}", "cluster.env.LD_LIBRARY_PATH", "without other variables in it"),

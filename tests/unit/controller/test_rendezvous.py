@@ -1,5 +1,6 @@
 """How the workers of a group meet."""
 
+import pickle
 import signal
 import subprocess
 import sys
@@ -8,10 +9,11 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayTaskError
 from torch.distributed import TCPStore
 
 from areal_ray.controller import rendezvous
-from areal_ray.controller.rendezvous import GroupTorchConfig, wait_for
+from areal_ray.controller.rendezvous import GroupTorchConfig, ProcessGroupError, wait_for
 
 pytestmark = pytest.mark.unit
 
@@ -36,6 +38,7 @@ class Workers:
 
     def execute(self, function, *args, **kwargs):
         self.done.append(f"{function.__name__} {kwargs or args}")
+        return ["node-a at 10.0.0.1 (interface eth0)"] * 2 + ["node-b at 10.0.0.2 (interface eth1)"]
 
     def get_resources_per_worker(self):
         return {"CPU": 1, "GPU": self.gpus}
@@ -56,13 +59,44 @@ def test_the_store_of_rank_0_is_open_before_the_ranks_meet_there(start):
     start(workers)
     store = rendezvous.tcp_store()
     where = {"addr": store.host, "port": store.port}
-    assert workers.done[:2] == ["_address", f"set_env_vars {where}"]
+    assert workers.done[:3] == ["use_own_interface ()", "_address", f"set_env_vars {where}"]
     assert workers.done[-2:] == ["_setup_torch_process_group 0", "_setup_torch_process_group 1"]
     assert set(workers.reached) == {"ready"}
     client = TCPStore(store.host, store.port, is_master=False)
     client.set("here", "yes")
     again = TCPStore(store.host, store.port, is_master=True, multi_tenant=True, wait_for_workers=False)
     assert again.get("here") == b"yes"
+
+
+def test_a_process_group_that_does_not_form_says_between_which_addresses(start, monkeypatch):
+    def fail(futures):
+        raise RayTaskError(
+            "_setup_torch_process_group", "Traceback\n...", RuntimeError("connect: [127.0.1.1]:4 refused")
+        )
+
+    monkeypatch.setattr("ray.train.torch.config.ray.get", fail)
+    with pytest.raises(ProcessGroupError) as caught:
+        start(Workers())
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
+    for error in (caught.value, again):
+        assert str(error) == (
+            "no process group between node-a at 10.0.0.1 (interface eth0), node-b at 10.0.0.2 (interface eth1): "
+            "connect: [127.0.1.1]:4 refused"
+        )
+        assert isinstance(error.cause, RuntimeError)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(6.2, True), (0.1, False)])
+def test_a_name_server_that_takes_long_is_named(seconds, said):
+    lines, now = [], iter([100.0, 100.0 + seconds])
+
+    def look_up(address, flags):
+        raise OSError("no name")
+
+    rendezvous.name_slow_lookup("10.0.0.7", lines.append, look_up, lambda: next(now))
+    assert [line.partition(", and")[0] for line in lines] == [
+        "the name server takes 6 s for the name of 10.0.0.7"
+    ] * said
 
 
 @pytest.mark.parametrize(("ending", "gpus", "waits"), [({"n": [7]}, 1, True), ({"n": [7]}, 0, False), ({}, 1, False)])

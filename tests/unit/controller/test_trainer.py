@@ -1,13 +1,14 @@
 """The controller that runs in place of Ray's."""
 
 import asyncio
+import pickle
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from ray.train.v2._internal.execution.controller import TrainController
 
-from areal_ray.controller.trainer import Controller
+from areal_ray.controller.trainer import ByValue, Controller
 
 pytestmark = pytest.mark.unit
 
@@ -26,6 +27,16 @@ def controller(monkeypatch):
         return Controller((None, SimpleNamespace(troubled=False)))
 
     return make
+
+
+def test_the_training_function_travels_by_value():
+    config = {"steps": 3}
+
+    def train():
+        return config
+
+    handed_on = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(ByValue(train)))))  # noqa: S301
+    assert handed_on.get()() == config
 
 
 def test_a_list_of_checkpoints_that_cannot_be_written_is_said_and_stops_nobody(controller, capsys):

@@ -81,17 +81,27 @@ def test_the_phases_of_a_start_stand_in_the_ledger(run, killed):
             timed.before_init_train_context([worker("a")])
             now[0] += seconds + 1.0
             timed.after_worker_group_start(SimpleNamespace(reached=reached))
+            now[0] += 0.125
             timed.after_worker_group_training_start(None)
 
     start(4.0)
+    timed.before_controller_execute_failure_decision(None)
+    now[0] += 2.0  # for room
     timed.before_worker_group_shutdown(SimpleNamespace(get_workers=lambda: [worker("a")]))
     now[0] += 0.25
     timed.after_worker_group_shutdown(None)
     start(1.0)
     phases = [{k: v for k, v in event.items() if k.endswith("_s")} for event in run.events("group")]
     assert phases == [
-        {"start_s": 0.5, "imports_s": 3.5, "process_group_s": 1.0},
-        {"start_s": 0.5, "imports_s": 0.5, "process_group_s": 1.0, "teardown_s": 0.25},
+        {"start_s": 0.5, "imports_s": 3.5, "process_group_s": 1.0, "launch_s": 0.125},
+        {
+            "start_s": 0.5,
+            "imports_s": 0.5,
+            "process_group_s": 1.0,
+            "launch_s": 0.125,
+            "teardown_s": 0.25,
+            "wait_s": 2.0,
+        },
     ]
     assert killed == ["a"]
 

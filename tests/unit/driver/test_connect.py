@@ -16,9 +16,13 @@ PORT = "RAY_GCS_SERVER_PORT"
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def opened(monkeypatch, tmp_path):
     """What `ray.init` was called with, and the port in the environment then; no cluster is started."""
     calls = []
+    session = tmp_path / "session"
+    (session / "logs" / "old").mkdir(parents=True)
+    monkeypatch.setattr(connect.ray_internals, "session_directory", lambda: str(session))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: calls.append((options, os.environ.get(PORT))))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
@@ -89,3 +93,45 @@ def test_variables_of_the_configuration_are_those_of_all_processes(opened, monke
     }
     one_heap = "glibc.malloc.arena_max=1"  # with GPUs many threads allocate at once
     assert (one_heap in variables["GLIBC_TUNABLES"]) is not gpus
+
+
+@pytest.fixture
+def no_umask():
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_of_a_cluster_of_one_s_own_others_can_neither_read_the_token_nor_change_the_logs(
+    opened, config, monkeypatch, tmp_path, no_umask
+):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    folders = [tmp_path / "session" / name for name in (".", "logs", "logs/old")]
+    for folder in folders:
+        folder.chmod(0o777)  # as Ray does
+    with connect.cluster(config, fast=True):
+        assert [mode(folder) for folder in folders] == [0o775] * 3
+        (tmp_path / "file").touch()
+        assert mode(tmp_path / "file") == 0o664
+    token = tmp_path / ".ray" / "auth_token"
+    assert mode(token) == 0o600
+    text = token.read_text()
+    assert len(text) == 64
+    with connect.cluster(config, fast=True):
+        assert token.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "x"), ("RAY_ADDRESS", "10.0.0.7:6379")]
+)
+def test_no_token_is_made_that_ray_would_not_make(opened, config, monkeypatch, tmp_path, name, value):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv(name, value)
+    with connect.cluster(config, fast=True):
+        pass
+    assert not (tmp_path / ".ray").exists()

@@ -1,7 +1,7 @@
 """The driver's checks before anything is started, and what it writes down."""
 
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from tests.unit.data.tokenizer_files import save_tokenizer
 
 pytestmark = pytest.mark.unit
 
+SEVEN = ("train.steps=7", "optim.warmup_steps=2")
 TINY = str(Path(__file__).parents[3] / "conf" / "experiments" / "tiny.yaml")
 
 
@@ -75,17 +76,21 @@ def test_a_tokenizer_with_ids_that_the_model_has_no_row_for_is_found_before_anyt
 def test_a_mixture_is_prepared_by_its_sources_and_what_is_cut_is_said(config, tmp_path, capsys):
     line = '{"prompt": "a", "completion": "' + "b" * 90 + '"}\n'
     (tmp_path / "chats.jsonl").write_text(line * 40)
+    (tmp_path / "notes").mkdir()
+    for i in range(32):
+        (tmp_path / "notes" / f"{i}").write_text(f"{i} " * 100)
     mixture = [
-        f"{{name: notes, source: text, paths: [{tmp_path}/corpus], weight: 3}}",
+        f"{{name: notes, source: text, paths: [{tmp_path}/notes], held_out: 0.5, weight: 3}}",
         f"{{name: chats, source: jsonl, format: completion, paths: [{tmp_path}/chats.jsonl], held_out: 0, weight: 1}}",
     ]
     own = ["data.source=stdlib", "data.paths=[]", "data.packing=best_fit", "data.truncation=right"]
     _, fixed, sources = prepare(config(*own, f"data.mixture=[{', '.join(mixture)}]", "train.global_batch_size=2"))
     assert list(sources) == ["notes", "chats"]
     train, held_out = open_splits(fixed.data, sources, 64)
-    assert (len(train), len(held_out)) == (16 + 40, 16)
+    notes = len(train) - 40  # a row each, without its end
+    assert notes + len(held_out) == 32
     order = train.order(0)
-    assert sum(order[n] >= 16 for n in range(400)) == 100
+    assert sum(order[n] >= notes for n in range(400)) == 100
     assert "40 of 40 documents are longer than train.seq_len=64 tokens: without their end" in capsys.readouterr().out
 
 
@@ -102,6 +107,34 @@ def test_parts_of_one_s_own_are_found_to_be_wrong_before_anything_starts(config,
     with pytest.raises(ConfigError, match=part) as caught:
         prepare(config(*overrides))
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "part"),
+    [
+        (
+            ["model.config.model_type=gpt2", "model.config.max_position_embeddings=8"],
+            "train.seq_len",
+            "has 8 positions",
+        ),
+        (["model.config.model_type=gemma2", "model.attention=sdpa"], "model.attention", "sdpa is not for this model"),
+        (["engine.mesh.tensor=2", "model.loss=chunked"], "model.loss", "no rank has the whole output layer"),
+        (["model.shard_units=[Nobody]"], "model.shard_units", "no module of class Nobody"),
+    ],
+)
+def test_what_a_model_cannot_do_is_found_before_anything_starts(config, overrides, key, part):
+    with pytest.raises(ConfigError, match=part) as caught:
+        prepare(config(*overrides))
+    assert caught.value.key == key
+
+
+def test_a_model_that_does_it_in_another_way_is_said_to(config, capsys):
+    prepare(config("model.config.model_type=gemma2", "model.config.vocab_size=300000", "train.micro_batch_size=8"))
+    said = capsys.readouterr().out
+    assert "Gemma2ForCausalLM has no scaled_dot_product_attention: its attention is eager" in said
+    assert "all logits" not in said  # of so few tokens
+    prepare(config())
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -184,3 +217,58 @@ def test_a_connection_that_was_opened_early_is_opened_anew_for_slow_restarts(con
     with pytest.raises(Connecting) as caught:
         driver_main.train(config(), early=early)
     assert caught.value.args == ((False, ["closed"]) if slow else (True, []))
+
+
+@pytest.fixture
+def drive(config, monkeypatch):
+    """Runs the driver around workers whose outcome is at hand; the run's result goes with the status."""
+
+    def drive(outcome):
+        shown = SimpleNamespace(wait_for_end=lambda **_: None)
+        for name in ("cluster", "display", "hold_lease", "watching"):
+            monkeypatch.setattr(driver_main, name, lambda *_, **__: nullcontext(shown))
+        monkeypatch.setattr(driver_main, "slow_because", lambda *_, **__: None)
+        monkeypatch.setattr(driver_main, "requests_to", lambda *_: SimpleNamespace(close=lambda: None))
+        monkeypatch.setattr(driver_main, "choose_fit", lambda *_: None)
+        monkeypatch.setattr(driver_main, "supervise", lambda *_, **__: outcome())
+        context = SimpleNamespace(gcs_address="127.0.0.1:1")
+        monkeypatch.setattr(driver_main.ray, "get_runtime_context", lambda: context)
+        status = driver_main.train(config(*SEVEN))
+        return status, prepare(config(*SEVEN))[0].result()
+
+    return drive
+
+
+def ended(storage_path, checkpoint):
+    def outcome():
+        assert (storage_path / "tiny" / "submission").is_file()  # for the workers to see
+        if checkpoint:
+            save_box(storage_path / "tiny", step=7)
+        return {"reason": None, "step": 7, "loss": 1.0, "world_size": 2}
+
+    return outcome
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_run_without_a_checkpoint_has_not_ended_well(drive, tmp_path, capsys, checkpoint):
+    status, result = drive(ended(tmp_path, checkpoint))
+    assert (status, result["status"]) == ((0, "finished") if checkpoint else (1, "failed"))
+    assert ("there is no checkpoint in" in capsys.readouterr().out) != checkpoint
+
+
+@pytest.mark.parametrize(("step", "status"), [(7, 0), (4, 1)])
+def test_a_head_node_that_is_lost_after_the_last_commit_is_no_failure(config, tmp_path, monkeypatch, step, status):
+    class Exit(Exception):
+        pass
+
+    def leave(code):
+        raise Exit(code)
+
+    run, checked = prepare(config(*SEVEN))
+    run.storage.ensure()
+    save_box(tmp_path / "tiny", step=step)
+    monkeypatch.setattr(driver_main.os, "_exit", leave)
+    with pytest.raises(Exit) as caught:
+        driver_main._lost_head(checked, run, "10.0.0.1:6379")
+    assert caught.value.args == (status,)
+    assert run.result()["status"] == ("failed" if status else "finished")

@@ -21,6 +21,12 @@ def test_the_panel_tells_cause_place_node_and_ledger_on_lines_to_copy(run, capsy
     assert rows["logs"] == "/tmp/ray/logs (on that node)"
 
 
+def test_a_worker_that_failed_before_its_attempt_was_written_down_says_where_itself(run, capsys):
+    run.event("attempt", attempt=1, nodes=["node-a", "node-b"])
+    show(Cause(1, "ValueError", "mine", node="node-c"), run, "/tmp/ray/logs")
+    assert "rank 1 on node node-c" in capsys.readouterr().err
+
+
 def test_the_panel_does_without_what_is_not_known(run, capsys):
     show(Cause(None, "ControllerError", "no room"), run, "/tmp/ray/logs")
     err = capsys.readouterr().err

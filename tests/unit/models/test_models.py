@@ -10,7 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_ray.config import ConfigError, ModelConfig, load
 from areal_ray.distributed.tensor_parallel import tensor_plan
-from areal_ray.models import build_model, check_model, init_buffers, init_weights, materialise, shard_units
+from areal_ray.models import (
+    attention_of,
+    build_model,
+    check_model,
+    init_buffers,
+    init_weights,
+    materialise,
+    shard_units,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -27,6 +35,11 @@ def initialised(config, seed=0):
     materialise(model, CPU)
     init_weights(model, seed)
     return model
+
+
+def check(config, tokens, seq_len=8):
+    """What the driver looks at before anything starts."""
+    check_model(config, build_model(config), tokens, seq_len)
 
 
 class TwoLayers(nn.Module):
@@ -210,15 +223,57 @@ def test_a_module_that_is_not_initialised_is_named(module, message):
         init_weights(model, 0)
 
 
+class Router(nn.Module):
+    """As transformers' routers: a weight that is set by the rule of the block around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.linear = Router(), nn.Linear(4, 4)
+
+
+class Rules(nn.Module):
+    """With transformers' rule, one call per module."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+        elif isinstance(module, Block):
+            module.router.weight.data.normal_()
+            module.linear.weight.data.fill_(9.0)
+
+
+def with_rules():
+    return Rules()
+
+
+def test_what_a_module_s_rule_leaves_is_set_by_that_of_the_module_around_it():
+    model = initialised(factory("with_rules"))
+    assert model.block.router.weight.std() > 0.3
+    assert model.block.linear.weight.abs().max() <= 0.5  # which has a rule of its own
+    again = initialised(factory("with_rules"), seed=0).block.router.weight
+    assert torch.equal(model.block.router.weight, again)
+    assert not torch.equal(model.block.router.weight, initialised(factory("with_rules"), seed=1).block.router.weight)
+
+
 def test_a_factory_builds_a_model_of_one_s_own():
-    check_model(factory("two_layers", width=4), 257)
+    check(factory("two_layers", width=4), 257)
     model = initialised(factory("two_layers", width=4))
     assert isinstance(model, TwoLayers)
     assert model.second.weight.shape == (257, 4)
     assert 0 < model.second.weight.abs().max() <= 0.5  # nn.Linear's own rule: uniform in 1/sqrt(fan in)
 
 
-@pytest.mark.parametrize("work", [build_model, lambda config: check_model(config, 257)], ids=["build", "check"])
+@pytest.mark.parametrize("work", [build_model, lambda config: check(config, 257)], ids=["build", "check"])
 @pytest.mark.parametrize("name", ["no_such_module:f", f"{__name__}.deeper:f", f"{__name__}:no_such_function"])
 def test_a_factory_that_is_not_there_is_a_config_error(work, name):
     assert key_of(work, ModelConfig(factory=name)) == "model.factory"
@@ -243,12 +298,49 @@ def test_a_factory_that_gives_no_model_is_a_config_error(config):
     ids=str,
 )
 def test_a_model_that_cannot_be_is_a_config_error_before_anything_starts(change, key):
-    assert key_of(check_model, ModelConfig(config={**SMALL, **change}), 257) == key
+    assert key_of(check, ModelConfig(config={**SMALL, **change}), 257) == key
 
 
 def test_a_model_with_a_row_for_every_token_passes():
-    check_model(TINY, 257)
-    check_model(ModelConfig(config=SMALL), 300)
+    check(TINY, 257)
+    check(ModelConfig(config=SMALL), 300)
+
+
+WITH_WPE = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}
+OPT = {"model_type": "opt", "vocab_size": 300, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1,
+       "num_attention_heads": 2, "max_position_embeddings": 128, "word_embed_proj_dim": 32}  # fmt: skip
+CODEGEN = {"model_type": "codegen", "vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4,
+           "n_positions": 128}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [WITH_WPE, OPT, CODEGEN], ids=lambda config: config["model_type"])
+def test_rows_longer_than_a_table_of_positions_are_a_config_error(config):
+    check(ModelConfig(config=config), 257, 128)
+    assert key_of(check, ModelConfig(config=config), 257, 129) == "train.seq_len"
+
+
+def test_rotary_positions_have_no_end():
+    check(ModelConfig(config={**SMALL, "max_position_embeddings": 16}), 257, 64)
+
+
+GEMMA2 = {**SMALL, "model_type": "gemma2"}
+
+
+def test_attention_is_what_the_model_has():
+    assert attention_of(build_model(ModelConfig(config=SMALL))) == "sdpa"
+    assert attention_of(build_model(ModelConfig(config=SMALL, attention="eager"))) == "eager"
+    assert attention_of(build_model(ModelConfig(config=GEMMA2))) == "eager"
+    assert attention_of(build_model(ModelConfig(config=SMALL, attention="flex_attention"))) == "flex_attention"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_attention_that_the_model_does_not_have_is_a_config_error(attention):
+    assert key_of(build_model, ModelConfig(config=GEMMA2, attention=attention)) == "model.attention"
+
+
+def test_quantized_weights_are_a_config_error(tmp_path):
+    AutoConfig.for_model(**SMALL, quantization_config={"quant_method": "fp8"}).save_pretrained(tmp_path)
+    assert key_of(build_model, ModelConfig(path=str(tmp_path))) == "model.path"
 
 
 def test_a_user_s_module_is_imported_outside_of_the_model_s_device(tmp_path, monkeypatch):

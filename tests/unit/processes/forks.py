@@ -1,6 +1,7 @@
 """A fork server that has imported little, scripts for its forks, and what they say: shared by its tests."""
 
 import json
+import os
 from pathlib import Path
 
 from areal_ray.processes import fork_server
@@ -42,6 +43,16 @@ def until_there(name, process):
     """Wait for it: who asks before would start another one, which would have the pipes of a test."""
     while f"@areal_ray-{name}" not in Path("/proc/net/unix").read_text():
         assert process.poll() is None
+
+
+def as_a_stranger(work):
+    """Have the kernel think that another process has connected, or listens: one of which it can be asked no more."""
+    if (child := os.fork()) == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
 
 
 def said(process, text=""):

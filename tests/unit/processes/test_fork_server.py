@@ -3,16 +3,20 @@
 import json
 import os
 import resource
+import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import pytest
 
 from areal_ray.processes import fork_checks, launch
 
-from .forks import SAY, said
+from .forks import LIMIT_S, PREPARATION, SAY, as_a_stranger, said
 
 pytestmark = pytest.mark.unit
 
@@ -120,6 +124,74 @@ def test_of_another_user_nothing_is_taken(monkeypatch):
         monkeypatch.setattr(launch.os, "getuid", lambda: 1 + os.geteuid())
         with pytest.raises(PermissionError, match="another user"):
             launch.check_peer(one)
+
+
+@pytest.mark.parametrize("kind", ["mnt", "pid"])
+def test_of_another_container_nothing_is_taken(kind, monkeypatch):
+    stat, own = os.stat, f"/proc/{os.getpid()}/ns/{kind}"
+    monkeypatch.setattr(launch.os, "stat", lambda path: stat("/" if path == own else path))
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(PermissionError, match="another container"):
+        launch.check_peer(one)
+
+
+def test_of_a_process_that_cannot_be_seen_nothing_is_taken():
+    class Connection:
+        def getsockopt(self, *_):
+            return struct.pack("iII", 0, os.getuid(), os.getgid())
+
+    with pytest.raises(PermissionError, match="another container"):
+        launch.check_peer(Connection())
+
+
+def test_where_a_stranger_has_its_name_the_process_is_an_ordinary_one(run):
+    name = secrets.token_hex(8)
+    with socket.socket(socket.AF_UNIX) as squatter:
+        squatter.bind(launch.address(name))
+        as_a_stranger(squatter.listen)
+        process = run(name, SAY, "5")
+        out, err = process.communicate("", timeout=LIMIT_S)
+    assert process.returncode == 5
+    assert not json.loads(out)["fork"]
+    (line,) = [line for line in err.splitlines() if "no fork server" in line]
+    assert "gone; this process does all its imports itself" in line
+
+
+def test_where_a_stranger_fills_its_queue_the_process_is_an_ordinary_one(run, monkeypatch):
+    name = secrets.token_hex(8)
+    with socket.socket(socket.AF_UNIX) as squatter, socket.socket(socket.AF_UNIX) as first:
+        squatter.bind(launch.address(name))
+        squatter.listen(0)
+        first.connect(launch.address(name))
+        monkeypatch.setattr(launch, "_FIND_S", 0.1)
+        with pytest.raises(BlockingIOError):
+            launch._connect(name, PREPARATION, time.monotonic() + LIMIT_S)  # of which main() knows what to do
+
+
+def test_strangers_are_counted_and_the_others_served(serve, run):
+    name, server = serve(before=("numpy.random",))
+    strangers = [socket.socket(socket.AF_UNIX) for _ in range(200)]
+    as_a_stranger(lambda: [each.connect(launch.address(name)) for each in strangers])
+    for stranger in strangers:
+        assert stranger.recv(1) == b""
+        stranger.close()
+    assert said(run(name, SAY, "0"))["fork"]
+    server.kill()
+    first, *more = server.stderr.read().decode().splitlines()  # the others after a minute
+    assert first.startswith("fork server: 1 connections refused, the last: a process of another container")
+    assert not [line for line in more if "refused" in line]
+
+
+def test_whoever_knocks_keeps_no_fork_server_alive(serve):
+    name, server = serve(before=("numpy.random",), idle=0.5)
+    knocks = 0
+    while server.poll() is None:
+        with socket.socket(socket.AF_UNIX) as stranger, suppress(ConnectionRefusedError):
+            stranger.connect(launch.address(name))
+            knocks += 1
+    lines = [line for line in server.stderr.read().decode().splitlines() if "refused" in line]
+    assert sum(int(line.split()[2]) for line in lines) > 1  # the rest at the end
+    assert len(lines) == 2 <= knocks
 
 
 def test_containers_that_share_a_network_have_fork_servers_of_their_own():

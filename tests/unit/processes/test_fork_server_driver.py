@@ -56,6 +56,12 @@ def test_where_nothing_of_it_is_found_ray_has_its_own_python(own, tmp_path, monk
     assert done.stdout == f"{tmp_path}/bin/python3 ['--a', 'b c']\n"
 
 
+def test_a_job_without_gpus_sees_none(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert process_environment(Config())["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in process_environment(Config(cluster=ClusterConfig(use_gpu=True)))
+
+
 def test_there_may_be_none(monkeypatch):
     monkeypatch.setattr(fork_server, "ForkServer", lambda *_: "made")
     monkeypatch.delenv("UV", raising=False)

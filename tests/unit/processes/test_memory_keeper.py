@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import pytest
 
 from areal_ray.processes import memory_keeper
 from areal_ray.processes.launch import address
+
+from .forks import as_a_stranger
 
 pytestmark = pytest.mark.unit
 
@@ -110,8 +114,10 @@ def keeper_of(process: subprocess.Popen[str]) -> psutil.Process:
 def is_over(name: str) -> None:
     """Wait until the process that keeps the files has ended."""
     with socket.socket(socket.AF_UNIX) as connection:
+        if not (there := memory_keeper._keepers(f"{name}-0")):
+            return
         try:
-            connection.connect(address(f"{name}-0"))
+            connection.connect(there[0][1])
         except ConnectionRefusedError:
             return
         connection.settimeout(60)
@@ -171,10 +177,71 @@ def pipe_of(pid: int) -> int:
     return found
 
 
-def test_there_is_one_of_a_name(name: str, keeps: Any) -> None:
-    keeps(os.getpid())
-    with open(os.devnull) as file, pytest.raises(OSError, match="in use"):
-        memory_keeper.MemoryKeeper(f"{name}-0", [file.fileno()], os.getpid())
+@pytest.fixture
+def squat(name: str) -> Iterator[Callable[[], None]]:
+    """Takes a name that looks like a keeper's, as any user can."""
+    with ExitStack() as sockets:
+
+        def take() -> socket.socket:
+            squatter = sockets.enter_context(socket.socket(socket.AF_UNIX))
+            squatter.bind(address(f"{name}-0~{secrets.token_hex(8)}"))
+            return squatter
+
+        def squat() -> None:
+            as_a_stranger(take().listen)
+            full = take()
+            full.listen(0)
+            sockets.enter_context(socket.socket(socket.AF_UNIX)).connect(full.getsockname())
+            take()  # and one that is refused
+
+        yield squat
+
+
+def test_names_that_others_have_taken_hold_nothing(name: str, squat: Callable[[], None]) -> None:
+    squat()
+    assert memory_keeper.claim(f"{name}-0", wait_s=0.1) == []
+
+
+def test_whoever_takes_names_and_fills_queues_does_not_hide_what_is_kept(
+    name: str, keeps: Any, squat: Callable[[], None]
+) -> None:
+    squat()
+    others = set(memory_keeper._keepers(f"{name}-0"))
+    process = keeps(os.getpid())
+    ((_, mine),) = set(memory_keeper._keepers(f"{name}-0")) - others
+    waiting = [socket.socket(socket.AF_UNIX) for _ in range(memory_keeper._QUEUE + 1)]
+    as_a_stranger(lambda: [each.connect(mine) for each in waiting])
+    assert memory_keeper.claim(f"{name}-0", wait_s=0.1) == []
+    process.stdin.close()
+    process.wait()
+    files = memory_keeper.claim(f"{name}-0", wait_s=60)
+    assert len(files) == 2
+    for each in waiting:
+        each.close()
+    for file in files:
+        os.close(file)
+
+
+def test_others_who_knock_do_not_make_it_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen(["true"])
+    parent = os.pidfd_open(ended.pid)
+    ended.wait()
+    knocking = [socket.socket(socket.AF_UNIX) for _ in range(5)]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address(name))
+        listener.listen(5)
+        as_a_stranger(lambda: [each.connect(address(name)) for each in knocking])
+        clock = itertools.count(0.0, memory_keeper.WAIT_S / 2.5)
+        monkeypatch.setattr(memory_keeper.time, "monotonic", lambda: next(clock))
+        memory_keeper._keep(parent, None, listener, [parent])
+        listener.setblocking(False)
+        for _ in range(3):  # two of them were seen to
+            listener.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    for each in knocking:
+        each.close()
+    os.close(parent)
 
 
 def test_nothing_is_left_in_a_directory(name: str, keeps: Any) -> None:

@@ -97,5 +97,7 @@ def test_leaving_on_request_is_a_reason(run):
 def test_the_table_has_a_line_for_every_start(run):
     ledger(run, *FIRST)
     header, line = table(goodput(run)).splitlines()
-    assert header.startswith("attempt  after      detection  teardown  start  imports  process group  connect  build")
+    assert header.startswith(
+        "attempt  after      detection  teardown  wait  start  imports  process group  launch  connect  build"
+    )
     assert line.split() == ["1", "submitted", "-", "-", "0.5", "4.5", "1.0", "0.1", "0.5", "0.2", "0.8", "2.0", "-"]

@@ -229,3 +229,14 @@ def test_storage_that_is_away_at_the_beginning_is_said(drive, tmp_path):
     run.away = True
     with pytest.raises(OSError, match="Input/output"), drive(run):
         pytest.fail("a driver without a lease")
+
+
+@pytest.mark.parametrize(("other", "stays"), [({}, False), ({"pid": 1}, True), ({"host": "elsewhere"}, True)])
+def test_a_driver_that_ends_at_once_gives_back_its_own_lease_only(tmp_path, other, stays):
+    held_by(tmp_path, **{"host": socket.gethostname(), "boot": lease._boot(), "pid": os.getpid(), **other})
+    lease.let_go(LocalStorage(tmp_path))
+    assert (tmp_path / NAME).exists() == stays
+
+
+def test_there_may_be_no_lease_to_give_back(tmp_path):
+    lease.let_go(LocalStorage(tmp_path))

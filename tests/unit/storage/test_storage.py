@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from areal_ray.storage import LocalStorage, storage_at
+from areal_ray.storage import LocalStorage, NotAFile, is_unreadable, storage_at
 
 pytestmark = pytest.mark.unit
 
@@ -126,6 +126,13 @@ def test_ensure_makes_parents_too(storage):
     assert storage.sub("a/b").names() == ["c"]
 
 
+def test_a_private_directory_is_closed_to_other_users(tmp_path):
+    for _ in range(2):  # also one that is there
+        LocalStorage(tmp_path / "run").ensure(private=True)
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+        (tmp_path / "run").chmod(0o755)
+
+
 def test_delete_removes_everything(storage):
     storage.sub("d").make()
     write(storage.sub("d"), "a", b"")
@@ -225,3 +232,64 @@ def test_a_file_is_cut_off_durably(storage, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
     storage.truncate("a", 4)
     assert (storage.read("a"), synced) == (b"0123", [f"{storage.location}/a"])
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["nobody at its other end", "somebody"])
+def test_a_fifo_is_no_file_and_nobody_waits_for_it(storage, held):
+    path = f"{storage.location}/a"
+    os.mkfifo(path)
+    end = os.open(path, os.O_RDWR) if held else None
+    for work in (
+        lambda: storage.read("a"),
+        lambda: storage.read_range("a", 0, 1),
+        lambda: list(storage.read_blocks("a", 1)),
+        lambda: storage.append("a", b"x"),
+        lambda: storage.truncate("a", 0),
+    ):
+        with pytest.raises(NotAFile):
+            work()
+    assert storage.sizes() == {}
+    storage.replace("a", b"new")  # takes its place
+    assert storage.read("a") == b"new"
+    if end is not None:
+        os.close(end)
+
+
+def test_a_directory_in_the_place_of_a_file_is_none(storage):
+    storage.sub("a").make()
+    for work in (lambda: storage.read("a"), lambda: storage.append("a", b"x")):
+        with pytest.raises(NotAFile):
+            work()
+
+
+def test_a_loop_is_said_to_be_unreadable(storage):
+    os.symlink("step-1", f"{storage.location}/step-1")
+    assert storage.directories("step-") == ["step-1"]
+    assert storage.sizes() == {}
+    assert storage.stamp("step-1") is None
+    for work in (storage.size, storage.read):
+        with pytest.raises(OSError, match="symbolic links") as caught:
+            work("step-1")
+        assert is_unreadable(caught.value)
+
+
+def test_what_is_set_aside_keeps_its_bytes_under_a_name_of_its_own(storage):
+    write(storage, "a", b"one")
+    aside = storage.set_aside("a")
+    assert storage.names() == [aside]
+    assert storage.read(aside) == b"one"
+
+
+def test_two_replacing_at_a_time_use_different_names(storage, monkeypatch):
+    names, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (names.append(old), replace(old, new)))
+    storage.replace("a", b"one")
+    storage.replace("a", b"two")
+    assert len(set(names)) == 2
+
+
+def test_the_name_of_a_log_is_durable_with_its_first_line(storage, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    storage.append("log", b"one\n")
+    assert synced == [f"{storage.location}/log", storage.location]

@@ -114,3 +114,13 @@ def test_another_way_to_accumulate_gradients_is_a_change(key):
     assert other.changed == {"engine.accumulate": ["unsharded", "sharded"]}
     assert "weights to rounding" in other.promise
     assert receipt(VALUES, INFO, VALUES, {**INFO, "accumulate": "unsharded"}).changed == {}
+
+
+@pytest.mark.parametrize("key", ["auto", "chunked"])
+def test_another_way_to_the_loss_is_a_change(key):
+    live = {**changed(INFO, config__model={"loss": key}), "loss": "chunked"}
+    same = receipt(VALUES, {**INFO, "loss": "chunked"}, VALUES, live)
+    assert (same.changed, same.promise) == ({}, "the same bits")
+    other = receipt(VALUES, INFO, VALUES, live)
+    assert other.changed == {"model.loss": ["logits", "chunked"]}
+    assert "weights to rounding" in other.promise

@@ -1,4 +1,4 @@
-"""How gradients are accumulated: what a run's newest good checkpoint says of it, read before the engine is built."""
+"""What `auto` was taken for: what a run's newest good checkpoint says of it, read before the engine is built."""
 
 import pytest
 
@@ -17,23 +17,25 @@ def recorded(run, *overrides):
 
 
 def save_saying(run, step, how):
-    info = {"step": step, "attempt": 1, "accumulate": how}
+    info = {"step": step, "attempt": 1, "accumulate": how, "loss": "chunked"}
     save(LocalStorage(run).sub(Catalog.name(step, 1)), {"box": Box(**weights())}, info, Ranks())
 
 
 def test_a_run_without_a_checkpoint_has_its_choice_before_it(tmp_path):
-    assert recorded(tmp_path) is None
+    assert recorded(tmp_path) == {}
 
 
 def test_a_checkpoint_that_does_not_say_was_unsharded(tmp_path):
     save_box(tmp_path)
-    assert recorded(tmp_path) == "unsharded"
+    assert recorded(tmp_path) == {"accumulate": "unsharded", "loss": "logits"}
 
 
 def test_the_newest_good_checkpoint_counts_unless_the_user_says_how(tmp_path):
     save_saying(tmp_path, 1, "sharded")
     save_saying(tmp_path, 2, "unsharded")
-    assert recorded(tmp_path) == "unsharded"
+    assert recorded(tmp_path)["accumulate"] == "unsharded"
     (tmp_path / Catalog.name(2, 1) / "manifest.json").write_text("{}")
-    assert recorded(tmp_path) == "sharded"
-    assert recorded(tmp_path, "engine.accumulate=unsharded") is None
+    assert recorded(tmp_path) == {"accumulate": "sharded", "loss": "chunked"}
+    assert recorded(tmp_path, "engine.accumulate=unsharded") == {"loss": "chunked"}
+    assert recorded(tmp_path, "model.loss=logits") == {"accumulate": "sharded"}
+    assert recorded(tmp_path, "engine.accumulate=unsharded", "model.loss=logits") == {}

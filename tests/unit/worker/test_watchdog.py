@@ -29,8 +29,9 @@ def test_the_first_steps_have_a_floor_of_their_own(make, clock, seconds, limit, 
 def test_it_says_which_step_it_was(make, clock):
     dog = make(LIMITS, clock=clock)
     dog.beat("step", 7)
+    dog.attempt = 3
     watch(dog, clock, 1000)
-    assert dog.seen[0].step == 7
+    assert (dog.seen[0].step, dog.seen[0].attempt) == (7, 3)
 
 
 @pytest.mark.parametrize(

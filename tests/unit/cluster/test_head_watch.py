@@ -1,12 +1,12 @@
-"""The head node, watched from the driver."""
+"""The head node, watched from the driver and from the workers."""
 
 import socket
 import threading
 
 import pytest
 
+from areal_ray.cluster.head_watch import watching
 from areal_ray.driver.connect import answering
-from areal_ray.driver.head_watch import watching
 
 pytestmark = pytest.mark.unit
 
@@ -68,6 +68,26 @@ def test_a_head_node_that_stays_away_is_given_up_once():
     with quickly(address, lambda _: None, give_up, lost_after_s=0.1):
         assert lost.wait(LIMIT_S)
     assert count == [1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "is_lost"), [(["a", None, "b"], True), (["a", None, "a"], False), ([None], False)]
+)  # None: it does not say
+def test_another_cluster_at_the_same_address_is_not_the_one_that_went(answers, is_lost):
+    server, address = listen()
+    said, lost, left = Said(), threading.Event(), iter(answers)
+    limits = {"look_s": 0.01, "say_after_s": 0.05, "lost_after_s": LIMIT_S}
+    with watching(address, said, lost.set, identity=lambda: next(left), **limits):
+        server.close()
+        said.wait_for(1)
+        again, _ = listen(int(address.rpartition(":")[2]))
+        if is_lost:
+            assert lost.wait(LIMIT_S)
+        else:
+            said.wait_for(2)
+        again.close()
+    assert lost.is_set() == is_lost
+    assert len(said.lines) == (1 if is_lost else 2)
 
 
 def test_of_one_that_answers_nothing_is_said():

@@ -1,0 +1,256 @@
+"""Machines of one's own on this one: network namespaces with an address each on a bridge, and a Ray node in each.
+
+Every machine has its own network, mounts, process numbers and host name, its own /tmp, /dev/shm, HOME and /etc/hosts,
+as Debian writes it (the host name is 127.0.1.1). Files outside /tmp are those of this machine, and one folder is shared
+by all at the same path. Takes root; everything ends with the block, or with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import overload
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PORT = 6379  # of the head node's store, which no other process of that machine has
+_READY_S = 60.0
+# The first process of a machine: reads until its standard input is closed, and collects the dead meanwhile.
+_INIT = """set -e
+mount --bind {shared} /mnt
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /dev/shm
+mkdir -p {shared} /tmp/home
+mount --move /mnt {shared}
+printf '127.0.0.1 localhost\\n127.0.1.1 {name}\\n' > /tmp/hosts
+printf 'nameserver 127.0.0.1\\n' > /tmp/resolv.conf
+mount --bind /tmp/hosts /etc/hosts
+mount --bind /tmp/resolv.conf /etc/resolv.conf
+hostname {name}
+ip link set lo up
+exec 3<&0
+cat <&3 >/dev/null &
+echo ready
+wait $!
+"""
+
+
+def impossible() -> str | None:
+    """Why there can be no machines here; None if there can."""
+    if os.geteuid() != 0:
+        return "takes root, for network namespaces"
+    name = f"ar{secrets.token_hex(3)}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
+    if made.returncode:
+        return f"no network namespaces here: {made.stderr.decode().strip()}"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    return None
+
+
+class Machine:
+    """One machine; made by `Machines`.
+
+    Args:
+        name: its host name.
+        address: its address on the bridge.
+        space: its network namespace, whose end on the bridge is called `link`.
+        shared: the folder that all machines share.
+    """
+
+    def __init__(self, name: str, address: str, space: str, link: str, shared: Path) -> None:
+        self.name, self.address, self._space, self._link = name, address, space, link
+        command = ["ip", "netns", "exec", space, "unshare", "--mount", "--uts", "--pid", "--ipc", "--fork"]
+        script = _INIT.format(shared=shlex.quote(str(shared)), name=name)
+        self._init = subprocess.Popen(
+            [*command, "--mount-proc", "--kill-child", "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # unshare's own words when its child is killed
+        )
+        assert self._init.stdout is not None
+        started = self._init.stdout.readline()
+        assert started == b"ready\n", f"machine {name} has not started"
+        (first,) = psutil.Process(self._init.pid).children()
+        self._first, self._own = first.pid, {each.pid for each in first.children()}
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def run(self, *command: str | Path, log: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+        """Start a command here; what it prints, errors among it, goes to its `stdout` unless there is a file for it."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AREAL_"))}
+        own |= {"HOME": "/tmp/home", "PATH": f"{BIN}:{own['PATH']}", "PYTHONPATH": str(ROOT), "TMPDIR": "/tmp"}
+        own |= {"RAY_worker_niceness": "0", "PYTHONUNBUFFERED": "1", **environment}
+        enter = ["nsenter", "--target", str(self._first), "--all", f"--wd={ROOT}"]
+        with contextlib.ExitStack() as stack:
+            out = subprocess.PIPE if log is None else stack.enter_context(open(log, "ab"))
+            process = subprocess.Popen(
+                [*enter, *command], env=own, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, text=True
+            )
+        self._processes.append(process)
+        return process
+
+    def call(self, *command: str | Path, **environment: str) -> str:
+        """Run a command here to its end, which must be a good one; what it printed."""
+        process = self.run(*command, **environment)
+        text = process.communicate()[0]
+        assert process.returncode == 0, text
+        return text
+
+    def cut(self) -> None:
+        """Pull its network cable: nothing is told to anybody."""
+        subprocess.run(["ip", "link", "set", self._link, "down"], check=True)
+
+    def mend(self) -> None:
+        """Put the cable back."""
+        subprocess.run(["ip", "link", "set", self._link, "up"], check=True)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run here, by the numbers that this process knows them by."""
+        started = [psutil.Process(each.pid) for each in self._processes if each.poll() is None]
+        roots = [psutil.Process(self._first), *started]  # Ray's own belong to the first when their parent is gone
+        found = [each for root in roots for each in root.children(recursive=True)]
+        return [each for each in found if each.pid not in self._own]
+
+    def process(self, pid: int) -> psutil.Process | None:
+        """The process that has this number here; None if there is none."""
+        for each in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+                status = Path(f"/proc/{each.pid}/status").read_text()
+                if re.search(rf"^NSpid:.*\t{pid}$", status, re.M):
+                    return each
+        return None
+
+    def off(self) -> None:
+        """Switch it off: every process ends at once, and none says a word to others."""
+        self.cut()
+        self.end()
+
+    def end(self) -> None:
+        if self._init.poll() is None:
+            psutil.Process(self._first).kill()  # and the kernel ends all others of these process numbers
+        for process in (self._init, *self._processes):
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        self._processes.clear()
+
+
+class Machines:
+    """So many machines on one bridge, at 10.77.X.1 and so on, while the block lasts. The first is the head.
+
+    Args:
+        count: how many.
+        shared: a folder of this machine that all of them have at the same path.
+    """
+
+    def __init__(self, count: int, shared: Path) -> None:
+        self._count, self._shared = count, shared.resolve()
+        self._id = secrets.token_hex(3)
+        self._machines: list[Machine] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Machines:
+        bridge = f"ar{self._id}"
+        with contextlib.ExitStack() as stack:
+            _ip("link", "add", bridge, "type", "bridge")
+            stack.callback(_ip, "link", "del", bridge)
+            _ip("link", "set", bridge, "up")
+            for i in range(self._count):
+                self._machines.append(self._start(i, bridge, stack))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @overload
+    def __getitem__(self, i: int) -> Machine: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Machine]: ...
+
+    def __getitem__(self, i: int | slice) -> Machine | list[Machine]:
+        return self._machines[i]
+
+    @property
+    def head(self) -> Machine:
+        return self._machines[0]
+
+    @property
+    def ray_address(self) -> str:
+        return f"{self.head.address}:{PORT}"
+
+    def start_ray(self, cpus: Sequence[int], **environment: str) -> list[subprocess.Popen[str]]:
+        """Start a node of Ray on each, and wait until all are there; the processes of those beside the head.
+
+        Args:
+            cpus: of each node.
+            environment: of the nodes' processes.
+        """
+        self.start_head(cpus[0], **environment)
+        joined = [self.join(*each, **environment) for each in zip(self._machines[1:], cpus[1:], strict=True)]
+        self.wait_for_nodes(len(cpus))
+        return joined
+
+    def start_head(self, cpus: int, **environment: str) -> subprocess.Popen[str]:
+        options = [f"--port={PORT}", "--dashboard-host=0.0.0.0"]
+        return self._ray_start(self.head, cpus, "--head", *options, **environment)
+
+    def join(self, machine: Machine, cpus: int, **environment: str) -> subprocess.Popen[str]:
+        return self._ray_start(machine, cpus, f"--address={self.ray_address}", **environment)
+
+    def wait_for_nodes(self, count: int) -> None:
+        code = f"""import time, ray
+ray.init(address="{self.ray_address}", logging_level="ERROR")
+while sum(node["Alive"] for node in ray.nodes()) < {count}: time.sleep(0.1)
+"""
+        self.head.call("timeout", str(int(_READY_S)), sys.executable, "-c", code)
+
+    def _ray_start(self, machine: Machine, cpus: int, *options: str, **environment: str) -> subprocess.Popen[str]:
+        common = ["--block", "--disable-usage-stats", f"--num-cpus={cpus}", "--object-store-memory=100000000"]
+        where = [f"--node-ip-address={machine.address}", f"--node-name={machine.name}"]
+        log = self._shared / f"{machine.name}.log"
+        return machine.run(BIN / "ray", "start", *common, *where, *options, log=log, **environment)
+
+    def _start(self, i: int, bridge: str, stack: contextlib.ExitStack) -> Machine:
+        space, link, inner = f"ar{self._id}-{i}", f"ar{self._id}-{i}", f"an{self._id}-{i}"
+        net = int(self._id[:2], 16)
+        address = f"10.77.{net}.{i + 1}"
+        _ip("netns", "add", space)
+        stack.callback(_ip, "netns", "del", space)
+        _ip("link", "add", link, "type", "veth", "peer", "name", inner)
+        stack.callback(_ip, "link", "del", link)  # or it stays for as long as a connection of a machine is not over
+        _ip("link", "set", inner, "netns", space)
+        _ip("link", "set", link, "master", bridge, "up")
+        inside = ("-n", space)
+        _ip(*inside, "link", "set", inner, "name", "eth0")
+        _ip(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
+        _ip(*inside, "link", "set", "eth0", "up")
+        machine = Machine(f"node{i}", address, space, link, self._shared)
+        stack.callback(machine.end)
+        return machine
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def wait_until(ready: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
+    """Look again and again until `ready()`; `what` is said if that takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
