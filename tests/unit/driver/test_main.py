@@ -264,7 +264,7 @@ def test_a_head_node_that_is_lost_after_the_last_commit_is_no_failure(config, tm
     def leave(code):
         raise Exit(code)
 
-    run, checked = prepare(config(*SEVEN))
+    run, checked, _ = prepare(config(*SEVEN))
     run.storage.ensure()
     save_box(tmp_path / "tiny", step=step)
     monkeypatch.setattr(driver_main.os, "_exit", leave)
