@@ -74,19 +74,23 @@ def test_a_tokenizer_with_ids_that_the_model_has_no_row_for_is_found_before_anyt
 
 
 def test_a_mixture_is_prepared_by_its_sources_and_what_is_cut_is_said(config, tmp_path, capsys):
-    (tmp_path / "chats.jsonl").write_text(('{"prompt": "a", "completion": "' + "b" * 90 + '"}\n') * 40)
+    line = '{"prompt": "a", "completion": "' + "b" * 90 + '"}\n'
+    (tmp_path / "chats.jsonl").write_text(line * 40)
+    (tmp_path / "notes").mkdir()
+    for i in range(32):
+        (tmp_path / "notes" / f"{i}").write_text(f"{i} " * 100)
     mixture = [
-        f"{{name: notes, source: text, paths: [{tmp_path}/corpus], weight: 3}}",
+        f"{{name: notes, source: text, paths: [{tmp_path}/notes], held_out: 0.5, weight: 3}}",
         f"{{name: chats, source: jsonl, format: completion, paths: [{tmp_path}/chats.jsonl], held_out: 0, weight: 1}}",
     ]
     own = ["data.source=stdlib", "data.paths=[]", "data.packing=best_fit", "data.truncation=right"]
-    alone = ["cluster.num_workers=1", "train.global_batch_size=1", "train.micro_batch_size=1"]
-    _, fixed, sources = prepare(config(*own, f"data.mixture=[{', '.join(mixture)}]", *alone))
+    _, fixed, sources = prepare(config(*own, f"data.mixture=[{', '.join(mixture)}]", "train.global_batch_size=2"))
     assert list(sources) == ["notes", "chats"]
     train, held_out = open_splits(fixed.data, sources, 64)
-    assert (len(train), len(held_out)) == (1 + 40, 1)
+    notes = len(train) - 40  # a row each, without its end
+    assert notes + len(held_out) == 32
     order = train.order(0)
-    assert sum(order[n] >= 1 for n in range(400)) == 100
+    assert sum(order[n] >= notes for n in range(400)) == 100
     assert "40 of 40 documents are longer than train.seq_len=64 tokens: without their end" in capsys.readouterr().out
 
 
