@@ -44,7 +44,7 @@ _CORE = {
 _TRAIN = {
     "ray.train._internal.utils": "get_address_and_port",
     "ray.train.torch": "TorchConfig.backend_cls TorchTrainer._get_train_func TorchTrainer.train_run_context "
-    "TorchTrainer._create_default_callbacks TorchTrainer._register_sigint_handler(controller)",
+    "TorchTrainer._create_default_callbacks",
     "ray.train:ScalingConfig": "_resources_per_worker_not_none",
     "ray.train.torch.config:_TorchBackend": "on_start(worker_group,backend_config) "
     "on_shutdown(worker_group,backend_config)",

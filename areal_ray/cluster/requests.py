@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 import ray
@@ -151,26 +148,3 @@ class ActorRequests:
             for request in list(self._mine):
                 ray.get(self._mailbox.add.remote(request))
             return ray.get(getattr(self._mailbox, method).remote(*arguments))
-
-
-def stop_on_signal(
-    requests: Requests, again: Callable[[int, FrameType | None], object]
-) -> Callable[[int, FrameType | None], None]:
-    """Make a signal handler that has the workers save and leave.
-
-    Args:
-        requests: to the job.
-        again: handler of a second signal.
-    """
-    asked = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            again(number, frame)
-            return
-        asked.set()
-        print("saving, then stopping; once more to stop at once", flush=True)
-        # In a thread: the call that was interrupted may hold a lock that this one needs.
-        threading.Thread(target=requests.ask, args=("stop",), daemon=True).start()
-
-    return handle

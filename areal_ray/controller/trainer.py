@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -21,7 +19,7 @@ from ray.train.v2._internal.util import ObjectRefWrapper
 from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.console import say
 from areal_ray.cluster.ray_internals import blocking_get_variable, on_this_node
-from areal_ray.cluster.requests import AWAY, Requests, stop_on_signal
+from areal_ray.cluster.requests import AWAY, Requests
 from areal_ray.controller.failure_policy import FailurePolicy
 from areal_ray.controller.placement import PlacementGroupCache, release_all
 from areal_ray.controller.preemption import ThreadedPreemptionCallback
@@ -106,8 +104,6 @@ class Trainer(TorchTrainer):
         count = WorkerCount(self._sizes, self._requests, run, bad_nodes, worker, say)
         rules = RestartPolicy(count, run, bad_nodes, limits.max_failures, self._skip, say)
         scaling = ScalingPolicy(self.scaling_config, count, bad_nodes, self._requests)
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             result = self._run(
                 policies=(scaling, FailurePolicy(rules)),
@@ -119,9 +115,6 @@ class Trainer(TorchTrainer):
             with suppress(*AWAY):  # the head node may be why
                 release_all(self.train_run_context)
             raise
-        finally:
-            for number, handler in before.items() if in_main_thread else ():
-                signal.signal(number, handler)
         if result.error:
             raise result.error
         return result
@@ -134,8 +127,6 @@ class Trainer(TorchTrainer):
         own = {} if environment.items() <= known.items() else {"runtime_env": {"env_vars": environment}}
         actor = ray.remote(num_cpus=0, label_selector=on_this_node(), **own)(Controller)
         controller = actor.remote(**options)
-        if threading.current_thread() is threading.main_thread():
-            self._register_sigint_handler(controller)
         try:
             ray.get(controller.run.remote())
             result: Result = ray.get(controller.get_result.remote())
@@ -150,12 +141,3 @@ class Trainer(TorchTrainer):
         # groups of a dead controller, which `fit` does.
         idle = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ctrl-C and SIGTERM have the workers save and leave; a second one ends the job as it stands."""
-        super()._register_sigint_handler(controller)
-        abort = signal.getsignal(signal.SIGINT)
-        assert callable(abort)
-        leave = stop_on_signal(self._requests, again=abort)
-        signal.signal(signal.SIGINT, leave)
-        signal.signal(signal.SIGTERM, leave)

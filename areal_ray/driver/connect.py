@@ -6,8 +6,10 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -19,6 +21,7 @@ from areal_ray.cluster import ray_internals
 from areal_ray.cluster.nodes import is_reachable
 from areal_ray.config import Config
 from areal_ray.processes.fork_server import ForkServer, fork_server_for, process_environment
+from areal_ray.processes.own_session import children_in_own_session
 
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
 _PORT = "RAY_GCS_SERVER_PORT"  # of a cluster that `ray.init` starts
@@ -112,7 +115,7 @@ def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | 
     with quiet:
         try:
             try:
-                ray.init(**options)
+                _init(options)
             finally:  # as the user has it: it is for this cluster only
                 os.environ.pop(_PORT, None)
                 if port is not None:
@@ -123,6 +126,16 @@ def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | 
             ray.shutdown()
             if made:
                 made.close()
+
+
+def _init(options: dict[str, Any]) -> None:
+    import ray
+
+    ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    with children_in_own_session():
+        ray.init(**options)
+    if ignored and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set a handler
 
 
 def _local_options(config: Config) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.head_watch import watching
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
+from areal_ray.driver.signals import stopping_on_signals
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
@@ -75,27 +77,32 @@ def train(
         if early is not None:
             early.close()
     context = JobContext(run, secrets.token_hex(8), fast_restarts=slow is None, search_path=tuple(search_path))
-    with display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None), ExitStack() as stack:
+    # Until the cluster is closed: a second signal must not end the driver in the middle of that.
+    with ExitStack() as signals, display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None):
         requests = requests_to(context.submission, context.fast_restarts)
-        try:
-            # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
-            stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
-            run.write_config(_record(config, overrides))
-            readmit(run, config.cluster.use_again, _print)
-        except RunInUse as error:
-            raise ConfigError("run.name", str(error)) from None
-        except OSError as error:
-            raise ConfigError("run.storage_path", str(error)) from None
-        return _drive(config, context, shown, requests)
+        asked = signals.enter_context(stopping_on_signals(lambda: requests.ask("stop")))
+        with ExitStack() as lease:
+            try:
+                # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
+                lease.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
+                run.write_config(_record(config, overrides))
+                readmit(run, config.cluster.use_again, _print)
+            except RunInUse as error:
+                raise ConfigError("run.name", str(error)) from None
+            except OSError as error:
+                raise ConfigError("run.storage_path", str(error)) from None
+            return _drive(config, context, shown, requests, asked)
 
 
-def _drive(config: Config, context: JobContext, shown: Display, requests: Requests) -> int:
+def _drive(
+    config: Config, context: JobContext, shown: Display, requests: Requests, asked_to_stop: threading.Event
+) -> int:
     run = context.run
     run.note("submitted", print, last_step=config.last_step, submission=context.submission)
     address = ray.get_runtime_context().gcs_address
     try:
         with watching(address, _print, lambda: _lost_head(run, address)):
-            outcome = supervise(choose_fit(config, context), run)
+            outcome = supervise(choose_fit(config, context), run, sleep=asked_to_stop.wait)
     except StoppedWhileWaiting:
         return _interrupted(run)
     except (TrainingFailedError, RayError, OSError) as error:
@@ -107,7 +114,7 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
         show(cause, run, logs)
         _close(run, "failed", {}, cause=cause.kind, error=cause.message[:500])
         return 1
-    except (KeyboardInterrupt, SystemExit):  # Ray Train makes the latter of Ctrl-C once it has ended the workers
+    except KeyboardInterrupt:
         return _interrupted(run)
     finally:
         requests.close()
