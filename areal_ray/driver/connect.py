@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -43,6 +44,19 @@ def answering() -> bool:
     """Whether RAY_ADDRESS is host:port of a cluster that runs: one that does not is waited for, a minute, by Ray."""
     address = os.environ.get("RAY_ADDRESS", "")
     return re.fullmatch(r"[^/]+:\d+", address) is not None and is_reachable(address)
+
+
+def unreachable(patience_s: float = 6.0) -> str | None:
+    """Why RAY_ADDRESS cannot be used: host:port where nobody answers for so many seconds. None: it can be tried."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if re.fullmatch(r"[^/]+:\d+", address) is None:
+        return None
+    until = time.monotonic() + patience_s
+    while not is_reachable(address):
+        if time.monotonic() > until:
+            return f"no Ray cluster answers at {address}, which RAY_ADDRESS names: start it there, or unset RAY_ADDRESS"
+        time.sleep(min(1.0, patience_s / 4))
+    return None
 
 
 def is_off(config: Config) -> bool:
