@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
@@ -9,6 +10,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from areal_ray.cluster import ray_internals
+from areal_ray.distributed import RankError
+from areal_ray.run.fence import RunTaken
 
 Request = Literal["stop", "resize"]
 Reason = Literal["stop", "resize", "preempted"]
@@ -28,6 +31,20 @@ class StoppedWhileWaiting(RuntimeError):
 def is_planned(errors: dict[int, Exception]) -> bool:
     """Whether workers (exceptions by rank) left because they were asked to, whatever the others saw of it."""
     return any(isinstance(error, PlannedRestart) for error in errors.values())
+
+
+def taken_over(errors: Iterable[BaseException | None]) -> str | None:
+    """Why nothing is to be mended or written down: another job or attempt works on the run. None: it is not so.
+
+    Args:
+        errors: of workers, of the controller (and what it names as their `cause`).
+    """
+    for error in (each for outer in errors for each in (outer, getattr(outer, "cause", None))):
+        if isinstance(error, RunTaken):
+            return str(error)
+        if isinstance(error, RankError) and error.only(RunTaken):
+            return error.failures[0][1].partition(": ")[2]
+    return None
 
 
 class Requests(Protocol):

@@ -19,7 +19,7 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.cluster import failures, ray_internals
 from areal_ray.cluster.bad_devices import readmit
 from areal_ray.cluster.console import Display, display
-from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to
+from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to, taken_over
 from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.head_watch import watching
@@ -29,6 +29,7 @@ from areal_ray.driver.signals import stopping_on_signals
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
+from areal_ray.run.fence import RunTaken
 from areal_ray.run.goodput import History, account, history, table
 from areal_ray.run.lease import RunInUse, hold_lease
 
@@ -76,7 +77,9 @@ def train(
         print(f"restarts take longer, with Ray's public API alone: {slow}", flush=True)
         if early is not None:
             early.close()
-    context = JobContext(run, secrets.token_hex(8), fast_restarts=slow is None, search_path=tuple(search_path))
+    job = secrets.token_hex(8)
+    run = RunDir(run.storage, job)
+    context = JobContext(run, job, fast_restarts=slow is None, search_path=tuple(search_path))
     # Until the cluster is closed: a second signal must not end the driver in the middle of that.
     with ExitStack() as signals, display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None):
         requests = requests_to(context.submission, context.fast_restarts)
@@ -85,13 +88,18 @@ def train(
             try:
                 # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
                 lease.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
+                run.fence.take()
                 run.write_config(_record(config, overrides))
                 readmit(run, config.cluster.use_again, _print)
             except RunInUse as error:
                 raise ConfigError("run.name", str(error)) from None
             except OSError as error:
                 raise ConfigError("run.storage_path", str(error)) from None
-            return _drive(config, context, shown, requests, asked)
+            try:
+                return _drive(config, context, shown, requests, asked)
+            except RunTaken as taken:
+                print(taken, flush=True)
+                return 1
 
 
 def _drive(
@@ -106,8 +114,11 @@ def _drive(
     except StoppedWhileWaiting:
         return _interrupted(run)
     except (TrainingFailedError, RayError, OSError) as error:
-        if isinstance(getattr(error, "controller_failure", None), StoppedWhileWaiting):
+        workers, controller = getattr(error, "worker_failures", {}), getattr(error, "controller_failure", error)
+        if isinstance(controller, StoppedWhileWaiting):
             return _interrupted(run)
+        if taken := taken_over([*workers.values(), controller]):
+            raise RunTaken(taken) from None
         cause = failures.cause_of(error, run)
         shown.wait_for_end(timeout_s=1.0)
         logs = ray_internals.log_directory() if context.fast_restarts else "Ray's session directory"
@@ -128,8 +139,11 @@ def _drive(
 
 def _lost_head(run: RunDir, address: str) -> None:
     text = f"the head node ({address}) is gone, and the cluster with it"
-    checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
-    print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
+    try:
+        checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
+        print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
+    except RunTaken as taken:
+        print(taken, flush=True)
     os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from areal_ray.run.event_index import HISTORY, NEWEST, EventIndex
 from areal_ray.run.event_log import open_log
+from areal_ray.run.fence import Fence
 from areal_ray.storage import Storage
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
@@ -23,18 +24,19 @@ class RunDir:
 
     Args:
         storage: `<run.storage_path>/<run.name>`.
+        job: identifier of the job that writes here, see `Fence`; whatever writes may then raise RunTaken.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self._events = open_log(storage, EVENTS, at_once=True)
-        self._metrics = open_log(storage, METRICS, at_once=False)
-        self._samples = open_log(storage, SAMPLES, at_once=False)
+    def __init__(self, storage: Storage, job: str | None = None) -> None:
+        self.storage, self.fence = storage, Fence(storage, job)
+        self._events = open_log(storage, EVENTS, at_once=True, may_write=self.fence.check)
+        self._metrics = open_log(storage, METRICS, at_once=False, may_write=self.fence.check)
+        self._samples = open_log(storage, SAMPLES, at_once=False, may_write=self.fence.check)
         self._index = EventIndex(storage, EVENT_INDEX, self._events)
         self._told = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RunDir, (self.storage,)
+        return RunDir, (self.storage, self.fence.job)
 
     @property
     def ledger(self) -> str:
@@ -130,20 +132,27 @@ class RunDir:
         self.storage.replace(CONFIG, text.encode())
 
     def write_result(self, result: dict[str, Any]) -> None:
+        self.fence.check()
         self.storage.replace(RESULT, json.dumps(result, indent=2).encode() + b"\n")
 
     def result(self) -> dict[str, Any] | None:
         return json.loads(self.storage.read(RESULT)) if self.storage.size(RESULT) is not None else None
 
-    def next_attempt(self, last_saved: int) -> int:
-        """A number that no attempt has had; to be asked for once, at its beginning.
+    def next_attempt(self, last_saved: int, complain: Callable[[str], None] = print) -> int:
+        """A number that no attempt has had; to be asked for once, at its beginning. It shuts earlier attempts out.
 
         Args:
             last_saved: the highest attempt among the checkpoints, should the ledger have been lost.
+            complain: told if they could not be shut out.
         """
         newest = self.newest("attempt")
         self._write_index()
-        return max(newest["attempt"] if newest else 0, last_saved) + 1
+        attempt = max(newest["attempt"] if newest else 0, last_saved) + 1
+        try:
+            self.fence.begin(attempt)
+        except OSError as error:  # a full disk, say, which earlier attempts cannot write to either
+            complain(f"could not shut earlier attempts out: {error}")
+        return attempt
 
     def _write_index(self) -> None:
         with suppress(OSError):  # nothing depends on it: the next one reads more of the ledger

@@ -70,14 +70,22 @@ class Log(Protocol):
         ...
 
 
-def open_log(storage: Storage, name: str, at_once: bool) -> Log:
+def _anybody() -> None:
+    """Lets everybody write."""
+
+
+def open_log(storage: Storage, name: str, at_once: bool, may_write: Callable[[], None] = _anybody) -> Log:
     """The log `name` in a directory.
 
     Args:
+        may_write: called before lines are written, once for all that wait; raises what `append` is to raise, or the
+            next one if it is written in the background.
         at_once: whether `append` returns when the line is durable. If not, object storage is written to in the
             background: a line of metrics is not worth a round trip of training.
     """
-    return FileLog(storage, f"{name}.jsonl") if storage.can_append else ObjectLog(storage.sub(name), at_once)
+    if storage.can_append:
+        return FileLog(storage, f"{name}.jsonl", may_write)
+    return ObjectLog(storage.sub(name), at_once, may_write=may_write)
 
 
 class FileLog:
@@ -86,10 +94,11 @@ class FileLog:
     Args:
         storage: one that can append.
         name: of the file in it.
+        may_write: as for `open_log`.
     """
 
-    def __init__(self, storage: Storage, name: str) -> None:
-        self._storage, self._name = storage, name
+    def __init__(self, storage: Storage, name: str, may_write: Callable[[], None] = _anybody) -> None:
+        self._storage, self._name, self._may_write = storage, name, may_write
         self._unwritten = b""
         self._lock = threading.Lock()
 
@@ -109,6 +118,7 @@ class FileLog:
     def _write(self) -> None:
         if not self._unwritten:
             return
+        self._may_write()
         # A line that a full disk or a power cut tore stays unreadable, but alone.
         self._storage.append(self._name, (b"\n" if self._is_torn() else b"") + self._unwritten)
         self._unwritten = b""
@@ -131,6 +141,7 @@ class FileLog:
 
     def keep(self, wanted: Callable[[Line], bool]) -> None:
         with self._lock:
+            self._may_write()
             self._unwritten = b"".join(encode(line) for line in decode(self._unwritten) if wanted(line))
             size = self._size()
             cut, staying, after_cut, quiet = size, list[bytes](), 0, 0
