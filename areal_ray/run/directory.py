@@ -146,12 +146,12 @@ class RunDir:
             complain: told if they could not be shut out.
         """
         newest = self.newest("attempt")
-        self._write_index()
         attempt = max(newest["attempt"] if newest else 0, last_saved) + 1
         try:
             self.fence.begin(attempt)
         except OSError as error:  # a full disk, say, which earlier attempts cannot write to either
             complain(f"could not shut earlier attempts out: {error}")
+        self._write_index()
         return attempt
 
     def _write_index(self) -> None:
