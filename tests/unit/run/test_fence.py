@@ -86,7 +86,7 @@ def test_lines_that_the_background_may_not_write_are_an_error_of_the_next(tmp_pa
 
     log = ObjectLog(Objects(tmp_path), at_once=False, may_write=refuse)
     log.append({"step": 1})
-    log._draining.result()
+    log._thread.shutdown()
     with pytest.raises(RunTaken):
         log.append({"step": 2})
     assert list(tmp_path.iterdir()) == []
