@@ -15,7 +15,7 @@ from areal_ray.run.object_log import ObjectLog
 from areal_ray.storage import LocalStorage
 from areal_ray.train.journal import Journal
 from areal_ray.train.recovery import PendingSave
-from tests.unit.checkpoint.boxes import Box
+from tests.unit.checkpoint.boxes import Box, weights
 
 pytestmark = pytest.mark.unit
 
@@ -99,9 +99,9 @@ def test_a_save_that_was_under_way_is_not_committed(tmp_path, kind):
     ranks, check = Ranks(), run.fence.check
     writer = SyncWriter(ranks, may_commit=check) if kind == "sync" else AsyncWriter(ranks, ranks, may_commit=check)
     with closing(writer):
-        assert writer.begin(storage.sub("step-00000001.a1"), {"box": Box()}, {"step": 1}).exception() is None
+        assert writer.begin(storage.sub("step-00000001.a1"), {"box": Box(**weights())}, {"step": 1}).exception() is None
         RunDir(storage, "second").fence.take()
-        error = writer.begin(storage.sub("step-00000002.a1"), {"box": Box()}, {"step": 2}).exception()
+        error = writer.begin(storage.sub("step-00000002.a1"), {"box": Box(**weights())}, {"step": 2}).exception()
     assert Catalog(storage).last_committed() == "step-00000001.a1"
     assert isinstance(error, RankError)
     assert taken_over([error]).startswith("another job has taken")
