@@ -105,8 +105,11 @@ class Group(WorkerGroup):
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
         wanted = worker_group_context
         reserved = self._placement_groups.acquire(self._train_run_context, wanted)
-        needed = wanted.num_workers, wanted.resources_per_worker
-        return _Handle(reserved, self.reached, lambda: waiting.room(*needed, reserved.id.hex()))
+
+        def explain() -> str:
+            return waiting.room(wanted.num_workers, wanted.resources_per_worker, reserved.id.hex())
+
+        return _Handle(reserved, self.reached, explain)
 
     def shutdown(self) -> None:
         """End the workers. Their placement group is kept for those that come next."""

@@ -25,6 +25,13 @@ class Objects(LocalStorage):
 
     can_append = False
 
+    def sub(self, name):
+        return Objects(f"{self.location}/{name}")
+
+    def replace(self, name, data):
+        self.ensure()  # it knows no directories
+        super().replace(name, data)
+
 
 @pytest.fixture(params=[LocalStorage, Objects])
 def storage(request, tmp_path):
