@@ -226,14 +226,14 @@ def blocking_get_variable() -> str:
     return str(import_module("ray._common.constants").RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR)
 
 
-def put(key: str) -> None:
+def put(key: str, value: bytes = b"1") -> None:
     """Set a key in the head node's store."""
-    import_module("ray.experimental.internal_kv")._internal_kv_put(key.encode(), b"1", namespace=_KV_NAMESPACE)
+    import_module("ray.experimental.internal_kv")._internal_kv_put(key.encode(), value, namespace=_KV_NAMESPACE)
 
 
-def is_set(key: str) -> bool:
-    get = import_module("ray.experimental.internal_kv")._internal_kv_get
-    return get(key.encode(), namespace=_KV_NAMESPACE) is not None
+def get(key: str) -> bytes | None:
+    found = import_module("ray.experimental.internal_kv")._internal_kv_get
+    return found(key.encode(), namespace=_KV_NAMESPACE)
 
 
 def delete(key: str) -> None:

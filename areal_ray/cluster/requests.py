@@ -91,7 +91,7 @@ class StoredRequests:
         ray_internals.put(self._key(request))
 
     def asked(self) -> Request | None:
-        return next((request for request in _ALL if ray_internals.is_set(self._key(request))), None)
+        return next((request for request in _ALL if ray_internals.get(self._key(request)) is not None), None)
 
     def clear_resize(self) -> None:
         ray_internals.delete(self._key("resize"))
