@@ -65,10 +65,16 @@ class Capture:
     Args:
         ranks: all ranks of the job.
         complain: prints a line for the user.
+        may_commit: as for `writer.SyncWriter`.
     """
 
-    def __init__(self, ranks: Ranks, complain: Callable[[str], None] = print) -> None:
-        self._ranks, self._complain = ranks, complain
+    def __init__(
+        self,
+        ranks: Ranks,
+        complain: Callable[[str], None] = print,
+        may_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._ranks, self._complain, self._may_commit = ranks, complain, may_commit
         self._plan: SavePlan | None = None
         self._described: LayoutFiles | None = None
         self._image: Future[ShardImage | None] = _done(None)
@@ -113,7 +119,7 @@ class Capture:
         mine = [tensors[name] for name in plan.mine]
         whole = [not isinstance(tensor, DTensor) for tensor in mine]
         copied = image.fill([local(tensor).detach() for tensor in mine], whole) if image is not None else None
-        return Captured(directory, self._described, image, copied, text, dict(info))
+        return Captured(directory, self._described, image, copied, text, dict(info), self._may_commit)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -176,6 +182,7 @@ class Captured:
         copied: after this event the image is complete; None: it is.
         text: state.json.
         info: for the manifest.
+        may_commit: as for `writer.SyncWriter`.
     """
 
     directory: Storage
@@ -184,6 +191,7 @@ class Captured:
     copied: torch.cuda.Event | None
     text: bytes
     info: dict[str, Any]
+    may_commit: Callable[[], None]
 
     def finish(self, files: FilesWriter, ranks: Ranks) -> Manifest | None:
         """Write and commit it; the manifest, on rank 0. A collective.
@@ -215,6 +223,7 @@ class Captured:
         records[LAYOUT] = write_small(self.directory, LAYOUT, self.described.layout)
         records[METADATA] = files.write_metadata(self.directory, METADATA, self.described.parts)
         manifest = Manifest(self.info, {name: FileRecord(**record) for name, record in records.items()})
+        self.may_commit()
         # In one piece: a torn one is damage, not a save that was cut off.
         self.directory.publish(MANIFEST, manifest.encode())
         return manifest

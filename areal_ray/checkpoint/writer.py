@@ -67,10 +67,16 @@ class SyncWriter:
     Args:
         ranks: all ranks of the job.
         complain: prints a line for the user.
+        may_commit: called on rank 0 right before a save is committed; if it raises, the save has failed.
     """
 
-    def __init__(self, ranks: Ranks, complain: Callable[[str], None] = print) -> None:
-        self._ranks, self._capture, self._files = ranks, Capture(ranks, complain), _Here()
+    def __init__(
+        self,
+        ranks: Ranks,
+        complain: Callable[[str], None] = print,
+        may_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._ranks, self._capture, self._files = ranks, Capture(ranks, complain, may_commit), _Here()
 
     def prepare(self, state: Mapping[str, Stateful]) -> None:
         self._capture.prepare(state)
@@ -95,10 +101,17 @@ class AsyncWriter:
         ranks: all ranks of the job.
         background: all ranks, over a process group of its own: what a thread sends must not mix with the training's.
         complain: prints a line for the user.
+        may_commit: as for SyncWriter; called in that thread.
     """
 
-    def __init__(self, ranks: Ranks, background: Ranks, complain: Callable[[str], None] = print) -> None:
-        self._capture, self._background = Capture(ranks, complain), background
+    def __init__(
+        self,
+        ranks: Ranks,
+        background: Ranks,
+        complain: Callable[[str], None] = print,
+        may_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._capture, self._background = Capture(ranks, complain, may_commit), background
         self._thread = device_thread("checkpoint")
         self._file_writer = FileWriter()
         self._file_writer.start()

@@ -175,11 +175,14 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
 
 def _driver_train(config: Any, arguments: argparse.Namespace) -> int:
     from areal_ray.config import plugin
-    from areal_ray.driver.connect import PREPARATION, answering, cluster, is_off, use_token
+    from areal_ray.driver.connect import PREPARATION, answering, cluster, is_off, unreachable, use_token
     from areal_ray.processes.fork_server import fork_server_for
 
     if os.environ.get("RAY_ADDRESS"):
         use_token()
+        if problem := unreachable():  # Ray would try for a minute, and then say so on a page
+            print(f"areal-ray: {problem}", file=sys.stderr)
+            return 2
     # A process that has imported Ray may have a cluster, too.
     fork_server = fork_server_for(config, PREPARATION) if "ray" not in sys.modules and not is_off(config) else None
     try:

@@ -46,7 +46,7 @@ _CORE = {
 _TRAIN = {
     "ray.train._internal.utils": "get_address_and_port",
     "ray.train.torch": "TorchConfig.backend_cls TorchTrainer._get_train_func TorchTrainer.train_run_context "
-    "TorchTrainer._create_default_callbacks TorchTrainer._register_sigint_handler(controller)",
+    "TorchTrainer._create_default_callbacks",
     "ray.train:ScalingConfig": "_resources_per_worker_not_none",
     "ray.train.torch.config:_TorchBackend": "on_start(worker_group,backend_config) "
     "on_shutdown(worker_group,backend_config)",
@@ -223,14 +223,14 @@ def blocking_get_variable() -> str:
     return str(import_module("ray._common.constants").RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR)
 
 
-def put(key: str) -> None:
+def put(key: str, value: bytes = b"1") -> None:
     """Set a key in the head node's store."""
-    import_module("ray.experimental.internal_kv")._internal_kv_put(key.encode(), b"1", namespace=_KV_NAMESPACE)
+    import_module("ray.experimental.internal_kv")._internal_kv_put(key.encode(), value, namespace=_KV_NAMESPACE)
 
 
-def is_set(key: str) -> bool:
-    get = import_module("ray.experimental.internal_kv")._internal_kv_get
-    return get(key.encode(), namespace=_KV_NAMESPACE) is not None
+def get(key: str) -> bytes | None:
+    found = import_module("ray.experimental.internal_kv")._internal_kv_get
+    return found(key.encode(), namespace=_KV_NAMESPACE)
 
 
 def delete(key: str) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import suppress
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from areal_ray.cluster import ray_internals
+from areal_ray.distributed import RankError
+from areal_ray.run.fence import RunTaken
 
 Request = Literal["stop", "resize"]
 Reason = Literal["stop", "resize", "preempted"]
@@ -31,6 +31,20 @@ class StoppedWhileWaiting(RuntimeError):
 def is_planned(errors: dict[int, Exception]) -> bool:
     """Whether workers (exceptions by rank) left because they were asked to, whatever the others saw of it."""
     return any(isinstance(error, PlannedRestart) for error in errors.values())
+
+
+def taken_over(errors: Iterable[BaseException | None]) -> str | None:
+    """Why nothing is to be mended or written down: another job or attempt works on the run. None: it is not so.
+
+    Args:
+        errors: of workers, of the controller (and what it names as their `cause`).
+    """
+    for error in (each for outer in errors for each in (outer, getattr(outer, "cause", None))):
+        if isinstance(error, RunTaken):
+            return str(error)
+        if isinstance(error, RankError) and error.only(RunTaken):
+            return error.failures[0][1].partition(": ")[2]
+    return None
 
 
 class Requests(Protocol):
@@ -77,7 +91,7 @@ class StoredRequests:
         ray_internals.put(self._key(request))
 
     def asked(self) -> Request | None:
-        return next((request for request in _ALL if ray_internals.is_set(self._key(request))), None)
+        return next((request for request in _ALL if ray_internals.get(self._key(request)) is not None), None)
 
     def clear_resize(self) -> None:
         ray_internals.delete(self._key("resize"))
@@ -151,26 +165,3 @@ class ActorRequests:
             for request in list(self._mine):
                 ray.get(self._mailbox.add.remote(request))
             return ray.get(getattr(self._mailbox, method).remote(*arguments))
-
-
-def stop_on_signal(
-    requests: Requests, again: Callable[[int, FrameType | None], object]
-) -> Callable[[int, FrameType | None], None]:
-    """Make a signal handler that has the workers save and leave.
-
-    Args:
-        requests: to the job.
-        again: handler of a second signal.
-    """
-    asked = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            again(number, frame)
-            return
-        asked.set()
-        print("saving, then stopping; once more to stop at once", flush=True)
-        # In a thread: the call that was interrupted may hold a lock that this one needs.
-        threading.Thread(target=requests.ask, args=("stop",), daemon=True).start()
-
-    return handle

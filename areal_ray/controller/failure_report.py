@@ -8,7 +8,7 @@ from ray.train import UserCallback
 
 from areal_ray.cluster.console import leave_out_marks, say
 from areal_ray.cluster.failures import detection_s, hung_cause, root_cause, step_of
-from areal_ray.cluster.requests import is_planned
+from areal_ray.cluster.requests import is_planned, taken_over
 from areal_ray.run import RunDir
 
 
@@ -26,7 +26,7 @@ class Reporter(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if not self._marks:
             leave_out_marks()
-        if is_planned(worker_exceptions):
+        if is_planned(worker_exceptions) or taken_over(worker_exceptions.values()):
             return
         try:
             self._report(worker_exceptions)

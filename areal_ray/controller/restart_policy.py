@@ -18,7 +18,7 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.early_deaths import EarlyDeaths
 from areal_ray.cluster.failures import Cause, root_cause, step_of
-from areal_ray.cluster.requests import StoppedWhileWaiting, is_planned
+from areal_ray.cluster.requests import StoppedWhileWaiting, is_planned, taken_over
 from areal_ray.cluster.restore_watch import RestoreWatch
 from areal_ray.controller.worker_count import WorkerCount
 from areal_ray.run import RunDir
@@ -94,6 +94,8 @@ class RestartPolicy:
         if is_planned(workers):
             self._rapid_failures = 0  # they have saved
             return True
+        if taken_over([*workers.values(), error]):
+            return False
         if any(isinstance(each, _FINAL) for each in workers.values()) or isinstance(error, StoppedWhileWaiting):
             return False
         storage_answers = self._look_for_progress()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import signal
+import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import ray
@@ -18,10 +20,11 @@ from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallb
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 
+from areal_ray.cluster import ray_internals
 from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.console import say
 from areal_ray.cluster.ray_internals import blocking_get_variable, on_this_node
-from areal_ray.cluster.requests import AWAY, Requests, stop_on_signal
+from areal_ray.cluster.requests import AWAY, Requests
 from areal_ray.controller.failure_policy import FailurePolicy
 from areal_ray.controller.placement import PlacementGroupCache, release_all
 from areal_ray.controller.preemption import ThreadedPreemptionCallback
@@ -32,15 +35,68 @@ from areal_ray.controller.worker_group import Groups
 from areal_ray.run.directory import RunDir
 
 
+class Heartbeat:
+    """Sign of life of a process, in the head node's store: begun there, looked at in another one.
+
+    A controller that is stopped (SIGSTOP, a debugger, swapping) is alive for Ray, and the job would wait for ever.
+
+    Args:
+        key: in the store, unique to the process.
+        limit_s: seconds without a beat after which it counts as dead, while the store answers.
+        every_s: seconds between two beats, and two looks.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, key: str, limit_s: float = 40.0, every_s: float = 4.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._key, self.limit_s, self.every_s, self._clock = key, limit_s, every_s, clock
+        self._last: bytes | None = None
+        self._since = self._looked = clock()
+
+    def begin(self) -> None:
+        """Beat from now on, from a thread, until this process ends."""
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        for number in count():
+            with suppress(*AWAY):  # the head node; nobody is taken for dead meanwhile
+                ray_internals.put(self._key, str(number).encode())
+            time.sleep(self.every_s)
+
+    def has_stopped(self) -> bool:
+        """Look; whether the other process has been silent for too long. One that has not begun yet is not."""
+        try:
+            beat = ray_internals.get(self._key)
+        except AWAY:
+            beat = None
+        now = self._clock()
+        # This process, too, may have been stopped.
+        if beat is None or beat != self._last or now - self._looked > self.limit_s / 2:
+            self._last, self._since = beat, now
+        self._looked = now
+        return now - self._since > self.limit_s
+
+    def forget(self) -> None:
+        """Remove the key, if the head node is there to be told."""
+        with suppress(*AWAY):
+            ray_internals.delete(self._key)
+
+
 class Controller(TrainController):
     """Ray's, with policies that know each other: as arguments of their own they would reach it as separate copies.
 
     Args:
         policies: for scaling and for failures.
+        heartbeat: of its process.
         options: as for TrainController.
     """
 
-    def __init__(self, policies: tuple[ScalingPolicy, FailurePolicy], **options: Any) -> None:
+    def __init__(
+        self, policies: tuple[ScalingPolicy, FailurePolicy], heartbeat: Heartbeat | None = None, **options: Any
+    ) -> None:
+        if heartbeat is not None:
+            heartbeat.begin()
         super().__init__(scaling_policy=policies[0], failure_policy=policies[1], **options)
         self._placement_groups = PlacementGroupCache()
         self.worker_group_cls = Groups(self._placement_groups)
@@ -121,11 +177,9 @@ class Trainer(TorchTrainer):
         limits = self.run_config.failure_config or FailureConfig()
         bad_nodes = BadNodes(run, say)
         bad_nodes.load()
-        count = WorkerCount(self._sizes, self._requests, run, bad_nodes, worker, say)
-        rules = RestartPolicy(count, run, bad_nodes, limits.max_failures, self._skip, say)
-        scaling = ScalingPolicy(self.scaling_config, count, bad_nodes, self._requests)
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        workers = WorkerCount(self._sizes, self._requests, run, bad_nodes, worker, say)
+        rules = RestartPolicy(workers, run, bad_nodes, limits.max_failures, self._skip, say)
+        scaling = ScalingPolicy(self.scaling_config, workers, bad_nodes, self._requests)
         try:
             result = self._run(
                 policies=(scaling, FailurePolicy(rules)),
@@ -137,9 +191,6 @@ class Trainer(TorchTrainer):
             with suppress(*AWAY):  # the head node may be why
                 release_all(self.train_run_context)
             raise
-        finally:
-            for number, handler in before.items() if in_main_thread else ():
-                signal.signal(number, handler)
         if result.error:
             raise result.error
         return result
@@ -151,16 +202,26 @@ class Trainer(TorchTrainer):
         # With an environment of its own it could be none of the processes that have been started ahead.
         own = {} if environment.items() <= known.items() else {"runtime_env": {"env_vars": environment}}
         actor = ray.remote(num_cpus=0, label_selector=on_this_node(), **own)(Controller)
-        controller = actor.remote(**options)
-        if threading.current_thread() is threading.main_thread():
-            self._register_sigint_handler(controller)
+        heartbeat = Heartbeat(f"heartbeat/{secrets.token_hex(8)}")
+        controller = actor.remote(heartbeat=heartbeat, **options)
         try:
-            ray.get(controller.run.remote())
+            run = controller.run.remote()
+            while not ray.wait([run], timeout=heartbeat.every_s)[0]:
+                if heartbeat.has_stopped():
+                    text = (
+                        f"Ray Train's controller has not shown a sign of life for {heartbeat.limit_s:.0f} s: ending it"
+                    )
+                    print(text, flush=True)
+                    ray.kill(controller)
+                    break
+            ray.get(run)
             result: Result = ray.get(controller.get_result.remote())
         except ray.exceptions.RayError:
             with suppress(*AWAY):
                 ray.kill(controller)  # it may be out of reach only; there must not be two
             raise
+        finally:
+            heartbeat.forget()
         return result
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -168,12 +229,3 @@ class Trainer(TorchTrainer):
         # groups of a dead controller, which `fit` does.
         idle = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ctrl-C and SIGTERM have the workers save and leave; a second one ends the job as it stands."""
-        super()._register_sigint_handler(controller)
-        abort = signal.getsignal(signal.SIGINT)
-        assert callable(abort)
-        leave = stop_on_signal(self._requests, again=abort)
-        signal.signal(signal.SIGINT, leave)
-        signal.signal(signal.SIGTERM, leave)

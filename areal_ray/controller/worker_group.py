@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -18,28 +18,41 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 )
 from ray.util.placement_group import PlacementGroup
 
+from areal_ray.cluster import waiting
 from areal_ray.cluster.console import say
+from areal_ray.cluster.requests import AWAY
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.controller.placement import PlacementGroupCache, release_all
 from areal_ray.run import RunDir
 
+_SAY_S = 5.0  # between two looks at what a group waits for
 _CALM_S = 8.0  # after the start of the workers; processes that are started then are not in their way
 
 
 class _Handle(DefaultPlacementGroupHandle):
-    """Ray's, but timed, and its placement group may be kept when it ends.
+    """Ray's, but timed, it says what it waits for, and its placement group may be kept when it ends.
+
+    Args:
+        reserved: the placement group.
+        reached: see `Group`.
+        explain: says what it waits for; AWAY if the head node is away.
 
     Attributes:
         keep: called then with the placement group instead of removing it.
     """
 
-    def __init__(self, reserved: PlacementGroup, reached: dict[str, float]) -> None:
+    def __init__(self, reserved: PlacementGroup, reached: dict[str, float], explain: Callable[[], str] = str) -> None:
         super().__init__(reserved)
-        self._reached = reached
+        self._reached, self._explain, self._said = reached, explain, ""
         self.keep: Callable[[PlacementGroup], None] | None = None
 
     def wait(self, timeout_seconds: float = 30) -> bool:
-        there = super().wait(timeout_seconds)
+        left = timeout_seconds
+        while not (there := super().wait(min(left, _SAY_S))) and (left := left - _SAY_S) > 0:
+            with suppress(*AWAY):
+                if (text := self._explain()) != self._said:
+                    self._said = text
+                    say(text)
         self._reached["placed"] = time.time()
         return there
 
@@ -90,7 +103,13 @@ class Group(WorkerGroup):
             raise
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> PlacementGroupHandle:
-        return _Handle(self._placement_groups.acquire(self._train_run_context, worker_group_context), self.reached)
+        wanted = worker_group_context
+        reserved = self._placement_groups.acquire(self._train_run_context, wanted)
+
+        def explain() -> str:
+            return waiting.room(wanted.num_workers, wanted.resources_per_worker, reserved.id.hex())
+
+        return _Handle(reserved, self.reached, explain)
 
     def shutdown(self) -> None:
         """End the workers. Their placement group is kept for those that come next."""

@@ -7,8 +7,11 @@ import math
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -20,6 +23,7 @@ from areal_ray.cluster import ray_internals
 from areal_ray.cluster.nodes import is_reachable
 from areal_ray.config import Config
 from areal_ray.processes.fork_server import ForkServer, fork_server_for, process_environment
+from areal_ray.processes.own_session import children_in_own_session
 from areal_ray.storage.local import deny_writing_to_all
 
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
@@ -44,6 +48,19 @@ def answering() -> bool:
     """Whether RAY_ADDRESS is host:port of a cluster that runs: one that does not is waited for, a minute, by Ray."""
     address = os.environ.get("RAY_ADDRESS", "")
     return re.fullmatch(r"[^/]+:\d+", address) is not None and is_reachable(address)
+
+
+def unreachable(patience_s: float = 6.0) -> str | None:
+    """Why RAY_ADDRESS cannot be used: host:port where nobody answers for so many seconds. None: it can be tried."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if re.fullmatch(r"[^/]+:\d+", address) is None:
+        return None
+    until = time.monotonic() + patience_s
+    while not is_reachable(address):
+        if time.monotonic() > until:
+            return f"no Ray cluster answers at {address}, which RAY_ADDRESS names: start it there, or unset RAY_ADDRESS"
+        time.sleep(min(1.0, patience_s / 4))
+    return None
 
 
 def is_off(config: Config) -> bool:
@@ -118,7 +135,7 @@ def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | 
     with quiet:
         try:
             try:
-                ray.init(**options)
+                _init(options)
             finally:  # as the user has it: it is for this cluster only
                 os.environ.pop(_PORT, None)
                 if port is not None:
@@ -153,6 +170,16 @@ def _close_to_writers(session: Path) -> None:
     """
     for folder in filter(Path.is_dir, (session, *map(session.joinpath, _SHARED))):
         folder.chmod(folder.stat().st_mode & 0o7775)
+
+
+def _init(options: dict[str, Any]) -> None:
+    import ray
+
+    ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    with children_in_own_session():
+        ray.init(**options)
+    if ignored and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set a handler
 
 
 def _local_options(config: Config) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -20,16 +22,18 @@ from areal_ray.cluster import failures, ray_internals
 from areal_ray.cluster.bad_devices import readmit
 from areal_ray.cluster.console import Display, display
 from areal_ray.cluster.head_watch import watching
-from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to
+from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to, taken_over
 from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
+from areal_ray.driver.signals import stopping_on_signals
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
 from areal_ray.run.directory import REPORT
+from areal_ray.run.fence import RunTaken
 from areal_ray.run.goodput import History, account, history, table
 from areal_ray.run.lease import RunInUse, hold_lease, let_go
 from areal_ray.run.shared_storage import leave_token
@@ -82,27 +86,39 @@ def train(
         print(f"restarts take longer, with Ray's public API alone: {slow}", flush=True)
         if early is not None:
             early.close()
-    context = JobContext(run, secrets.token_hex(8), fast_restarts=slow is None, search_path=tuple(search_path))
-    with display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None), ExitStack() as stack:
+    job = secrets.token_hex(8)
+    run = RunDir(run.storage, job)
+    context = JobContext(run, job, fast_restarts=slow is None, search_path=tuple(search_path))
+    # Until the cluster is closed: a second signal must not end the driver in the middle of that.
+    with ExitStack() as signals, display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None):
         requests = requests_to(context.submission, context.fast_restarts)
-        try:
-            # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
-            stack.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
-            run.clear(_print)
-            run.write_config(_record(config, overrides))
-            # The workers open what is noted here.
-            run.write_data({name: {"path": s.location, "fingerprint": s.fingerprint} for name, s in sources.items()})
-            leave_token(run.storage, context.submission)
-            readmit(run, config.cluster.use_again, _print)
-            stack.enter_context(hearing_stop(run.storage, lambda: _asked_to_stop(requests)))
-        except RunInUse as error:
-            raise ConfigError("run.name", str(error)) from None
-        except OSError as error:
-            raise ConfigError("run.storage_path", str(error)) from None
-        return _drive(config, context, shown, requests)
+        asked = signals.enter_context(stopping_on_signals(lambda: requests.ask("stop")))
+        with ExitStack() as lease:
+            try:
+                # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
+                lease.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
+                run.fence.take()
+                run.clear(_print)
+                run.write_config(_record(config, overrides))
+                # The workers open what is noted here.
+                run.write_data({n: {"path": s.location, "fingerprint": s.fingerprint} for n, s in sources.items()})
+                leave_token(run.storage, context.submission)
+                readmit(run, config.cluster.use_again, _print)
+                lease.enter_context(hearing_stop(run.storage, lambda: _asked_to_stop(requests)))
+            except RunInUse as error:
+                raise ConfigError("run.name", str(error)) from None
+            except OSError as error:
+                raise ConfigError("run.storage_path", str(error)) from None
+            try:
+                return _drive(config, context, shown, requests, asked)
+            except RunTaken as taken:
+                print(taken, flush=True)
+                return 1
 
 
-def _drive(config: Config, context: JobContext, shown: Display, requests: Requests) -> int:
+def _drive(
+    config: Config, context: JobContext, shown: Display, requests: Requests, asked_to_stop: threading.Event
+) -> int:
     run = context.run
     run.note("submitted", print, last_step=config.last_step, submission=context.submission)
     address = ray.get_runtime_context().gcs_address
@@ -110,19 +126,22 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
         identity = partial(ray_internals.cluster_id, address) if context.fast_restarts else lambda: None
         lost = partial(_lost_head, config, run, address)
         with watching(address, _print, lost, identity=identity, look_s=_LOOK_S):
-            outcome = supervise(choose_fit(config, context), run)
+            outcome = supervise(choose_fit(config, context), run, sleep=asked_to_stop.wait)
     except StoppedWhileWaiting:
         return _interrupted(run)
     except (TrainingFailedError, RayError, OSError) as error:
-        if isinstance(getattr(error, "controller_failure", None), StoppedWhileWaiting):
+        workers, controller = getattr(error, "worker_failures", {}), getattr(error, "controller_failure", error)
+        if isinstance(controller, StoppedWhileWaiting):
             return _interrupted(run)
+        if taken := taken_over([*workers.values(), controller]):
+            raise RunTaken(taken) from None
         cause = failures.cause_of(error, run)
         shown.wait_for_end(timeout_s=1.0)
         logs = ray_internals.log_directory() if context.fast_restarts else "Ray's session directory"
         show(cause, run, logs, hint(cause, config))
         _close(run, "failed", {}, cause=cause.kind, error=cause.message[:500])
         return 1
-    except (KeyboardInterrupt, SystemExit):  # Ray Train makes the latter of Ctrl-C once it has ended the workers
+    except KeyboardInterrupt:
         return _interrupted(run)
     finally:
         requests.close()
@@ -141,17 +160,22 @@ def _drive(config: Config, context: JobContext, shown: Display, requests: Reques
 
 def _lost_head(config: Config, run: RunDir, address: str) -> None:
     text = f"the head node ({address}) is gone, and the cluster with it"
-    newest = None
-    with suppress(OSError):  # storage that is away, too
-        let_go(run.storage)
-        newest = Catalog(run.storage).newest()
-    if newest is not None and newest.step >= config.last_step:  # it has no more to do
-        status = "finished" if newest.step == config.train.steps else "stopped"
-        _close(run, status, {"step": newest.step}, step=newest.step)
-        print(f"{text}, after the last step was saved\ncheckpoint: {run.storage.location}/{newest.name}", flush=True)
-        os._exit(0)
-    checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
-    print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
+    try:
+        newest = None
+        with suppress(OSError):  # storage that is away, too
+            let_go(run.storage)
+            newest = Catalog(run.storage).newest()
+        if newest is not None and newest.step >= config.last_step:  # it has no more to do
+            status = "finished" if newest.step == config.train.steps else "stopped"
+            _close(run, status, {"step": newest.step}, step=newest.step)
+            print(
+                f"{text}, after the last step was saved\ncheckpoint: {run.storage.location}/{newest.name}", flush=True
+            )
+            os._exit(0)
+        checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
+        print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
+    except RunTaken as taken:
+        print(taken, flush=True)
     os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -17,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from areal_ray.cluster.bad_devices import BadNodes
 from areal_ray.cluster.nodes import use_own_interface
-from areal_ray.cluster.requests import AWAY, requests_to, stop_on_signal
+from areal_ray.cluster.requests import AWAY, requests_to
 from areal_ray.config import Config
 from areal_ray.controller.failure_report import Reporter
 from areal_ray.controller.restart_policy import RestartPolicy
@@ -71,15 +69,14 @@ class StockTrainer:
             OSError: if Ray's list of checkpoints cannot be removed, or the ledger not be read.
         """
         self._bad_nodes.load()
-        with self._stopping_on_signals():
-            while True:
-                size = self._wait_for_room()
-                self._remove_snapshot()
-                try:
-                    return self._attempt(size)
-                except TrainingFailedError as error:
-                    if not self._rules.should_restart(error):
-                        raise
+        while True:
+            size = self._wait_for_room()
+            self._remove_snapshot()
+            try:
+                return self._attempt(size)
+            except TrainingFailedError as error:
+                if not self._rules.should_restart(error):
+                    raise
 
     def _wait_for_room(self) -> int:
         """Wait until there is room, having the cluster's autoscaler, if it has one, make it."""
@@ -118,7 +115,7 @@ class StockTrainer:
             self._context.run.storage.remove(SNAPSHOT)
 
     def _attempt(self, size: int) -> dict[str, Any]:
-        """Fit once, in a thread: in the main thread Ray would take Ctrl-C for itself."""
+        """Fit once, in a thread: in the main thread Ray would take Ctrl-C for itself (driver/signals.py)."""
         ended: list[dict[str, Any] | BaseException] = []
 
         def fit() -> None:
@@ -151,24 +148,6 @@ class StockTrainer:
                 **self._run, failure_config=no_retries, callbacks=[Reporter(self._context.run, marks=False)]
             ),
         )
-
-    @contextmanager
-    def _stopping_on_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM have the workers save and leave; a second one ends the job as it stands."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def abort(number: int, frame: FrameType | None) -> None:
-            raise KeyboardInterrupt
-
-        leave = stop_on_signal(self._requests, again=abort)
-        before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class OwnInterface(TorchConfig):

@@ -13,6 +13,7 @@ from typing import Any
 
 from areal_ray.run.event_index import HISTORY, NEWEST, EventIndex
 from areal_ray.run.event_log import open_log
+from areal_ray.run.fence import Fence
 from areal_ray.run.log_schema import is_batch, is_event, is_metric
 from areal_ray.storage import Storage, set_obstacle_aside
 
@@ -29,19 +30,21 @@ class RunDir:
 
     Args:
         storage: `<run.storage_path>/<run.name>`.
+        job: identifier of the job that writes here, see `Fence`; whatever writes may then raise RunTaken.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self._events = open_log(storage, EVENTS, at_once=True, is_good=is_event)
-        self._metrics = open_log(storage, METRICS, at_once=False, is_good=is_metric)
-        self._samples = open_log(storage, SAMPLES, at_once=False, is_good=is_batch)
+    def __init__(self, storage: Storage, job: str | None = None) -> None:
+        self.storage, self.fence = storage, Fence(storage, job)
+        may_write = self.fence.check
+        self._events = open_log(storage, EVENTS, at_once=True, is_good=is_event, may_write=may_write)
+        self._metrics = open_log(storage, METRICS, at_once=False, is_good=is_metric, may_write=may_write)
+        self._samples = open_log(storage, SAMPLES, at_once=False, is_good=is_batch, may_write=may_write)
         self._index = EventIndex(storage, EVENT_INDEX, self._events)
         self._told = 0
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RunDir, (self.storage,)
+        return RunDir, (self.storage, self.fence.job)
 
     @property
     def ledger(self) -> str:
@@ -206,6 +209,7 @@ class RunDir:
         return self._read_object(DATA)
 
     def write_result(self, result: dict[str, Any]) -> None:
+        self.fence.check()
         self.storage.replace(RESULT, json.dumps(result, indent=2).encode() + b"\n")
 
     def write_report(self, text: str) -> None:
@@ -226,13 +230,18 @@ class RunDir:
         """Sentences about lines of the logs that were found unreadable since this was asked for the last time."""
         return [news for log in (self._events, self._metrics, self._samples) if (news := log.news()) is not None]
 
-    def next_attempt(self, last_saved: int) -> int:
-        """A number that no attempt has had; to be asked for once, at its beginning.
+    def next_attempt(self, last_saved: int, complain: Callable[[str], None] = print) -> int:
+        """A number that no attempt has had; to be asked for once, at its beginning. It shuts earlier attempts out.
 
         Args:
             last_saved: the highest attempt among the checkpoints, should the ledger have been lost.
+            complain: told if they could not be shut out.
         """
         attempt = max(self._index.last_attempt(), last_saved) + 1
+        try:
+            self.fence.begin(attempt)
+        except OSError as error:  # a full disk, say, which earlier attempts cannot write to either
+            complain(f"could not shut earlier attempts out: {error}")
         self._write_index(attempt)
         return attempt
 

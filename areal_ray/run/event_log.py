@@ -74,18 +74,30 @@ class Log(Protocol):
         ...
 
 
-def open_log(storage: Storage, name: str, at_once: bool, is_good: Callable[[Line], bool] = lambda line: True) -> Log:
+def _anybody() -> None:
+    """Lets everybody write."""
+
+
+def open_log(
+    storage: Storage,
+    name: str,
+    at_once: bool,
+    is_good: Callable[[Line], bool] = lambda line: True,
+    may_write: Callable[[], None] = _anybody,
+) -> Log:
     """The log `name` in a directory.
 
     Args:
+        may_write: called before lines are written, once for all that wait; raises what `append` is to raise, or the
+            next one if it is written in the background.
         at_once: whether `append` returns when the line is durable. If not, object storage is written to in the
             background: a line of metrics is not worth a round trip of training.
         is_good: whether an object is a line of this log; any other is left out, as one that is torn.
     """
     decode = Decoder(is_good)
     if storage.can_append:
-        return FileLog(storage, f"{name}.jsonl", decode)
-    return ObjectLog(storage.sub(name), at_once, decode=decode)
+        return FileLog(storage, f"{name}.jsonl", decode, may_write)
+    return ObjectLog(storage.sub(name), at_once, decode=decode, may_write=may_write)
 
 
 class FileLog:
@@ -95,10 +107,18 @@ class FileLog:
         storage: one that can append.
         name: of the file in it.
         decode: decodes its lines.
+        may_write: as for `open_log`.
     """
 
-    def __init__(self, storage: Storage, name: str, decode: Decoder | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        decode: Decoder | None = None,
+        may_write: Callable[[], None] = _anybody,
+    ) -> None:
         self._storage, self._name, self._decode = storage, name, decode or Decoder()
+        self._may_write = may_write
         self._unwritten = b""
         self._lock = threading.Lock()
 
@@ -118,6 +138,7 @@ class FileLog:
     def _write(self) -> None:
         if not self._unwritten:
             return
+        self._may_write()
         # A line that a full disk or a power cut tore stays unreadable, but alone.
         self._storage.append(self._name, (b"\n" if self._is_torn() else b"") + self._unwritten)
         self._unwritten = b""
@@ -146,6 +167,7 @@ class FileLog:
 
     def keep(self, wanted: Callable[[Line], bool]) -> None:
         with self._lock:
+            self._may_write()
             self._unwritten = b"".join(encode(line) for line in self._decode.lines(self._unwritten) if wanted(line))
             size = self._size()
             cut, staying, after_cut, quiet = size, list[bytes](), 0, 0

@@ -123,12 +123,25 @@ def _attempts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if event["event"] in ("attempt", "training", "restored", "started") and found:
             found[-1].update(_times(since))
             if event["event"] in ("restored", "started") and len(found) > 1 and event.get("step") is not None:
-                # What a survivor said, or the last line of the metrics, where nobody survived to say it.
-                failed = [e["step"] - 1 for e in since if e["event"] == "failure" and e.get("step")]
-                found[-1]["lost_steps"] = max(0, max([*failed, event.get("reached", 0)]) - event["step"])
+                found[-1]["lost_steps"] = _lost_steps(since, event)
         if event["event"] == "training":
             since = []
     return found
+
+
+def _lost_steps(since: list[dict[str, Any]], restored: dict[str, Any]) -> int | None:
+    """Steps that are computed again; None if nobody knows how far the workers had come.
+
+    Args:
+        since: the events that led to this start.
+        restored: how the start began.
+    """
+    step, reached = restored["step"], restored.get("reached", 0)
+    # What a survivor said, or the last line of the metrics, where nobody survived to say it.
+    known = [e["step"] - 1 for e in since if e["event"] == "failure" and e.get("step")]
+    known += [reached] if reached > step else []  # else there may have been steps without a line
+    known += [e["step"] for e in since if e["event"] == "left"]  # with a save
+    return max(0, max(known) - step) if known else None
 
 
 def _times(events: list[dict[str, Any]]) -> dict[str, float]:

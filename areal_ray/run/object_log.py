@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from areal_ray.run.fence import RunTaken
 from areal_ray.run.log_lines import Decoder, Line, encode, scan
 from areal_ray.storage import Storage
 
@@ -28,13 +29,20 @@ class ObjectLog:
         at_once: whether `append` waits until the line is durable.
         part_bytes: a longer object is left as it is and another one begun: each is written again with every line.
         decode: decodes the lines.
+        may_write: as for `open_log`.
     """
 
     def __init__(
-        self, storage: Storage, at_once: bool, part_bytes: int = _PART_BYTES, decode: Decoder | None = None
+        self,
+        storage: Storage,
+        at_once: bool,
+        part_bytes: int = _PART_BYTES,
+        decode: Decoder | None = None,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
         self._storage, self._at_once, self._part_bytes = storage, at_once, part_bytes
-        self._decode = decode or Decoder()
+        self._decode, self._may_write = decode or Decoder(), may_write
+        self._refused: RunTaken | None = None  # in the background
         self._lock, self._upload = threading.Lock(), threading.Lock()
         self._name, self._text, self._changed = "", b"", False
         self._newest = 0.0  # when the newest object was begun, as `keep` has seen it
@@ -47,6 +55,8 @@ class ObjectLog:
 
     def append(self, line: Line) -> None:
         with self._lock:
+            if self._refused is not None:
+                raise self._refused
             if not self._name or (len(self._text) > self._part_bytes and not self._changed):
                 # After what there was: the clock of the node before may be ahead.
                 self._newest = max(time.time(), self._newest + 1e-6)
@@ -83,6 +93,7 @@ class ObjectLog:
     def keep(self, wanted: Callable[[Line], bool]) -> None:
         self._write()
         with self._upload:
+            self._may_write()
             names = self._names()
             self._keep(wanted, names)
             with self._lock:  # what this process has written so far is changed; what comes goes into a new object
@@ -128,6 +139,8 @@ class ObjectLog:
                 self._write()
             except OSError:
                 failed = True
+            except RunTaken as error:
+                self._refused, failed = error, True
             with self._lock:
                 if failed or not self._changed:
                     self._draining = None
@@ -140,8 +153,9 @@ class ObjectLog:
                     return
                 name, text, self._changed = self._name, self._text, False
             try:
+                self._may_write()
                 self._storage.replace(name, text)
-            except OSError:
+            except (OSError, RunTaken):
                 with self._lock:
                     self._changed = True
                 raise

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from areal_ray.checkpoint import Catalog
 from areal_ray.checkpoint.retention import Retention
 from areal_ray.config import KeepConfig
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import RankError, Ranks
 from areal_ray.run import RunDir
+from areal_ray.run.fence import RunTaken
 from areal_ray.train.bad_steps import Refusal
 from areal_ray.train.cadence import AutoCadence
 from areal_ray.train.recovery import PendingSave, SaveListener
@@ -39,6 +40,8 @@ class Journal:
         if waited_s > _NOTABLE_WAIT_S:
             self._say(f"the save at step {save.step} waited {waited_s:.1f} s for the one before: storage is slow")
         error = save.manifest.exception()
+        if isinstance(error, RankError) and error.only(RunTaken):
+            return  # nothing is written or deleted any more; the session ends this worker
         if error is None:
             manifest = save.manifest.result()
             assert manifest is not None  # this is rank 0

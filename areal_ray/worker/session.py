@@ -18,7 +18,8 @@ from areal_ray.cluster.ray_internals import is_preempted
 from areal_ray.cluster.requests import AWAY, Reason, Requests
 from areal_ray.cluster.spare_nodes import SpareNodes
 from areal_ray.cluster.standbys import Standbys
-from areal_ray.distributed import Ranks
+from areal_ray.distributed import RankError, Ranks
+from areal_ray.run.fence import RunTaken
 from areal_ray.storage import Storage
 from areal_ray.train.faults import Faults
 from areal_ray.train.recovery import PendingSave
@@ -127,7 +128,11 @@ class RaySession:
         values = {"step": dump.step, **metrics}
 
         def register(manifest: Future[Manifest | None]) -> None:
-            if manifest.exception() is not None or self._error is not None:
+            if self._error is not None:
+                return
+            if isinstance(error := manifest.exception(), RankError) and error.only(RunTaken):
+                self._error = error  # not at the next save only
+            if error is not None:
                 return
             try:
                 checkpoint = Checkpoint(path, self._storage.filesystem)

@@ -86,7 +86,7 @@ def wire(
             watchdog.beat(phase)
 
     engine.initialize(weights=fresh, references=objective.references, entering=entering, **recorded)
-    attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt()))
+    attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt(), say))
     if watchdog is not None:
         watchdog.attempt = attempt
     start = Start(attempt, run, ranks, say if ranks.rank == 0 else _silent, catalog)
@@ -188,8 +188,8 @@ def _node_process() -> int | None:
 
 def _writer(config: Config, start: Start) -> CheckpointWriter:
     if not config.checkpoint.async_save:
-        return SyncWriter(start.ranks, start.say)
-    return AsyncWriter(start.ranks, Ranks(_background_group()), start.say)
+        return SyncWriter(start.ranks, start.say, start.run.fence.check)
+    return AsyncWriter(start.ranks, Ranks(_background_group()), start.say, start.run.fence.check)
 
 
 def _background_group() -> dist.ProcessGroup:

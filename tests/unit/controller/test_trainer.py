@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from ray.train.v2._internal.execution.controller import TrainController
 
-from areal_ray.controller.trainer import ByValue, Controller
+from areal_ray.cluster import ray_internals
+from areal_ray.controller.trainer import ByValue, Controller, Heartbeat
 
 pytestmark = pytest.mark.unit
 
@@ -99,3 +100,38 @@ def test_a_start_that_fails_keeps_nothing_reserved(controller, monkeypatch):
     with pytest.raises(RuntimeError, match="no start"):
         made._start_worker_group(2, resources_per_worker={"CPU": 1})
     assert given_back == [True]
+
+
+class Store:
+    """The head node's store: its answer to the next look, or its absence."""
+
+    def __init__(self, monkeypatch):
+        self.beat: bytes | None = b"0"
+        monkeypatch.setattr(ray_internals, "get", self.get)
+
+    def get(self, key):
+        if self.beat == b"away":
+            raise ConnectionError("no head")
+        return self.beat
+
+
+def test_a_controller_that_is_stopped_is_noticed_and_no_other(monkeypatch):
+    store, clock = Store(monkeypatch), SimpleNamespace(now=0.0)
+    heartbeat = Heartbeat("key", limit_s=40.0, every_s=4.0, clock=lambda: clock.now)
+
+    def looks(seconds, beat, step=4.0):
+        """For so long, with what is found then; a number: beats that go on."""
+        seen = []
+        for look in range(int(seconds / step)):
+            clock.now += step
+            store.beat = str(look).encode() if beat is int else beat
+            seen.append(heartbeat.has_stopped())
+        return any(seen)
+
+    assert not looks(200, None)  # it has not begun
+    assert not looks(200, int)
+    assert not looks(36, b"last")
+    assert not looks(200, b"away")  # of the head node nothing is known
+    assert not looks(36, b"last")
+    assert not looks(60, b"last", step=60.0)  # this process was stopped as well
+    assert looks(44, b"last")

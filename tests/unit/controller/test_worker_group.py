@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
+from areal_ray.cluster import waiting
 from areal_ray.controller import placement, worker_group
 from areal_ray.controller.worker_group import GroupLife, Groups
 from areal_ray.run import RunDir
@@ -216,3 +217,22 @@ def test_only_what_this_controller_reserved_is_given_back(monkeypatch):
     monkeypatch.setattr(placement, "remove_placement_group", lambda each: removed.append(each.id.hex()))
     placement.release_all(SimpleNamespace(run_id="mine"))
     assert removed == [identity]
+
+
+def test_a_group_that_waits_says_what_for_and_again_when_that_changes(monkeypatch, capsys):
+    answers, texts = iter([False, False, False, True]), iter(["none free", "none free", "one free"])
+    monkeypatch.setattr(worker_group.DefaultPlacementGroupHandle, "wait", lambda self, seconds: next(answers))
+    assert worker_group._Handle(None, {}, lambda: next(texts)).wait(60)
+    assert [line.removeprefix("[areal_ray] ") for line in capsys.readouterr().out.splitlines()] == [
+        "none free",
+        "one free",
+    ]
+
+
+def test_a_busy_cluster_is_described_with_those_who_hold_it():
+    tune = {"bundles": {0: {"CPU": 1.0}, 1: {"CPU": 2.0}}}
+    text = waiting.describe(2, {"CPU": 2, "GPU": 0}, [{"CPU": 4.0}, {"CPU": 4.0}], [{"CPU": 3.0}, {}], {"tune": tune})
+    assert text == (
+        "waiting for room: needed are 2 workers of {'CPU': 2}; "
+        "3 of 8 CPU free (placement group tune holds 3, actors and tasks hold 2) on 2 nodes"
+    )

@@ -1,11 +1,14 @@
 """Options and environment with which a connection to a cluster is opened."""
 
 import os
+import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 
+from areal_ray.cli.main import main
 from areal_ray.config import load
 from areal_ray.driver import connect
 
@@ -57,6 +60,20 @@ def test_a_start_that_fails_leaves_no_port_behind(opened, config, monkeypatch):
     with pytest.raises(ConnectionError), connect.cluster(config, fast=False):
         pass
     assert PORT not in os.environ
+
+
+def test_an_address_where_nobody_answers_is_one_line(monkeypatch, capsys):
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(connect, "unreachable", partial(connect.unreachable, 0.0))
+        monkeypatch.setattr(connect, "use_token", lambda: None)
+        assert main(["train", "--config", TINY]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"no Ray cluster answers at {address}, which RAY_ADDRESS names" in line
+        bound.listen()
+        assert connect.unreachable() is None
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -89,8 +89,18 @@ def test_where_nobody_could_say_how_far_it_was_the_last_line_counts(run, kind):
     assert goodput(run)["lost_steps"] == (12 if kind == "restored" else 20)
 
 
-def test_leaving_on_request_is_a_reason(run):
+def test_where_nobody_knows_how_far_it_was_the_table_does_not_say_none(run):
+    ledger(run, *FIRST, (10, "failure", {**FAILED, "step": None}), (12, "attempt", {"attempt": 2}))
+    ledger(run, (13, "restored", {"step": 8, "reached": 8}), (14, "training", {"step": 9}))
+    account = goodput(run)
+    assert account["attempts"][1]["lost_steps"] is None
+    assert table(account).splitlines()[2].split()[-1] == "-"
+
+
+def test_leaving_on_request_is_a_reason_and_loses_nothing(run):
     ledger(run, *FIRST, (10, "left", {"reason": "resize", "step": 7}), (12, "attempt", {"attempt": 2}))
+    ledger(run, (13, "restored", {"step": 7, "reached": 5}))
+    assert goodput(run)["attempts"][1]["lost_steps"] == 0
     assert goodput(run)["attempts"][1]["after"] == "resize"
 
 
