@@ -41,7 +41,7 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
 
 def _upload() -> Any:
     from areal_ray.config import ConfigError
-    from areal_ray.driver.upload import check_size
+    from areal_ray.driver.jobs.upload import check_size
     from areal_ray.tools.doctor import Finding
 
     try:

@@ -34,7 +34,7 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def _ask(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    from areal_ray.driver.jobs import NoCluster
+    from areal_ray.driver.jobs.server import NoCluster
 
     try:
         return run(arguments)
@@ -53,8 +53,8 @@ def submit(config: Any, arguments: argparse.Namespace) -> int:
         ConfigError: if it cannot be submitted like that.
     """
     from areal_ray.config import ConfigError
-    from areal_ray.driver.jobs import NoCluster
-    from areal_ray.driver.submit import submit
+    from areal_ray.driver.jobs.server import NoCluster
+    from areal_ray.driver.jobs.submit import submit
 
     refuse_secrets(arguments.overrides)
     try:
@@ -82,7 +82,7 @@ def refuse_secrets(overrides: Sequence[str]) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from areal_ray.driver.jobs import Jobs
+    from areal_ray.driver.jobs.server import Jobs
 
     jobs = Jobs(arguments.address)
     job = jobs.newest(arguments.run_name)
@@ -98,8 +98,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _logs(arguments: argparse.Namespace) -> int:
-    from areal_ray.driver.jobs import Jobs
-    from areal_ray.driver.submit import follow
+    from areal_ray.driver.jobs.server import Jobs
+    from areal_ray.driver.jobs.submit import follow
 
     jobs = Jobs(arguments.address)
     job = jobs.newest(arguments.run_name)
@@ -110,7 +110,7 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    from areal_ray.driver.submit import stop
+    from areal_ray.driver.jobs.submit import stop
     from areal_ray.run.stop_request import ask_to_stop
     from areal_ray.storage import storage_at
 

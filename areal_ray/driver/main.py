@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -168,9 +167,8 @@ def _lost_head(config: Config, run: RunDir, address: str) -> None:
         if newest is not None and newest.step >= config.last_step:  # it has no more to do
             status = "finished" if newest.step == config.train.steps else "stopped"
             _close(run, status, {"step": newest.step}, step=newest.step)
-            print(
-                f"{text}, after the last step was saved\ncheckpoint: {run.storage.location}/{newest.name}", flush=True
-            )
+            print(f"{text}, after the last step was saved")
+            print(f"checkpoint: {run.storage.location}/{newest.name}", flush=True)
             os._exit(0)
         checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
         print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)

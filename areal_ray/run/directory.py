@@ -11,10 +11,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from areal_ray.run.event_index import HISTORY, NEWEST, EventIndex
-from areal_ray.run.event_log import open_log
 from areal_ray.run.fence import Fence
-from areal_ray.run.log_schema import is_batch, is_event, is_metric
+from areal_ray.run.logs.event_index import HISTORY, NEWEST, EventIndex
+from areal_ray.run.logs.event_log import open_log
+from areal_ray.run.logs.log_schema import is_batch, is_event, is_metric
 from areal_ray.storage import Storage, set_obstacle_aside
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from areal_ray.run import RunDir
-from areal_ray.run.event_log import ObjectLog
+from areal_ray.run.logs.event_log import ObjectLog
 from areal_ray.storage import Storage, storage_at
 from tests.distributed.s3 import DOWN, outage
 from tests.s3_server import S3Server

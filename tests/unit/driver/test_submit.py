@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from areal_ray.cli.main import main
-from areal_ray.driver import submit as submitting
+from areal_ray.driver.jobs import submit as submitting
 
 pytestmark = pytest.mark.unit
 

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from areal_ray.config import ConfigError, load
-from areal_ray.driver import upload as uploading
-from areal_ray.driver.upload import upload
+from areal_ray.driver.jobs import upload as uploading
+from areal_ray.driver.jobs.upload import upload
 
 pytestmark = pytest.mark.unit
 

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from areal_ray.run import RunDir
-from areal_ray.run.event_index import HISTORY, NEWEST, _reduce
+from areal_ray.run.logs.event_index import HISTORY, NEWEST, _reduce
 from areal_ray.storage import LocalStorage
 from tests.unit.run.test_event_log import Objects
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from areal_ray.run.event_log import FileLog, ObjectLog, open_log
+from areal_ray.run.logs.event_log import FileLog, ObjectLog, open_log
 from areal_ray.storage import LocalStorage
 
 pytestmark = pytest.mark.unit

@@ -11,7 +11,7 @@ from areal_ray.cluster.requests import taken_over
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.run import RunDir
 from areal_ray.run.fence import RunTaken
-from areal_ray.run.object_log import ObjectLog
+from areal_ray.run.logs.object_log import ObjectLog
 from areal_ray.storage import LocalStorage
 from areal_ray.train.journal import Journal
 from areal_ray.train.recovery import PendingSave

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from areal_ray.run.fence import RunTaken
-from areal_ray.run.log_lines import Decoder, Line, encode, scan
+from areal_ray.run.logs.log_lines import Decoder, Line, encode, scan
 from areal_ray.storage import Storage
 
 _PART_BYTES = 1 << 20

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from areal_ray.run.event_log import Log
-from areal_ray.run.log_lines import Line
-from areal_ray.run.log_schema import is_event
+from areal_ray.run.logs.event_log import Log
+from areal_ray.run.logs.log_lines import Line
+from areal_ray.run.logs.log_schema import is_event
 from areal_ray.storage import Storage
 
 # Kinds of which every event counts, as long as the run lasts.

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import xxhash
 
-from areal_ray.run.log_lines import Decoder, Line, backwards, encode, forwards, scan
-from areal_ray.run.object_log import ObjectLog
+from areal_ray.run.logs.log_lines import Decoder, Line, backwards, encode, forwards, scan
+from areal_ray.run.logs.object_log import ObjectLog
 from areal_ray.storage import Storage
 
 _TAIL_BYTES = 1 << 16

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from areal_ray.config import Config, config_hash
-from areal_ray.driver.jobs import Jobs
-from areal_ray.driver.upload import upload
+from areal_ray.driver.jobs.server import Jobs
+from areal_ray.driver.jobs.upload import upload
 
 _STOP_S = 600.0
 

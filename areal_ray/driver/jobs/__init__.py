@@ -1,0 +1,1 @@
+"""Submitted jobs: what they take along, the job server, following and stopping them."""
