@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from areal_ray.run import RunDir, log_lines
+from areal_ray.run import RunDir
 from areal_ray.run.goodput import goodput
 from areal_ray.run.lease import hold_lease
+from areal_ray.run.logs import log_lines
 from areal_ray.storage import LocalStorage, obstacles
 from tests.unit.run.test_event_log import Objects
 

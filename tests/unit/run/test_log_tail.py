@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal_ray.run import RunDir, log_lines
+from areal_ray.run import RunDir
+from areal_ray.run.logs import log_lines
 from areal_ray.run.logs.event_log import FileLog, ObjectLog
 from areal_ray.storage import LocalStorage
 from tests.unit.run.test_event_log import Objects, numbers
