@@ -96,8 +96,8 @@ def train(
             try:
                 # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
                 lease.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
-                run.fence.take()
                 run.clear(_print)
+                run.fence.take()
                 run.write_config(_record(config, overrides))
                 # The workers open what is noted here.
                 run.write_data({n: {"path": s.location, "fingerprint": s.fingerprint} for n, s in sources.items()})

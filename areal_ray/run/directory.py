@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from areal_ray.run.fence import Fence
+from areal_ray.run.fence import FENCE, Fence
 from areal_ray.run.logs.event_index import HISTORY, NEWEST, EventIndex
 from areal_ray.run.logs.event_log import open_log
 from areal_ray.run.logs.log_schema import is_batch, is_event, is_metric
@@ -68,7 +68,7 @@ class RunDir:
         """
         set_obstacle_aside(self.storage, f"{EVENTS}.jsonl", self.turning_points, say)
         set_obstacle_aside(self.storage, f"{METRICS}.jsonl", self.reached, say)
-        for name in (f"{SAMPLES}.jsonl", CONFIG, RESULT, EVENT_INDEX, CHECKPOINTS, SNAPSHOT):
+        for name in (f"{SAMPLES}.jsonl", CONFIG, RESULT, EVENT_INDEX, CHECKPOINTS, SNAPSHOT, DATA, REPORT, FENCE):
             set_obstacle_aside(self.storage, name, partial(self.storage.read_range, name, 0, 1), say)
 
     def event(self, kind: str, **fields: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from areal_ray.storage import Storage
 
-_NAME = "fence.json"
+FENCE = "fence.json"
 
 
 class RunTaken(RuntimeError):
@@ -23,7 +23,7 @@ class Fence:
     """Compares a writer with the newest one, which stands in a small file.
 
     The newest job writes it when it has the lease, and each of its attempts when it begins. To check costs one small
-    read, of some 20 microseconds on a local disk, one request on object storage, whatever the length of the run.
+    read, one request on object storage, whatever the length of the run.
 
     Args:
         run: the run directory.
@@ -62,11 +62,11 @@ class Fence:
             raise RunTaken(f"attempt {attempt} has taken {where} over: {self._attempt} writes nothing any more")
 
     def _write(self, attempt: int) -> None:
-        self._run.replace(_NAME, json.dumps({"job": self.job, "attempt": attempt}).encode() + b"\n")
+        self._run.replace(FENCE, json.dumps({"job": self.job, "attempt": attempt}).encode() + b"\n")
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._run.read(_NAME))
-        except (FileNotFoundError, ValueError):  # none, or not one of these: it shuts nobody out
+            found = json.loads(self._run.read(FENCE))
+        except (FileNotFoundError, ValueError, RecursionError):  # none, or not one of these: it shuts nobody out
             return {}
         return found if isinstance(found, dict) else {}

@@ -124,5 +124,5 @@ def test_a_fence_that_cannot_be_understood_shuts_nobody_out(tmp_path, text):
     worker = job(LocalStorage(tmp_path), "job")
     worker.event("attempt", attempt=1)
     assert worker.next_attempt(0) == 2
-    assert RunDir(LocalStorage(tmp_path)).next_attempt(0) == 2  # of no job: never refused, and shuts nobody out
+    assert RunDir(LocalStorage(tmp_path)).next_attempt(0) == 3  # of no job: never refused, and shuts nobody out
     worker.event("saved")
