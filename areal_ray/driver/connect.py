@@ -24,6 +24,7 @@ from areal_ray.cluster.nodes import is_reachable
 from areal_ray.config import Config
 from areal_ray.processes.fork_server import ForkServer, fork_server_for, process_environment
 from areal_ray.processes.own_session import children_in_own_session
+from areal_ray.processes.reaper import Reaper
 from areal_ray.storage.local import deny_writing_to_all
 
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
@@ -132,20 +133,24 @@ def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | 
         options["runtime_env"]["env_vars"].setdefault("RAY_ADDRESS", address)
     # A submitted job's own runtime environment may have the same keys; Ray would refuse to be told twice.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    reaper: Reaper | None = None
     with quiet:
         try:
             try:
-                _init(options)
+                groups = _init(options)
             finally:  # as the user has it: it is for this cluster only
                 os.environ.pop(_PORT, None)
                 if port is not None:
                     os.environ[_PORT] = port
+            reaper = Reaper(groups) if groups else None
             if fast and "address" in options:
                 _close_to_writers(Path(ray_internals.session_directory()))
             _start_ahead(config)
             yield
         finally:
             ray.shutdown()
+            if reaper:
+                reaper.close()
             if made:
                 made.close()
 
@@ -172,14 +177,16 @@ def _close_to_writers(session: Path) -> None:
         folder.chmod(folder.stat().st_mode & 0o7775)
 
 
-def _init(options: dict[str, Any]) -> None:
+def _init(options: dict[str, Any]) -> list[int]:
+    """Call `ray.init`; the process groups that it has started."""
     import ray
 
     ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    with children_in_own_session():
+    with children_in_own_session() as groups:
         ray.init(**options)
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set a handler
+    return groups
 
 
 def _local_options(config: Config) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from typing import Any
 
 
 @contextmanager
-def children_in_own_session() -> Iterator[None]:
+def children_in_own_session() -> Iterator[list[int]]:
     """Give every process that this one starts, while the block lasts, a session of its own (setsid(2)).
+
+    Yields their ids, which are those of their sessions and process groups, too.
 
     For libraries that start processes and do not ask. A signal to the process group (`timeout`, scancel, systemd,
     Ctrl-C, a terminal that is closed) would end a local Ray cluster before its workers could save. What ends such a
@@ -18,13 +20,14 @@ def children_in_own_session() -> Iterator[None]:
 
     It replaces the constructor of `subprocess.Popen`, which every thread and every subclass uses meanwhile.
     """
-    start = subprocess.Popen.__init__
+    start, started = subprocess.Popen.__init__, list[int]()
 
     def start_in_own_session(self: Any, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **{"start_new_session": True, **kwargs})
+        started.append(self.pid)
 
     subprocess.Popen.__init__ = start_in_own_session  # type: ignore[method-assign]
     try:
-        yield
+        yield started
     finally:
         subprocess.Popen.__init__ = start  # type: ignore[method-assign]
