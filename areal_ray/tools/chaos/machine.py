@@ -84,7 +84,7 @@ def full_shared_memory(world: World, draw: random.Random) -> None:
 
 def few_descriptors(world: World, draw: random.Random) -> None:
     """A worker can open no more files until a save has failed, or it has ended; then it dies."""
-    pid = world.workers()[0]
+    pid = world.workers()[-1]  # not the first: then the ledger could not say that a save has failed
     troubles, attempts = world.troubles(), world.count("attempt")
     with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -98,7 +98,7 @@ def few_descriptors(world: World, draw: random.Random) -> None:
                 world.troubles() > troubles or world.count("attempt") > attempts or time.monotonic() - began > _FOUND_S
             ),
         )
-        if world.workers()[0] == pid:
+        if pid in world.workers():
             resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
     world.kill(pid)
 
