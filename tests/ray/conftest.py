@@ -1,6 +1,7 @@
 """One Ray cluster for the whole tier, runs of a model that trains in seconds, and what to ask of them."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from areal_ray.storage import LocalStorage
 from areal_ray.tools import checkpoints
 
 ROOT = Path(__file__).parents[2]
+_PREPARED = tempfile.TemporaryDirectory(prefix="areal_ray-tests-")  # the corpus of all runs: made once
 EXPERIMENT = str(ROOT / "conf/experiments/tiny.yaml")
 SMALL = [
     "model.config.hidden_size=64",
@@ -28,6 +30,7 @@ SMALL = [
     "eval.every_steps=6",
     "eval.batches=2",
     "logging.every_steps=3",
+    f"data.prepared_path={_PREPARED.name}",
 ]
 
 

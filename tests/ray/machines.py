@@ -25,7 +25,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PORT = 6379  # of the head node's store, which no other process of that machine has
-_READY_S = 60.0
+_READY_S = 180.0  # on a busy machine, too
 # The first process of a machine: reads until its standard input is closed, and collects the dead meanwhile.
 _INIT = """set -e
 mount --bind {shared} /mnt

