@@ -28,11 +28,11 @@ PORT = 6379  # of the head node's store, which no other process of that machine 
 _READY_S = 180.0  # on a busy machine, too
 # The first process of a machine: reads until its standard input is closed, and collects the dead meanwhile.
 _INIT = """set -e
-mount --bind {shared} /mnt
-mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /mnt
+{keep}
+mount --move /mnt /tmp
 mount -t tmpfs tmpfs /dev/shm
-mkdir -p {shared} /tmp/home
-mount --move /mnt {shared}
+mkdir -p /tmp/home
 printf '127.0.0.1 localhost\\n127.0.1.1 {name}\\n' > /tmp/hosts
 printf 'nameserver 127.0.0.1\\n' > /tmp/resolv.conf
 mount --bind /tmp/hosts /etc/hosts
@@ -58,6 +58,15 @@ def impossible() -> str | None:
     return None
 
 
+def _keep(shared: Path) -> str:
+    """Commands that bring what must be seen, and lies in /tmp, to the new one: the shared folder, and this code."""
+    places = [place.resolve() for place in (shared, ROOT, Path(sys.prefix))]
+    kept = [place.relative_to("/tmp") for place in places if place.is_relative_to("/tmp")]
+    within = [place for place in kept if not any(place != other and place.is_relative_to(other) for other in kept)]
+    names = [shlex.quote(str(place)) for place in within]
+    return "\n".join(f"mkdir -p /mnt/{name}; mount --bind /tmp/{name} /mnt/{name}" for name in names) or "true"
+
+
 class Machine:
     """One machine; made by `Machines`.
 
@@ -71,7 +80,7 @@ class Machine:
     def __init__(self, name: str, address: str, space: str, link: str, shared: Path) -> None:
         self.name, self.address, self._space, self._link = name, address, space, link
         command = ["ip", "netns", "exec", space, "unshare", "--mount", "--uts", "--pid", "--ipc", "--fork"]
-        script = _INIT.format(shared=shlex.quote(str(shared)), name=name)
+        script = _INIT.format(keep=_keep(shared), name=name)
         self._init = subprocess.Popen(
             [*command, "--mount-proc", "--kill-child", "sh", "-c", script],
             stdin=subprocess.PIPE,

@@ -16,6 +16,16 @@ pytestmark = pytest.mark.unit
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals as they are in a terminal: in the background of a shell, and under nohup, some are ignored."""
+    handlers = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL)
+    before = [signal.signal(number, handler) for number, handler in zip(ALL, handlers, strict=True)]
+    yield
+    for number, handler in zip(ALL, before, strict=True):
+        signal.signal(number, handler)
+
+
 class Job:
     """A job that is told to stop, the first `away` times in vain."""
 
