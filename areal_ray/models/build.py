@@ -27,11 +27,18 @@ def build_model(config: ModelConfig) -> nn.Module:
 
 
 def build_saved(values: Mapping[str, Any]) -> nn.Module:
-    """The model of a config.json, as `architecture` gives it, on the meta device."""
+    """The model of a config.json, as `architecture` gives it, on the meta device.
+
+    Raises:
+        ValueError: if it is of no model that transformers builds.
+    """
     from transformers import AutoConfig
 
-    with torch.device("meta"):
-        return _of_config(AutoConfig.for_model(**values), ModelConfig())
+    try:
+        with torch.device("meta"):
+            return _of_config(AutoConfig.for_model(**values), ModelConfig())
+    except Exception as error:  # noqa: BLE001  (each architecture refuses values in its own way)
+        raise ValueError(f"no model can be built of its config: {' '.join(str(error).split())[:200]}") from None
 
 
 def check_model(config: ModelConfig, model: nn.Module, vocab_size: int, seq_len: int) -> None:
