@@ -24,10 +24,16 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
 
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     bad = _print([Finding("ok", "configuration", f"{arguments.config}: {config.train.steps:,} steps")])
+    from areal_ray.driver.data import NotPrepared, leave_unprepared
     from areal_ray.driver.preflight import prepare
 
-    run, config, _ = prepare(config)
-    bad += _print([Finding("ok", "model, data, run", f"as `train` checks them; run directory {run.storage.location}")])
+    try:
+        run, config, _ = prepare(config, leave_unprepared)
+        text = f"as `train` checks them; run directory {run.storage.location}"
+        bad += _print([Finding("ok", "model, run, data", text)])
+    except NotPrepared as error:
+        text = f"{error.bytes / 1e6:,.0f} MB are not prepared yet: `areal-ray prepare` or the first start does that"
+        bad += _print([Finding("ok", "model, run", "as `train` checks them"), Finding("note", "data", text)])
     storage = storage_at(config.run.storage_path, asdict(config.run.s3))
     bad += _print(local_findings(config, storage))
     bad += _print([_upload()])

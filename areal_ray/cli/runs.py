@@ -45,6 +45,7 @@ def _tell(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespac
 
 
 def _runs(arguments: argparse.Namespace) -> int:
+    from areal_ray.run.units import size_text, span_text
     from areal_ray.storage import storage_at
     from areal_ray.tools.runs import list_runs
 
@@ -65,8 +66,8 @@ def _runs(arguments: argparse.Namespace) -> int:
             _loss(row.loss),
             _loss(row.held_out_loss),
             str(row.restarts),
-            "-" if row.age_s is None else f"{_span(row.age_s)} ago",
-            _size(row.bytes),
+            "-" if row.age_s is None else f"{span_text(row.age_s)} ago",
+            size_text(row.bytes),
         ]
         for row in rows
     ]
@@ -148,18 +149,3 @@ def _value(value: Any) -> str:
 
 def _loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.4f}"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
-
-
-def _span(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

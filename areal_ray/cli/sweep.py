@@ -14,10 +14,15 @@ def sweep(config: Any, arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: for what `train` refuses, and for mistakes in the file of the sweep.
     """
+    from areal_ray.cli.jobs import refuse_secrets
     from areal_ray.cli.runs import aligned
     from areal_ray.config import ConfigError, load
     from areal_ray.tools.sweep import read_sweep
 
+    refuse_secrets(arguments.overrides)  # the commands of the trials stand in the list of processes
+    if "://" in config.run.storage_path:
+        text = "of a sweep must be a folder that all nodes see: Ray Tune keeps its state there, too"
+        raise ConfigError("run.storage_path", text)
     space = read_sweep(arguments.space)
     if space.metric.startswith("held_out") and config.eval.every_steps is None:
         raise ConfigError("eval.every_steps", f"is null, but the sweep judges by {space.metric}, of an evaluation")

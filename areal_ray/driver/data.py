@@ -21,9 +21,47 @@ from areal_ray.run import RunDir
 from areal_ray.storage import Storage, storage_at
 
 Say = Callable[[str], None]
+Make = Callable[[Config, planning.Plan, Say], None]
 
 
-def sources_of(config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool, say: Say) -> dict[str, TokenSource]:
+class NotPrepared(Exception):
+    """Raised by `leave_unprepared`.
+
+    Args:
+        bytes: of the sources that are to be prepared.
+    """
+
+    def __init__(self, bytes: int) -> None:
+        super().__init__(f"{bytes} bytes of sources are not prepared")
+        self.bytes = bytes
+
+
+def leave_unprepared(config: Config, plan: planning.Plan, say: Say) -> None:
+    """A Make for who only looks: raises NotPrepared."""
+    raise NotPrepared(plan.bytes)
+
+
+def make_corpus(config: Config, plan: planning.Plan, say: Say) -> None:
+    """A Make that prepares a corpus: in this process if its sources are small, else with Ray Data."""
+    limit = config.data.prepare_in_process_mb
+    if len(plan.groups) == 1 or plan.bytes <= limit * 1_000_000:
+        manifest = prepare.prepare(plan, prepare.in_process, say)
+    else:
+        from areal_ray.data.corpus.ray_prepare import on_cluster
+
+        say(f"preparing data: {plan.bytes / 1e6:,.0f} MB in {len(plan.groups)} parts, with Ray Data")
+        with nullcontext() if ray.is_initialized() else cluster(config):
+            manifest = prepare.prepare(plan, on_cluster, say)
+    sources, skipped = manifest.sources, manifest.sources["skipped"]
+    left_out = "".join(f", {count:,} {reason}" for reason, count in skipped.items())
+    tokens = sum(manifest.count(split, "tokens") for split in manifest.splits)
+    counts = f"{sources['documents']:,} documents, {tokens:,} tokens{left_out}"
+    say(f"prepared data: {counts}; in {plan.work.storage.location}")
+
+
+def sources_of(
+    config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool, say: Say, make: Make = make_corpus
+) -> dict[str, TokenSource]:
     """The tokens that a run trains on, by the name of their source; what is not prepared yet is prepared.
 
     A run that goes on does so with the corpora that it was started with, whatever has become of their sources, unless
@@ -35,6 +73,7 @@ def sources_of(config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool,
         tokenizer: of config.data.tokenizer.
         goes_on: whether there is a checkpoint to go on from.
         say: prints a line.
+        make: prepares a corpus.
 
     Raises:
         ConfigError: if a source cannot be read, or data.prepared_path is a corpus of something else.
@@ -46,7 +85,7 @@ def sources_of(config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool,
         source = open_source(data, asdict(config.run.s3))
         if source is None and name in recorded and (source := _recorded(one, recorded[name], tokenizer)) is not None:
             _tell_if_newer(one, source.manifest, say)
-        found[name] = source or prepared_corpus(one, tokenizer, say)
+        found[name] = source or prepared_corpus(one, tokenizer, say, make)
     return found
 
 
@@ -62,7 +101,7 @@ def prepare_all(config: Config, say: Say) -> None:
         say(f"{f'{name}: ' if name else ''}{held}, {source.location}")
 
 
-def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say) -> Corpus:
+def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say, make: Make = make_corpus) -> Corpus:
     """The corpus of a single source as it is now; it is prepared if it is not there."""
     folder = corpora(config)
     try:
@@ -70,7 +109,7 @@ def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say) -> Corpus:
             return _as_configured(config, Corpus(folder), tokenizer)
         plan = planning.make_plan(config.data, tokenizer, folder, asdict(config.run.s3))
         if not prepare.is_prepared(plan.work.storage):
-            _prepare(config, plan, say)
+            make(config, plan, say)
         return Corpus(plan.work.storage)
     except ConfigError:
         raise
@@ -89,23 +128,6 @@ def corpora(config: Config) -> Storage:
         raise ConfigError(
             "data.prepared_path" if config.data.prepared_path else "run.storage_path", str(error)
         ) from None
-
-
-def _prepare(config: Config, plan: planning.Plan, say: Say) -> None:
-    limit = config.data.prepare_in_process_mb
-    if len(plan.groups) == 1 or plan.bytes <= limit * 1_000_000:
-        manifest = prepare.prepare(plan, prepare.in_process, say)
-    else:
-        from areal_ray.data.corpus.ray_prepare import on_cluster
-
-        say(f"preparing data: {plan.bytes / 1e6:,.0f} MB in {len(plan.groups)} parts, with Ray Data")
-        with nullcontext() if ray.is_initialized() else cluster(config):
-            manifest = prepare.prepare(plan, on_cluster, say)
-    sources, skipped = manifest.sources, manifest.sources["skipped"]
-    left_out = "".join(f", {count:,} {reason}" for reason, count in skipped.items())
-    tokens = sum(manifest.count(split, "tokens") for split in manifest.splits)
-    counts = f"{sources['documents']:,} documents, {tokens:,} tokens{left_out}"
-    say(f"prepared data: {counts}; in {plan.work.storage.location}")
 
 
 def _recorded(config: Config, recorded: dict[str, str], tokenizer: Tokenizer) -> Corpus | None:

@@ -6,7 +6,7 @@ import os
 import secrets
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
-from areal_ray.driver.signals import stopping_on_signals
+from areal_ray.driver.signals import stopping_on_signals, until_heard
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
@@ -91,11 +91,15 @@ def train(
     # Until the cluster is closed: a second signal must not end the driver in the middle of that.
     with ExitStack() as signals, display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None):
         requests = requests_to(context.submission, context.fast_restarts)
-        asked = signals.enter_context(stopping_on_signals(lambda: requests.ask("stop")))
+
+        def stop() -> None:
+            requests.ask("stop")
+
+        asked = signals.enter_context(stopping_on_signals(stop))
         with ExitStack() as lease:
             try:
                 # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
-                lease.enter_context(hold_lease(run.storage, lambda: requests.ask("stop"), _print))
+                lease.enter_context(hold_lease(run.storage, partial(until_heard, stop), _print))
                 run.clear(_print)
                 run.fence.take()
                 run.write_config(_record(config, overrides))
@@ -103,7 +107,7 @@ def train(
                 run.write_data({n: {"path": s.location, "fingerprint": s.fingerprint} for n, s in sources.items()})
                 leave_token(run.storage, context.submission)
                 readmit(run, config.cluster.use_again, _print)
-                lease.enter_context(hearing_stop(run.storage, lambda: _asked_to_stop(requests)))
+                lease.enter_context(hearing_stop(run.storage, partial(_asked_to_stop, stop)))
             except RunInUse as error:
                 raise ConfigError("run.name", str(error)) from None
             except OSError as error:
@@ -177,9 +181,9 @@ def _lost_head(config: Config, run: RunDir, address: str) -> None:
     os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
 
 
-def _asked_to_stop(requests: Requests) -> None:
+def _asked_to_stop(stop: Callable[[], None]) -> None:
     _print("asked to stop: saving")
-    requests.ask("stop")
+    until_heard(stop)
 
 
 def _has_no_checkpoint(run: RunDir) -> bool:

@@ -18,7 +18,7 @@ from areal_ray.data.dataset import is_same
 from areal_ray.data.splits import check_sizes, open_splits, own_splits
 from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
-from areal_ray.driver.data import sources_of
+from areal_ray.driver.data import Make, make_corpus, sources_of
 from areal_ray.engine import hidden
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
@@ -31,8 +31,12 @@ from areal_ray.train.trackers import check_tracker
 Sources = dict[str, TokenSource]
 
 
-def prepare(config: Config) -> tuple[RunDir, Config, Sources]:
+def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, Sources]:
     """Checks a config, model, data and run directory without a cluster, and makes the storage path absolute.
+
+    Args:
+        config: as loaded.
+        make: prepares data that are not prepared yet; the last thing before what needs them is checked.
 
     Returns:
         The run directory, the config with an absolute storage path, and the tokens to train on by the name of their
@@ -64,7 +68,7 @@ def prepare(config: Config) -> tuple[RunDir, Config, Sources]:
     if plugin.is_plugin(config.data.source):
         splits = own_splits(config.data, tokenizer, config.train.seq_len)
     else:
-        sources = sources_of(config, run, tokenizer, newest is not None, _print)
+        sources = sources_of(config, run, tokenizer, newest is not None, _print, make)
         splits = open_splits(config.data, sources, config.train.seq_len)
         if note := getattr(splits[0], "note", ""):
             _print(note)

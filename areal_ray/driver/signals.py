@@ -69,10 +69,15 @@ def stopping_on_signals(stop: Callable[[], None], retry_s: float = 1.0) -> Itera
 def _tell(text: str, works: list[Callable[[], None]], retry_s: float) -> None:
     print(text, flush=True)
     for work in works:
-        while True:
-            try:
-                work()
-                break
-            except AWAY as error:  # the head node; the workers hear of it when it is back
-                print(f"the workers cannot be told yet: {error}", flush=True)
-                time.sleep(retry_s)
+        until_heard(work, retry_s)
+
+
+def until_heard(stop: Callable[[], None], retry_s: float = 1.0) -> None:
+    """Ask the job to stop, again and again while the head node is away."""
+    while True:
+        try:
+            stop()
+            return
+        except AWAY as error:  # the workers hear of it when it is back
+            print(f"the workers cannot be told yet: {error}", flush=True)
+            time.sleep(retry_s)

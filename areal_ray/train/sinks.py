@@ -7,6 +7,7 @@ from typing import Protocol
 
 from areal_ray.run import RunDir
 from areal_ray.run.metric_names import RESERVED
+from areal_ray.run.units import span_text
 
 _SLOW_DATA = 0.1  # of a step's time: from which on waiting for data is shown
 
@@ -57,7 +58,7 @@ class Console:
             parts += [f"{values['step_time_s']:.3f} s/step"]
             if values.get("data_s", 0.0) > _SLOW_DATA * values["step_time_s"]:
                 parts += [f"{values['data_s']:.3f} of them waiting for data"]
-            parts += [f"{_span(values['left_s'])} left"] if values.get("left_s", 0.0) >= 60 else []
+            parts += [f"{span_text(values['left_s'])} left"] if values.get("left_s", 0.0) >= 60 else []
             parts += [f"{values['skipped']} skipped"] if "skipped" in values else []
             self._line(step, parts)
         if held_out:
@@ -69,13 +70,6 @@ class Console:
     def rewind(self, step: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-def _span(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 class MetricsFile:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 
 from areal_ray.config import Config
+from areal_ray.run.units import size_text
 from areal_ray.storage import Storage
 from areal_ray.tools.doctor.finding import Finding
 from areal_ray.tools.doctor.memory import MemoryEstimate, estimate
@@ -50,9 +51,9 @@ def _memory(config: Config) -> Iterator[Finding]:
     yield Finding("ok", "parameters", f"{needs.parameters:,}")
     device, host = sum(needs.device.values()), sum(needs.host.values())
     where = "GPU" if config.cluster.use_gpu else "process"
-    text = f"about {_size(device)} in each {where} with {workers} workers ({_parts(needs.device)})"
+    text = f"about {size_text(device)} in each {where} with {workers} workers ({_parts(needs.device)})"
     if host:
-        text += f", and {_size(host)} of the host's memory ({_parts(needs.host)})"
+        text += f", and {size_text(host)} of the host's memory ({_parts(needs.host)})"
     yield Finding("ok", "memory of a worker", text)
     yield _fits(config, needs, workers)
 
@@ -60,7 +61,7 @@ def _memory(config: Config) -> Iterator[Finding]:
 def _fits(config: Config, needs: MemoryEstimate, workers: int) -> Finding:
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     here = sum(needs.host.values()) + (0 if config.cluster.use_gpu else sum(needs.device.values()))
-    text = f"this machine has {_size(have)}: room for {int(have // max(here, 1)):,} workers of this size"
+    text = f"this machine has {size_text(have)}: room for {int(have // max(here, 1)):,} workers of this size"
     if here > have:
         return Finding("bad", "memory of this machine", f"{text}. {levers(config)}")
     return Finding("note" if here * workers > have else "ok", "memory of this machine", text)
@@ -85,7 +86,7 @@ def _storage(storage: Storage) -> Finding:
         return Finding("bad", "storage", f"{storage.location}: {error}")
     if not (same and listed):
         return Finding("bad", "storage", f"{storage.location} gives back something else than was written")
-    free = "" if "://" in storage.location else f", {_size(shutil.disk_usage(storage.location).free)} free"
+    free = "" if "://" in storage.location else f", {size_text(shutil.disk_usage(storage.location).free)} free"
     return Finding("ok", "storage", f"{storage.location}: written, read, listed and deleted{free}")
 
 
@@ -97,21 +98,13 @@ def _limits() -> Iterator[Finding]:
     if os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
         state = "ok" if free > _GIB else "note"
-        text = f"{_size(free)} free" + ("" if free > _GIB else ": Ray's object store falls back to a slow disk")
+        text = f"{size_text(free)} free" + ("" if free > _GIB else ": Ray's object store falls back to a slow disk")
         yield Finding("ok" if state == "ok" else "note", "/dev/shm", text)
 
 
 def _parts(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
 
 
 def _list(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes[:8])) + (f" ... {sizes[-1]}" if len(sizes) > 8 else "")
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"

@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from areal_ray.run.goodput import PHASES
+from areal_ray.run.units import span_text
 from areal_ray.tools.report.charts import COLOURS, charts
 from areal_ray.tools.report.course import Course
 
@@ -60,7 +61,7 @@ def _card(run: Course, i: int) -> str:
     rows += [
         ("restarts", str(run.result.get("restarts", max(0, len(account["attempts"]) - 1)))),
         ("lost steps", str(account["lost_steps"])),
-        ("time", _duration(account["wall_s"])),
+        ("time", span_text(account["wall_s"])),
     ]
     rows += [("in steps that count", f"{account['share']:.0%}")] if account["share"] is not None else []
     info = run.checkpoint
@@ -141,11 +142,6 @@ def _table(heads: list[tuple[str, str]], rows: list[list[tuple[str, str]]]) -> s
 
 def _step(step: Any) -> str:
     return f"{step:,}" if isinstance(step, int) else "-"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
 def _text(value: str) -> str:

@@ -46,7 +46,7 @@ class Trial(tune.Trainable):
         values = [f"{key}={value}" for key, value in config.items() if key != "areal_ray"]
         overrides = [*own["overrides"], *values, f"run.name={self._name}", f"run.storage_path={own['storage_path']}"]
         self._run = RunDir(storage_at(own["storage_path"]).sub(self._name))
-        self._seen = -1
+        self._seen, self._evaluated = -1, dict[str, Any]()
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self._log = open(f"{self.logdir}/run.log", "ab")  # noqa: SIM115  (of the process, as long as that lives)
@@ -66,12 +66,12 @@ class Trial(tune.Trainable):
             for line in self._run.metrics_after(self._seen) if self._run.exists() else ():
                 self._seen = line["step"]
                 if self._metric in line:
-                    return {**line, "run": self._name, "done": False}
+                    self._evaluated = {**line, "run": self._name}
+                    return {**self._evaluated, "done": False}
             if ended is not None:
                 if ended:
                     raise RuntimeError(f"run {self._name} ended with status {ended}; its output: {self._log.name}")
-                last = self._run.last_metrics()
-                return {**(last[-1] if last else {}), "run": self._name, "done": True}
+                return {**self._evaluated, "done": True}
             time.sleep(_LOOK_S)
 
     def cleanup(self) -> None:

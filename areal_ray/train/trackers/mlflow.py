@@ -23,7 +23,7 @@ _LONGEST = 500  # characters of a parameter's value, on the older of its stores
 class MLflow:
     """A run in MLflow, the same one across restarts and submissions, found by a tag.
 
-    It takes no step back: of a step that is computed again the first values stay, which are the same but for rounding.
+    It takes no step back, see `WandB`.
 
     Args:
         subject: the run.

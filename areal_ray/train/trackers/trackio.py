@@ -24,7 +24,7 @@ for _module in (trackio, trackio.run, trackio.utils):
 class Trackio:
     """A run in trackio, the same one across restarts and submissions.
 
-    It takes no step back: of a step that is computed again the first values stay, which are the same but for rounding.
+    It takes no step back, see `WandB`.
 
     Args:
         subject: the run.
@@ -33,11 +33,8 @@ class Trackio:
 
     def __init__(self, subject: Subject, **args: Any) -> None:
         given = {"project": "areal_ray", "embed": False, **args}
-        self._project, self._name, self._is_here = (
-            given["project"],
-            f"{subject.name}-{subject.id[:6]}",
-            "space_id" not in args,
-        )
+        self._project, self._name = given["project"], f"{subject.name}-{subject.id[:6]}"
+        self._is_here = "space_id" not in args
         config = {**subject.config, "revision": subject.revision, "run_directory": subject.location}
         self._run = trackio.init(name=self._name, config=config, resume="allow", **given)
 

@@ -20,7 +20,8 @@ _WHOLE_OR_PIECE, _ENDS = (1, 2, 3, 4), (1, 4)  # kinds of LevelDB's records: who
 class WandB:
     """A run in Weights & Biases, the same one across restarts and submissions.
 
-    It takes no step back: of a step that is computed again the first values stay, which are the same but for rounding.
+    It takes no step back: of a step that is computed again the first values stay. They are the same but for rounding,
+    unless a bad step between them was left out.
 
     Args:
         subject: the run.

@@ -102,7 +102,10 @@ def test_the_command_says_what_it_looked_at_and_refuses_what_train_does(tmp_path
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     where = f"run.storage_path={tmp_path}"
     assert run_cli(["doctor", "--config", TINY, where]) == 0
-    assert capsys.readouterr().out.endswith("nothing stands in the way\n")
+    said = capsys.readouterr().out
+    assert said.endswith("nothing stands in the way\n")
+    assert "MB are not prepared yet" in said
+    assert list(tmp_path.iterdir()) == []
     assert run_cli(["train", "--dry-run", "--config", TINY, where, "model.config.vocab_size=10"]) == 2
     assert "rows of embeddings" in capsys.readouterr().err
     assert not (tmp_path / "tiny").exists()
