@@ -155,6 +155,14 @@ def cluster(config: Config, fork_server: ForkServer | None = None, fast: bool | 
                 made.close()
 
 
+def _leads_a_group(pid: int) -> bool:
+    """Whether there is still such a process: the number of one that has ended may be somebody else's one day."""
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
 def _make_token() -> None:
     """Make the token that `ray.init` makes for a cluster of one's own: its file could be read by every user."""
     named = any(os.environ.get(name) for name in _TOKENS)
@@ -186,7 +194,7 @@ def _init(options: dict[str, Any]) -> list[int]:
         ray.init(**options)
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set a handler
-    return groups
+    return [group for group in groups if _leads_a_group(group)]
 
 
 def _local_options(config: Config) -> dict[str, Any]:

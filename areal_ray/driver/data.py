@@ -136,6 +136,9 @@ def _recorded(config: Config, recorded: dict[str, str], tokenizer: Tokenizer) ->
         corpus = Corpus(storage_at(recorded["path"], asdict(config.run.s3)))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:  # another one in its place would be other data
+        text = f"the corpus that the run was started with cannot be read: {error}"
+        raise ConfigError("data.prepared_path", text) from None
     same = planning.settings_of(config.data) == corpus.manifest.settings
     same = same and build_renderer(config.data, tokenizer).fingerprint == corpus.manifest.renderer
     return corpus if same and corpus.fingerprint == recorded["fingerprint"] else None
@@ -158,8 +161,8 @@ def _tell_if_newer(config: Config, manifest: Manifest, say: Say) -> None:
     go_on = "the run goes on with the corpus that it was started with"
     try:
         listing = planning.listing_of(build_source(config.data, asdict(config.run.s3)).parts())
-    except ConfigError as error:
-        say(f"data: the sources cannot be looked at ({error.message}); {go_on}")
+    except (ConfigError, OSError) as error:
+        say(f"data: the sources cannot be looked at ({error}); {go_on}")
         return
     if listing != manifest.sources["listing"]:
         say(f"data: the sources have changed since they were prepared; {go_on}")

@@ -27,7 +27,7 @@ from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
-from areal_ray.driver.signals import stopping_on_signals, until_heard
+from areal_ray.driver.signals import ask_in_background, stopping_on_signals
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
@@ -99,7 +99,9 @@ def train(
         with ExitStack() as lease:
             try:
                 # A driver that loses the lease asks the workers to leave, so that there must be a cluster first.
-                lease.enter_context(hold_lease(run.storage, partial(until_heard, stop), _print))
+                lost = partial(ask_in_background, stop, "saving nothing more, and leaving")
+                lease.enter_context(hold_lease(run.storage, lost, _print))
+                lease.enter_context(hearing_stop(run.storage, partial(_asked_to_stop, stop, asked)))
                 run.clear(_print)
                 run.fence.take()
                 run.write_config(_record(config, overrides))
@@ -107,7 +109,6 @@ def train(
                 run.write_data({n: {"path": s.location, "fingerprint": s.fingerprint} for n, s in sources.items()})
                 leave_token(run.storage, context.submission)
                 readmit(run, config.cluster.use_again, _print)
-                lease.enter_context(hearing_stop(run.storage, partial(_asked_to_stop, stop)))
             except RunInUse as error:
                 raise ConfigError("run.name", str(error)) from None
             except OSError as error:
@@ -162,28 +163,33 @@ def _drive(
 
 
 def _lost_head(config: Config, run: RunDir, address: str) -> None:
-    text = f"the head node ({address}) is gone, and the cluster with it"
+    """End this process, whatever else goes wrong: a call that waits for an answer would wait until Ray ends it."""
+    text, status = f"the head node ({address}) is gone, and the cluster with it", 1
     try:
         newest = None
         with suppress(OSError):  # storage that is away, too
-            let_go(run.storage)
             newest = Catalog(run.storage).newest()
         if newest is not None and newest.step >= config.last_step:  # it has no more to do
-            status = "finished" if newest.step == config.train.steps else "stopped"
-            _close(run, status, {"step": newest.step}, step=newest.step)
+            ended = "finished" if newest.step == config.train.steps else "stopped"
+            _close(run, ended, {"step": newest.step}, step=newest.step)
             print(f"{text}, after the last step was saved")
             print(f"checkpoint: {run.storage.location}/{newest.name}", flush=True)
-            os._exit(0)
-        checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
-        print(f"{text}; on another cluster the same command goes on from {checkpoint or 'the beginning'}", flush=True)
+            status = 0
+        else:
+            checkpoint = _close(run, "failed", {}, cause="the head node is gone", error=text)[0]["checkpoint"]
+            begin = checkpoint or "the beginning"
+            print(f"{text}; on another cluster the same command goes on from {begin}", flush=True)
     except RunTaken as taken:
         print(taken, flush=True)
-    os._exit(1)  # a call that waits for an answer would wait until Ray ends this process
+    finally:
+        with suppress(OSError):  # last: the thread that keeps the lease would take it again
+            let_go(run.storage)
+        os._exit(status)
 
 
-def _asked_to_stop(stop: Callable[[], None]) -> None:
-    _print("asked to stop: saving")
-    until_heard(stop)
+def _asked_to_stop(stop: Callable[[], None], asked: threading.Event) -> None:
+    asked.set()
+    ask_in_background(stop, "asked to stop: saving")
 
 
 def _has_no_checkpoint(run: RunDir) -> bool:

@@ -57,18 +57,19 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
     _check_model(config, tokenizer.vocab_size)
     _check_plugins(config)
     run = RunDir(storage.sub(config.run.name))
-    newest = Catalog(run.storage).newest()
+    catalog = Catalog(run.storage)
+    newest, goes_on = catalog.newest(), catalog.last_committed() is not None
     if config.run.recover == "fresh" and run.exists():
         raise ConfigError(
             "run.recover", f"`fresh`, but {run.storage.location} holds a run already; choose another run.name"
         )
-    if config.run.recover == "resume" and newest is None:
+    if config.run.recover == "resume" and not goes_on:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
     sources: Sources = {}
     if plugin.is_plugin(config.data.source):
         splits = own_splits(config.data, tokenizer, config.train.seq_len)
     else:
-        sources = sources_of(config, run, tokenizer, newest is not None, _print, make)
+        sources = sources_of(config, run, tokenizer, goes_on, _print, make)
         splits = open_splits(config.data, sources, config.train.seq_len)
         if note := getattr(splits[0], "note", ""):
             _print(note)

@@ -44,16 +44,16 @@ def stopping_on_signals(stop: Callable[[], None], retry_s: float = 1.0) -> Itera
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += number == signal.SIGINT
-        if interrupts == _INTERRUPTS:
+        if interrupts >= _INTERRUPTS:
             raise KeyboardInterrupt
-        text, works = "", [] if asked.is_set() else [stop]
+        text, first = "", not asked.is_set()
         if number == signal.SIGINT and interrupts < _INTERRUPTS:
             text = "; Ctrl-C twice more to stop at once" if interrupts == 1 else "; once more to stop at once"
-        if works or text:
+        if first or text:
             asked.set()
             # In a thread: what was interrupted may hold a lock that this needs, the output's own, too.
-            began = "saving, then stopping" if works else "still saving"
-            threading.Thread(target=_tell, args=(began + text, works, retry_s), name="stop", daemon=True).start()
+            said = ("saving, then stopping" if first else "still saving") + text
+            ask_in_background(stop if first else None, said, retry_s)
 
     before = {number: signal.getsignal(number) for number in _NUMBERS}
     for number, handler in before.items():
@@ -66,18 +66,20 @@ def stopping_on_signals(stop: Callable[[], None], retry_s: float = 1.0) -> Itera
             signal.signal(number, handler)
 
 
-def _tell(text: str, works: list[Callable[[], None]], retry_s: float) -> None:
-    print(text, flush=True)
-    for work in works:
-        until_heard(work, retry_s)
+def ask_in_background(stop: Callable[[], None] | None, said: str, retry_s: float = 1.0) -> None:
+    """Say something and ask the job to stop, in a thread, again and again while the head node is away.
 
+    Nobody waits for that thread: a head node may never come back.
+    """
 
-def until_heard(stop: Callable[[], None], retry_s: float = 1.0) -> None:
-    """Ask the job to stop, again and again while the head node is away."""
-    while True:
-        try:
-            stop()
-            return
-        except AWAY as error:  # the workers hear of it when it is back
-            print(f"the workers cannot be told yet: {error}", flush=True)
-            time.sleep(retry_s)
+    def ask() -> None:
+        print(said, flush=True)
+        while stop is not None:
+            try:
+                stop()
+                return
+            except AWAY as error:  # the workers hear of it when it is back
+                print(f"the workers cannot be told yet: {error}", flush=True)
+                time.sleep(retry_s)
+
+    threading.Thread(target=ask, name="stop", daemon=True).start()

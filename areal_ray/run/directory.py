@@ -15,13 +15,16 @@ from areal_ray.run.fence import FENCE, Fence
 from areal_ray.run.logs.event_index import HISTORY, NEWEST, EventIndex
 from areal_ray.run.logs.event_log import open_log
 from areal_ray.run.logs.log_schema import is_batch, is_event, is_metric
-from areal_ray.storage import Storage, set_obstacle_aside
+from areal_ray.run.shared_storage import TOKEN
+from areal_ray.run.stop_request import STOP
+from areal_ray.storage import NotAFile, Storage, set_obstacle_aside
 
 CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "samples", "result.json"
 EVENT_INDEX, REPORT = "events.index.json", "report.html"
 DATA = "data.json"  # which prepared corpora the run trains on
 CHECKPOINTS = "checkpoints.json"  # index of the checkpoints, see checkpoint/catalog.py
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
+_OTHERS = (DATA, REPORT, FENCE, TOKEN, STOP)  # files of which each is written whole
 _INDEX_EVERY = 4096  # events of one process: what a reader finds behind the index stays below a few megabytes
 
 
@@ -30,7 +33,7 @@ class RunDir:
 
     Args:
         storage: `<run.storage_path>/<run.name>`.
-        job: identifier of the job that writes here, see `Fence`; whatever writes may then raise RunTaken.
+        job: identifier of the job that writes here, see `Fence`; the logs and the result may then raise RunTaken.
     """
 
     def __init__(self, storage: Storage, job: str | None = None) -> None:
@@ -68,7 +71,7 @@ class RunDir:
         """
         set_obstacle_aside(self.storage, f"{EVENTS}.jsonl", self.turning_points, say)
         set_obstacle_aside(self.storage, f"{METRICS}.jsonl", self.reached, say)
-        for name in (f"{SAMPLES}.jsonl", CONFIG, RESULT, EVENT_INDEX, CHECKPOINTS, SNAPSHOT, DATA, REPORT, FENCE):
+        for name in (f"{SAMPLES}.jsonl", CONFIG, RESULT, EVENT_INDEX, CHECKPOINTS, SNAPSHOT, *_OTHERS):
             set_obstacle_aside(self.storage, name, partial(self.storage.read_range, name, 0, 1), say)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -78,9 +81,9 @@ class RunDir:
             OSError: if it cannot be written; it then goes with the next one that this process writes.
         """
         event = {"time": round(time.time(), 3), "event": kind, **fields}
-        for listener in self._listeners:
-            listener(event)
         self._events.append(event)
+        for listener in self._listeners:  # afterwards: of a run that another job has taken over nothing is told
+            listener(event)
         self._told += 1
         if self._told % _INDEX_EVERY == 0:
             self._write_index()
@@ -206,7 +209,9 @@ class RunDir:
 
     def data(self) -> dict[str, dict[str, str]] | None:
         """What `write_data` has noted; None if there is nothing, or it is no longer one."""
-        return self._read_object(DATA)
+        found = self._read_object(DATA) or {}
+        good = all(type(each) is dict and {"path", "fingerprint"} <= each.keys() for each in found.values())
+        return found if found and good else None
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.fence.check()
@@ -222,7 +227,7 @@ class RunDir:
     def _read_object(self, name: str) -> dict[str, Any] | None:
         try:
             found = json.loads(self.storage.read(name))
-        except (FileNotFoundError, ValueError, RecursionError):
+        except (FileNotFoundError, NotAFile, ValueError, RecursionError):
             return None
         return found if type(found) is dict else None
 

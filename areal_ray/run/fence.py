@@ -44,8 +44,10 @@ class Fence:
         Raises:
             RunTaken: as `check`.
         """
-        self.check()
-        self._attempt = attempt
+        try:
+            self.check()
+        finally:  # also where it cannot be read just now: it is an attempt from here on, and asks again
+            self._attempt = attempt
         if self.job is not None:
             self._write(attempt)
 

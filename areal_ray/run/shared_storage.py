@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from areal_ray.storage import Storage
 
-_SUBMISSION = "submission"  # file with the token of the newest submission, in the run directory
+TOKEN = "submission"  # file with the token of the newest submission, in the run directory
 _LOOK_S, _PATIENCE_S = 0.5, 10.0  # NFS may answer from what it knew some seconds ago
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)
 
@@ -19,7 +19,7 @@ class NotShared(ValueError):
 
 def leave_token(run: Storage, token: str) -> None:
     """Write what every rank is to find; the driver calls it before the workers start (OSError)."""
-    run.replace(_SUBMISSION, token.encode())
+    run.replace(TOKEN, token.encode())
 
 
 class SharedStorage:
@@ -37,7 +37,7 @@ class SharedStorage:
 
     def find_token(self) -> None:
         """Find what the driver has written (NotShared, OSError): one small read."""
-        self._find(_SUBMISSION, "the driver wrote")
+        self._find(TOKEN, "the driver wrote")
 
     def leave(self, number: int) -> None:
         """Write what the next node is to find (NotShared, OSError).
@@ -46,7 +46,7 @@ class SharedStorage:
             number: of this node.
         """
         try:
-            self._run.replace(f"{_SUBMISSION}.{number}", self._token.encode())
+            self._run.replace(f"{TOKEN}.{number}", self._token.encode())
         except OSError as error:
             if not isinstance(error, _NOT_THERE) and error.errno != errno.EROFS:
                 raise
@@ -54,7 +54,7 @@ class SharedStorage:
 
     def find(self, number: int) -> None:
         """Find what the node of that number has left, and remove it (NotShared, OSError)."""
-        name = f"{_SUBMISSION}.{number}"
+        name = f"{TOKEN}.{number}"
         self._find(name, f"node {number} of this start wrote")
         self._run.remove(name)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from areal_ray.run.lease import holder
 from areal_ray.storage import Storage
 
-_NAME = "stop"
+STOP = "stop"
 
 
 def ask_to_stop(run: Storage, wait_s: float = 30.0) -> None:
@@ -23,12 +23,12 @@ def ask_to_stop(run: Storage, wait_s: float = 30.0) -> None:
     """
     if holder(run) is None:
         raise ValueError(f"nobody works on {run.location}")
-    run.replace(_NAME, b"")
+    run.replace(STOP, b"")
     began = time.monotonic()
-    while run.size(_NAME) is not None:
+    while run.size(STOP) is not None:
         if time.monotonic() - began > wait_s:
             with suppress(FileNotFoundError):
-                run.remove(_NAME)
+                run.remove(STOP)
             raise TimeoutError(f"the driver of {run.location} did not hear of it within {wait_s:.0f} s")
         time.sleep(0.2)
 
@@ -40,14 +40,14 @@ def hearing_stop(run: Storage, asked: Callable[[], None], look_s: float = 2.0) -
     Costs one look at one name every `look_s` seconds. A request that was left before does not count.
     """
     with suppress(FileNotFoundError, OSError):
-        run.remove(_NAME)
+        run.remove(STOP)
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(look_s):
             try:
-                if run.size(_NAME) is not None:
-                    run.remove(_NAME)
+                if run.size(STOP) is not None:
+                    run.remove(STOP)
                     asked()
             except OSError:  # storage is away; who asks is told that nobody heard
                 continue

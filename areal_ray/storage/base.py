@@ -23,7 +23,10 @@ class LeadsOut(OSError, ValueError):
 
 
 def is_unreadable(error: OSError) -> bool:
-    """Whether an error is about one file that cannot be read, now or ever, and not about storage that is away."""
+    """Whether an error is about a file that cannot be read, and need not be about the others beside it.
+
+    Where all of them give one, as on a mount that is away, it is the storage: see `RecoverHandler.load`.
+    """
     kinds = (NotAFile, LeadsOut, PermissionError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, kinds) or error.errno in _OF_A_FILE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -213,21 +214,25 @@ class RecoverHandler:
         Raises:
             TooManyFailedSaves: on every rank.
             RuntimeError: if there are checkpoints but none is good: starting over would hide the loss.
+            OSError: if none of them can be read just now.
             ValueError: if the newest good one is of another model or other data.
         """
         self.wait()
-        walk, committed = self._catalog.entries(), 0  # rank 0 goes along it, as far as need be
+        walk, committed, unreadable = self._catalog.entries(), 0, 0  # rank 0 goes along it, as far as need be
 
-        def step() -> tuple[str, str | None, bool] | None:
+        def step() -> tuple[str, str | None, bool, bool] | None:
             entry = next(walk, None)
             if entry is not None and entry.unreadable:
                 time.sleep(reader.AGAIN_S)
                 entry = self._catalog.entry(entry.name)
-            return (entry.name, entry.problem, entry.committed) if entry is not None else None
+            if entry is None:
+                return None
+            return entry.name, entry.problem, entry.committed, entry.unreadable
 
         while (found := self._ranks.on_rank_zero(step)) is not None:
-            name, problem, was_committed = found
+            name, problem, was_committed, cannot_be_read = found
             committed += was_committed
+            unreadable += was_committed and cannot_be_read
             if problem is None:
                 if self._memory is not None:
                     self._memory.forget()
@@ -236,6 +241,8 @@ class RecoverHandler:
                     return name
             if self._ranks.rank == 0:
                 self._journal.passed_over(name, problem)
+        if committed and unreadable == committed:  # storage is away, rather
+            raise OSError(errno.EIO, f"none of the {committed} checkpoints of this run can be read now")
         if committed:
             raise RuntimeError(f"none of the {committed} checkpoints of this run can be read; not starting over")
         return None

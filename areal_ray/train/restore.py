@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,16 +31,15 @@ class WatchedCatalog(Catalog):
         super().__init__(run.storage)
         self._ledger, self._attempt, self._say = run, attempt, say
 
-    def entries(self) -> Iterator[Entry]:
-        died = given_up(self._ledger.turning_points())
-        for entry in super().entries():
-            if entry.problem is None and entry.name in died:
-                text = f"workers died {died[entry.name]} times in a row while it was being restored"
-                yield replace(entry, manifest=None, problem=text)
-                continue
-            if entry.problem is None:
-                self._ledger.note("restoring", self._say, attempt=self._attempt, checkpoint=entry.name)
-            yield entry
+    def entry(self, name: str) -> Entry:
+        entry = super().entry(name)
+        if entry.problem is not None:
+            return entry
+        if times := given_up(self._ledger.turning_points()).get(name):
+            text = f"workers died {times} times in a row while it was being restored"
+            return replace(entry, manifest=None, problem=text)
+        self._ledger.note("restoring", self._say, attempt=self._attempt, checkpoint=name)
+        return entry
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from areal_ray.train.cadence import Cadence
@@ -147,8 +148,9 @@ class StepMetrics:
             sink.rewind(step)
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        with ExitStack() as closing:  # all of them, though one raises
+            for sink in reversed(self._sinks):
+                closing.callback(sink.close)
 
     def state_dict(self) -> dict[str, Any]:
         return {"clock": self._cadence.state_dict(), "window": self._window.state_dict(), "skipped": self._skipped}

@@ -167,8 +167,10 @@ class Watchdog:
             return False
         if since != self._since:  # a beat at the last moment
             return False
-        self._stuck(Stuck(phase, step, now - since, where, waiting, _stacks(), self.attempt))
-        self._end(EXIT_STATUS)
+        try:
+            self._stuck(Stuck(phase, step, now - since, where, waiting, _stacks(), self.attempt))
+        finally:  # whatever keeps it from being written down
+            self._end(EXIT_STATUS)
         return True
 
 

@@ -73,9 +73,15 @@ class Jobs:
                 f"{run} runs already, as job {busy[-1].submission_id} on {self.address}: look at it with "
                 f"areal-ray status {run}, stop it with areal-ray stop {run}"
             )
+        prefix = re.sub(r"[^A-Za-z0-9_.-]", "-", run)
+        ids = [each.submission_id or "" for each in self.client.list_jobs()]
+        numbers = [int(found[1]) for each in ids if (found := re.fullmatch(rf"{re.escape(prefix)}-(\d+)", each))]
         # A number that no earlier job has: two that are submitted at the same time get the same, and one is refused.
-        job = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', run)}-{len(before) + 1}"
-        submitted: str = self.client.submit_job(
-            entrypoint=command, submission_id=job, runtime_env={"working_dir": folder}, metadata=dict(metadata)
-        )
+        job = f"{prefix}-{max(numbers, default=0) + 1}"
+        try:
+            submitted: str = self.client.submit_job(
+                entrypoint=command, submission_id=job, runtime_env={"working_dir": folder}, metadata=dict(metadata)
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{self.address} refuses job {job}: {' '.join(str(error).split())[:300]}") from None
         return submitted

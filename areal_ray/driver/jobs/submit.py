@@ -97,7 +97,10 @@ def stop(run: str, address: str | None = None, wait_s: float = _STOP_S) -> int:
     if job.status.is_terminal():
         print(f"{run} does not run: job {job.submission_id} {job.status.value.lower()}")
         return 0
-    name, place = job.metadata["run"], job.metadata["storage_path"]
+    facts = job.metadata or {}
+    if not {"run", "storage_path"} <= facts.keys():
+        raise ValueError(f"{run} was not submitted by areal-ray submit: see areal-ray stop --directory")
+    name, place = facts["run"], facts["storage_path"]
     ask = shlex.join(["python", "-m", "areal_ray.cli.main", "stop", "--directory", f"{place.rstrip('/')}/{name}"])
     env = {"working_dir": job.runtime_env["working_dir"]} if "working_dir" in (job.runtime_env or {}) else {}
     asking = jobs.client.submit_job(entrypoint=ask, runtime_env=env, metadata={"stops": name})

@@ -31,23 +31,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def look(storage: Storage, name: str) -> dict[str, Any]:
+def look(storage: Storage, name: str, mark: str) -> dict[str, Any]:
     """What there is to know of the node of this process.
 
     Args:
         storage: of run.storage_path.
         name: of a file in it that the driver has written.
+        mark: its content.
     """
     try:
-        mark = storage.read(name).decode() if storage.size(name) is not None else None
+        found = storage.read(name) if storage.size(name) is not None else b""
         own = f"{name}-{secrets.token_hex(4)}"
         storage.replace(own, b"")
         storage.remove(own)
-        trouble = "" if mark is not None else "does not show what the driver has written there: it is not shared"
+        trouble = "" if found == mark.encode() else "does not show what the driver has written there: it is not shared"
     except OSError as error:
-        mark, trouble = None, str(error)
+        trouble = str(error)
     shm = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
-    return {"versions": versions(), "time": time.time(), "mark": mark, "trouble": trouble, "shm": shm}
+    return {"versions": versions(), "time": time.time(), "trouble": trouble, "shm": shm}
 
 
 def node_findings(config: Config, storage: Storage) -> Iterator[Finding]:
@@ -66,7 +67,7 @@ def node_findings(config: Config, storage: Storage) -> Iterator[Finding]:
         asked = {}
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            asked[task.options(scheduling_strategy=there).remote(storage, name)] = node
+            asked[task.options(scheduling_strategy=there).remote(storage, name, mark)] = node
         yield _resources(config, list(nodes.values()))
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT_S)
         for answer in late:

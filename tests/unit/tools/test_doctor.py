@@ -73,7 +73,7 @@ def of_node(tmp_path, **changed):
     shared = LocalStorage(tmp_path)
     shared.replace("mark", b"it")
     now = time.time()
-    found = look(changed.pop("storage", shared), "mark") | changed
+    found = look(changed.pop("storage", shared), "mark", "it") | changed
     return [
         (each.state, each.text) for each in _of_node("node-b", found, versions(), shared.location, now, time.time())
     ]
