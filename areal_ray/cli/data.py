@@ -86,14 +86,17 @@ def _sample(arguments: argparse.Namespace) -> int:
     from areal_ray.tools import corpora
 
     begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    for name, corpus in corpora.corpora_at(arguments.path).items():
-        drawn = corpora.samples(corpus, arguments.split, arguments.count, arguments.seed, arguments.tokens)
-        if arguments.json:
-            print(json.dumps({name: [vars(sample) for sample in drawn]}, indent=2))
-            continue
+    drawn = {
+        name: (corpus, corpora.samples(corpus, arguments.split, arguments.count, arguments.seed, arguments.tokens))
+        for name, corpus in corpora.corpora_at(arguments.path).items()
+    }
+    if arguments.json:
+        print(json.dumps({name: [vars(sample) for sample in found] for name, (_, found) in drawn.items()}, indent=2))
+        return 0
+    for name, (corpus, found) in drawn.items():
         marked = any(shard.masked for shard in corpus.manifest.splits[arguments.split])
         print(f"{name}: " + (f"{begin}predicted tokens{end} are marked" if marked else "all tokens are predicted"))
-        for sample in drawn:
+        for sample in found:
             print(f"── document {sample.document + 1:,} of {sample.documents:,}, {sample.tokens:,} tokens " + "─" * 20)
             print("".join(f"{begin}{text}{end}" if marked and said else text for text, said in sample.runs))
             if sample.cut:

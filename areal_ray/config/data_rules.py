@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from areal_ray.config.data_schema import DataConfig, MixtureConfig, SourceConfig
@@ -39,9 +40,9 @@ def check_data(config: Config) -> None:
         names.add(each.name)
         _check_source(each, key)
     if data.mixture:
-        for name in ("source", "paths", "args"):
+        for name in (field.name for field in fields(SourceConfig)):
             if getattr(data, name) != getattr(DataConfig(), name):
-                raise ConfigError(f"data.{name}", "stands beside data.mixture; put it into one of its entries")
+                raise ConfigError(f"data.{name}", "stands beside data.mixture; put it into its entries")
     if data.prefetch_batches < 0:
         raise ConfigError("data.prefetch_batches", f"must be 0 or more, not {data.prefetch_batches}")
     if config.run.name == "data" and data.prepared_path is None:
@@ -88,6 +89,9 @@ def _check_rows(data: DataConfig) -> None:
         raise ConfigError("data.format", "preference records cannot be mixed with other data")
     if "preference" in formats and (data.packing != "none" or data.document_mask):
         raise ConfigError("data.packing", "preference records come one a row: data.packing=none, without document_mask")
+    if any(part.source == "datasets" for part in parts) and (data.packing != "concatenate" or data.document_mask):
+        text = "tokens of source `datasets` are concatenated, without document_mask; others need files of documents"
+        raise ConfigError("data.packing", text)
     if data.packing == "concatenate" and data.truncation is not None:
         raise ConfigError("data.truncation", "is for packing best_fit or none; concatenate cuts nothing off")
     if data.truncation == "split" and formats - {"text"}:

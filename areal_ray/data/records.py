@@ -16,9 +16,10 @@ class Part:
 
     Args:
         path: file, or name in an archive.
-        begin, end: bytes of it, for formats that can be cut at lines; end None: to its end.
-        size: bytes of the file.
+        begin, end: bytes of it, for formats that can be cut at lines, or rows of a data set; end None: to its end.
+        size: bytes of the file, or rows of the data set.
         split: train or held_out, if all of its documents go there; None: each by its content.
+        bytes: about how many it is, if begin and end do not say; for grouping and progress.
     """
 
     path: str
@@ -26,6 +27,7 @@ class Part:
     end: int | None = None
     size: int = 0
     split: str | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from typing import Any
 
 import ray
 
@@ -130,7 +131,19 @@ def corpora(config: Config) -> Storage:
         ) from None
 
 
-def _recorded(config: Config, recorded: dict[str, str], tokenizer: Tokenizer) -> Corpus | None:
+def noted(config: Config, sources: dict[str, TokenSource]) -> dict[str, dict[str, Any]]:
+    """What is noted of the sources in a run's directory, by their names, for `sources_of` and the workers."""
+    return {
+        name: {
+            "path": source.location,
+            "fingerprint": source.fingerprint,
+            "settings": planning.settings_of(config.data.sources[name]),
+        }
+        for name, source in sources.items()
+    }
+
+
+def _recorded(config: Config, recorded: dict[str, Any], tokenizer: Tokenizer) -> Corpus | None:
     """The corpus that the run was started with; None if it is gone, or was prepared in another way than now."""
     try:
         corpus = Corpus(storage_at(recorded["path"], asdict(config.run.s3)))
@@ -139,7 +152,8 @@ def _recorded(config: Config, recorded: dict[str, str], tokenizer: Tokenizer) ->
     except (OSError, ValueError) as error:  # another one in its place would be other data
         text = f"the corpus that the run was started with cannot be read: {error}"
         raise ConfigError("data.prepared_path", text) from None
-    same = planning.settings_of(config.data) == corpus.manifest.settings
+    # Those of the run: other paths to the same files have led to the same corpus.
+    same = planning.settings_of(config.data) == recorded.get("settings", corpus.manifest.settings)
     same = same and build_renderer(config.data, tokenizer).fingerprint == corpus.manifest.renderer
     return corpus if same and corpus.fingerprint == recorded["fingerprint"] else None
 
@@ -158,6 +172,8 @@ def _as_configured(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Corp
 
 
 def _tell_if_newer(config: Config, manifest: Manifest, say: Say) -> None:
+    if config.data.source == "hub":  # to look at it would be to download it
+        return
     go_on = "the run goes on with the corpus that it was started with"
     try:
         listing = planning.listing_of(build_source(config.data, asdict(config.run.s3)).parts())

@@ -24,6 +24,7 @@ from areal_ray.cluster.head_watch import watching
 from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to, taken_over
 from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
+from areal_ray.driver.data import noted
 from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
@@ -106,7 +107,7 @@ def train(
                 run.fence.take()
                 run.write_config(_record(config, overrides))
                 # The workers open what is noted here.
-                run.write_data({n: {"path": s.location, "fingerprint": s.fingerprint} for n, s in sources.items()})
+                run.write_data(noted(config, sources))
                 leave_token(run.storage, context.submission)
                 readmit(run, config.cluster.use_again, _print)
             except RunInUse as error:

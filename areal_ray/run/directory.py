@@ -203,11 +203,11 @@ class RunDir:
         found = re.search(rb"^# git revision: (\S+)", self.storage.read(CONFIG), re.M)
         return found[1].decode(errors="replace") if found else None
 
-    def write_data(self, data: dict[str, dict[str, str]]) -> None:
-        """Note what the run trains on: path and fingerprint of the corpus of each source, by its name."""
+    def write_data(self, data: dict[str, dict[str, Any]]) -> None:
+        """Note what the run trains on: path, fingerprint and settings of the corpus of each source, by its name."""
         self.storage.replace(DATA, json.dumps(data, indent=2).encode() + b"\n")
 
-    def data(self) -> dict[str, dict[str, str]] | None:
+    def data(self) -> dict[str, dict[str, Any]] | None:
         """What `write_data` has noted; None if there is nothing, or it is no longer one."""
         found = self._read_object(DATA) or {}
         good = all(type(each) is dict and {"path", "fingerprint"} <= each.keys() for each in found.values())

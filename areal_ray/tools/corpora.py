@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -30,17 +31,17 @@ def corpora_at(path: str) -> dict[str, Corpus]:
         return {place.location.rsplit("/", 1)[-1]: Corpus(place)}
     if DATA in names:
         noted = RunDir(place).data() or {}
-        return {
-            name or each["path"].rsplit("/", 1)[-1]: Corpus(storage_at(each["path"])) for name, each in noted.items()
-        }
+        places = {name or each["path"].rsplit("/", 1)[-1]: storage_at(each["path"]) for name, each in noted.items()}
+        none = "the run trains on no prepared corpus, or it is gone"
+    else:
+        places = {name: place.sub(name) for name in place.directories("")}
+        none = "no prepared corpus, and no run that trains on one"
     found = {}
-    for name in place.directories(""):
-        try:
-            found[name] = Corpus(place.sub(name))
-        except FileNotFoundError:  # one that is not finished
-            continue
+    for name, each in places.items():
+        with suppress(FileNotFoundError):  # of tokens that others have prepared, or one that is not finished
+            found[name] = Corpus(each)
     if not found:
-        raise ValueError(f"{place.location}: no prepared corpus, and no run that trains on one")
+        raise ValueError(f"{place.location}: {none}")
     return found
 
 
@@ -125,4 +126,4 @@ def samples(corpus: Corpus, split: str, count: int, seed: int, longest: int) -> 
             (decoder.decode([token for token, _ in run]), said)
             for said, run in groupby(zip(ids, predicted, strict=True), key=lambda pair: pair[1])
         ]
-        yield Sample(number, len(lengths), int(lengths[number]), runs, shown < lengths[number])
+        yield Sample(number, len(lengths), int(lengths[number]), runs, shown < int(lengths[number]))

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from areal_ray.config import ConfigError
-from areal_ray.data.corpus.corpus import TokenFile, TokenStream, document_lengths
+from areal_ray.data.corpus.corpus import TokenFile, TokenStream
 from areal_ray.data.corpus.manifest import digest
 from areal_ray.data.corpus.token_file import Index
 from areal_ray.storage import Storage, storage_at
@@ -56,7 +56,8 @@ class MegatronPairs:
         self._dtype, self._count = opened[0][0].dtype, len(prefixes)
         self._files = [file for _, file in opened]
         self._held_out = 0.0 if held_out_prefixes else held_out
-        self.fingerprint = digest([_sampled(self._storage, stem) for stem in self._stems] + [self._held_out])
+        where = [len(prefixes)] if held_out_prefixes else []  # without them as it always was
+        self.fingerprint = digest([_sampled(self._storage, stem) for stem in self._stems] + [self._held_out, *where])
 
     @property
     def location(self) -> str:
@@ -67,14 +68,19 @@ class MegatronPairs:
         if not apart:
             files, apart = cut_off(files, self._held_out)
         chosen = files if name == "train" else apart
-        names = [f"{file.name.removesuffix('.bin')}.idx" for file in chosen]
         return TokenStream(
-            self._storage,
-            chosen,
-            self._dtype,
-            digest([self.fingerprint, name]),
-            lambda: document_lengths(self._storage, names),
+            self._storage, chosen, self._dtype, digest([self.fingerprint, name]), lambda: self._lengths(chosen)
         )
+
+    def _lengths(self, files: Sequence[TokenFile]) -> np.ndarray:
+        """Tokens of each document of these stretches of files; of one that is cut, what lies in the stretch."""
+        found = [np.zeros(0, np.int64)]
+        for file in files:
+            name = f"{file.name.removesuffix('.bin')}.idx"
+            ends = np.cumsum(Index.read(self._storage, name).documents(self._storage, name))
+            within = np.clip(ends, file.first, file.first + file.tokens)
+            found.append(np.diff(within, prepend=file.first))
+        return np.concatenate(found)
 
     def about(self, name: str) -> str:
         return f"{len(self.split(name)):,} tokens"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
-from areal_ray.config import DataConfig
+from areal_ray.config import DataConfig, redact
 from areal_ray.data.build import build_renderer, build_source
 from areal_ray.data.corpus.manifest import digest
 from areal_ray.data.corpus.shard import Group, Work, part_bytes
@@ -48,12 +48,13 @@ class Plan:
 def settings_of(config: DataConfig) -> dict[str, object]:
     """The part of config.data that the tokens of a corpus depend on, as far as it is not the default.
 
-    So a later version with more keys finds what this one has prepared.
+    So a later version with more keys finds what this one has prepared. Secrets of data.args are not in it: it is
+    written into manifests.
     """
     default, config = asdict(DataConfig()), replace(config, tokenizer=config.tokenizer or "bytes")
     return {
         name: value
-        for name, value in asdict(config).items()
+        for name, value in redact(asdict(config)).items()
         if name in _ALWAYS or (name not in _NOT_TOKENS and value != default[name])
     }
 

@@ -89,14 +89,26 @@ def _check_there(storage: Storage, splits: dict[str, list[Shard]]) -> None:
 def _splits(plan: Plan, records: Sequence[Record]) -> dict[str, list[Shard]]:
     """The shards of each split. If nothing is held out the next document is; of an only one, a share."""
     shards = [dict(record.shards) for record in records]
+    chosen = _to_hold_back(plan, records) if plan.work.held_out else None
     documents = sum(shard.documents for found in shards for shard in found.values())
-    free = [(*record.least, n) for n, record in enumerate(records) if record.least and not plan.groups[n].split]
-    if free and plan.work.held_out and not any("held_out" in found for found in shards):
-        _, document, number = min(free, key=lambda each: (each[0], each[2], each[1]))
-        if "train" in shards[number]:
-            share = plan.work.held_out if documents == 1 else None
-            shards[number] = hold_back(plan.work, plan.groups[number], shards[number]["train"], document, share)
+    # A share of a pair of answers would be none.
+    if chosen is not None and (documents > 1 or plan.settings.get("format") != "preference"):
+        number, split, document = chosen
+        share = plan.work.held_out if documents == 1 else None
+        shards[number] = hold_back(plan.work, plan.groups[number], shards[number][split], document, share)
     return {split: [found[split] for found in shards if split in found] for split in SPLITS}
+
+
+def _to_hold_back(plan: Plan, records: Sequence[Record]) -> tuple[int, str, int] | None:
+    """Group, split and number of the only document that is to be held out, if hashes leave one of the splits empty."""
+    free = [number for number in range(len(records)) if plan.groups[number].split is None]
+    there = {split for record in records for split in record.shards}
+    if there == {"train"}:
+        least = [(found[0], n, found[1]) for n in free if (found := records[n].least) is not None]
+        return (min(least)[1], "train", min(least)[2]) if least else None
+    if there == {"held_out"}:
+        return next(((n, "held_out", 0) for n in free if records[n].shards), None)
+    return None
 
 
 def _manifest(plan: Plan, records: Sequence[Record], splits: dict[str, list[Shard]]) -> Manifest:
@@ -115,7 +127,7 @@ def _manifest(plan: Plan, records: Sequence[Record], splits: dict[str, list[Shar
     return Manifest(plan.settings, work.renderer.fingerprint, work.dtype, sources, splits, library_versions())
 
 
-_TEMPORARY = re.compile(r".+\.(?P<host>[^.]+(?:\.[^.]+)*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
+_TEMPORARY = re.compile(r".+\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
 
 
 def _clear_up(storage: Storage, manifest: Manifest) -> None:

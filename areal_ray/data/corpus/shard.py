@@ -46,7 +46,7 @@ class Group:
 
 
 def part_bytes(part: Part) -> int:
-    return (part.size if part.end is None else part.end) - part.begin
+    return (part.size if part.end is None else part.end) - part.begin if part.bytes is None else part.bytes
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,14 @@ def prepare_group(work: Work, group: Group, keep: bool, advance: Advance = lambd
                 crc = zlib.crc32(content)
                 split = group.split or ("held_out" if crc / 2**32 < work.held_out else "train")
                 writer = writers[split]
-                if split == "train":
-                    least = min(least or (crc, writer.documents), (crc, writer.documents))
-                writer.begin_document()
                 made = writer.tokens
-                for tokens in work.renderer(document):
+                for number, tokens in enumerate(work.renderer(document)):
+                    if not number:  # of which nothing is left is none
+                        writer.begin_document()
                     writer.add(tokens)
+                if split == "train" and writer.tokens > made:
+                    this = crc, writer.documents - 1
+                    least = min(least or this, this)
                 advance(len(content), writer.tokens - made)
             parts.append((part.path, part.begin, part_bytes(part), documents, read.hexdigest()))
     record = Record(_shards(writers), parts, least, dict(work.skipped - before))

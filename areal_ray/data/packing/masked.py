@@ -41,6 +41,5 @@ class MaskedRows(ConcatenatedRows):
         """A hash of the stream's and of the length; reads nothing."""
         return digest(["concatenate", "document_mask", self._stream.fingerprint, self._seq_len])
 
-    def old_fingerprint(self) -> str:
-        """That of no checkpoint: there were no such rows before corpora were prepared."""
-        return ""
+    def old_fingerprint(self) -> None:
+        """None: there were no such rows before corpora were prepared."""

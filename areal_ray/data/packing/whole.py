@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from areal_ray.data.corpus.manifest import digest
 from areal_ray.data.dataset import IGNORED
 
 Truncation = Literal["split", "error", "left", "right", "drop"]
+_AT_ONCE = 1 << 20  # pieces that are Python's own numbers
 _WIDTHS = 64  # widths of rows that are not filled are multiples of it
 
 
@@ -83,12 +84,12 @@ def one_a_row(pieces: Pieces, seq_len: int = 0) -> Plan:
 
 def best_fit(pieces: Pieces, seq_len: int) -> Plan:
     """Pieces from the longest to the shortest, each into the fullest row that has room for it (best-fit decreasing;
-    Ding et al. 2024, arXiv:2404.10830). Some microseconds a document, and 24 bytes of memory."""
+    Ding et al. 2024, arXiv:2404.10830). About a microsecond a document, and 50 bytes of memory while it runs."""
     order = np.argsort(-pieces.lengths, kind="stable")
     row_of = np.empty(len(order), np.int64)
     with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows by how many tokens fit into them
     rooms, rows = 0, 0  # bit n: there is a row with room for n
-    for piece, length in zip(order.tolist(), pieces.lengths[order].tolist(), strict=True):
+    for piece, length in _longest_first(pieces.lengths, order):
         fitting = rooms >> length
         room = length + (fitting & -fitting).bit_length() - 1 if fitting else seq_len
         if fitting:
@@ -107,10 +108,17 @@ def best_fit(pieces: Pieces, seq_len: int) -> Plan:
     return Plan(Pieces(pieces.begins[by_row], pieces.lengths[by_row], pieces.note), bounds)
 
 
+def _longest_first(lengths: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, int]]:
+    for begin in range(0, len(order), _AT_ONCE):
+        some = order[begin : begin + _AT_ONCE]
+        yield from zip(some.tolist(), lengths[some].tolist(), strict=True)
+
+
 class WholeRows:
     """Rows of whole documents, padded. A TokenDataset.
 
-    Its plan takes 24 bytes a document in the memory of every rank, and is made when it is first needed.
+    Its plan takes 24 bytes a document in the memory of every rank, and twice that while it is made, which is when it is
+    first needed.
 
     Args:
         stream: the documents.

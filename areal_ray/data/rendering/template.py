@@ -17,6 +17,8 @@ from areal_ray.data.tokenizers import Tokenizer
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANSWER = "assistant"
+# Llama's templates have the date of today, with which a corpus would be another one tomorrow; this is their default.
+_SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 class NotRendered(Exception):
@@ -51,7 +53,7 @@ class ChatTemplate:
             text = "messages need one that knows the places of its tokens in the text (a tokenizer.json)"
             raise ConfigError("data.tokenizer", text)
         self._special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        template = self._tokenizer.get_chat_template()
+        template = self._template(None)
         self.marks_answers = _MARK.search(template) is not None
         self.fingerprint = f"{tokenizer.fingerprint} {xxhash.xxh3_128_hexdigest(template.encode())}"
 
@@ -104,10 +106,15 @@ class ChatTemplate:
 
     def _apply(self, messages: list[Any], tools: list[Any] | None, **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(messages, tools=tools, **options)
+            template = self._template(tools)
+            return self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, **options)
         except Exception as error:  # noqa: BLE001  (a template is a program, and raises what it likes)
             text = " ".join(str(error).split())[:300]
             raise NotRendered(f"the chat template refuses it: {type(error).__name__}: {text}") from None
+
+    def _template(self, tools: list[Any] | None) -> str:
+        template: str = self._tokenizer.get_chat_template(tools=tools)
+        return _SAME_DAY + template if "strftime_now" in template else template
 
     @staticmethod
     def _check(messages: Any) -> None:

@@ -79,8 +79,9 @@ class TextRenderer:
         while at < len(content):
             to = at + _PIECE
             if to < len(content):
-                to = content.rfind(b"\n", at, to) + 1 or content.rfind(b" ", at, to) or to
-            to = to if to > at else at + _PIECE  # a line without a space: cut anywhere
+                cut = content.rfind(b"\n", at, to) + 1 or content.rfind(b" ", at, to)
+                # A line without a space is cut anywhere, but not in the middle of a character.
+                to = cut if cut > at else to - next((n for n in range(4) if content[to - n] & 0xC0 != 0x80), 0)
             yield Tokens(self._tokenizer.ids(content[at:to]))
             at = to
         if len(end):

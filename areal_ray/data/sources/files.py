@@ -57,7 +57,8 @@ def find(patterns: Sequence[str], endings: Sequence[str] = (), s3: Options | Non
 
     A file that is named is taken whatever it is called. Of a directory hidden files, those that editors and tools
     leave behind, and, if some have the endings, those with others are left out. Names, and with them the order, do not
-    depend on where the files lie. Grows with the number of files: each is asked for its size.
+    depend on where the files lie. Links to files are the files, under the names of the links (the cache of the Hugging
+    Face hub has no others); links to folders are left out. Grows with the number of files: each is asked for its size.
 
     Args:
         patterns: of the local file system, or s3://bucket/prefix (without globs).
@@ -79,6 +80,10 @@ def find(patterns: Sequence[str], endings: Sequence[str] = (), s3: Options | Non
             hint = f" that is not left out ({_listed(files.left_out)})" if files.left_out else ""
             raise ConfigError("data.paths", f"no file matches {pattern!r}{hint}")
         sizes |= matches
+    once: dict[str, str] = {}
+    for path in sorted(sizes):
+        once.setdefault(identity(path), path)
+    sizes = {path: sizes[path] for path in once.values()}
     parts = {path: tuple(path.split("/")) for path in sizes}
     common = 0
     while len(parts) > 1 and all(len(p) > common + 1 for p in parts.values()):
@@ -89,6 +94,11 @@ def find(patterns: Sequence[str], endings: Sequence[str] = (), s3: Options | Non
     files.found = sorted((File("/".join(name), path, sizes[path]) for name, path in named), key=lambda f: f.name)
     files.left_out += Counter()  # without zeros
     return files
+
+
+def identity(path: str) -> str:
+    """What is the same for all names of a file."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def left_out_note(files: Files) -> list[str]:
@@ -121,7 +131,7 @@ def _local(pattern: str, files: Files) -> dict[str, int]:
     place = Path(os.path.expanduser(pattern))
     # What there is is itself before it is a pattern: a folder may have brackets in its name.
     if place.is_file():
-        return {str(place.resolve()): place.stat().st_size}
+        return {os.path.abspath(place): place.stat().st_size}
     found: list[str] = []
     for match in [place] if place.exists() else map(Path, sorted(glob.glob(str(place), recursive=True))):
         if match != place and (why := _refusal(match.name)) and not place.name.endswith(match.suffix or match.name):
@@ -129,22 +139,29 @@ def _local(pattern: str, files: Files) -> dict[str, int]:
         elif match.is_dir():
             found += _walk(match, files)
         elif match.is_file():
-            found.append(os.path.realpath(match))
+            found.append(os.path.abspath(match))
     return {path: os.path.getsize(path) for path in found}
 
 
 def _walk(root: Path, files: Files) -> Iterator[str]:
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_unreadable):
         for name in sorted(folders):
             if why := _refusal(name):
                 folders.remove(name)
                 files.left_out[why] += sum(len(below) for _, _, below in os.walk(os.path.join(folder, name)))
+            elif os.path.islink(os.path.join(folder, name)):  # which may lead back to where it is
+                files.left_out["folders that are links"] += 1
         for name in sorted(names):
             path = os.path.join(folder, name)
             if why := _refusal(name):
                 files.left_out[why] += 1
             elif os.path.isfile(path):
-                yield os.path.realpath(path)
+                yield os.path.abspath(path)
+
+
+def _unreadable(error: OSError) -> None:
+    # Not left out: another machine, or another user, would make another corpus of the same files.
+    raise ConfigError("data.paths", f"cannot read {error.filename}: {error.strerror}")
 
 
 def _remote(path: str, s3: Options | None, files: Files) -> dict[str, int]:

@@ -42,8 +42,12 @@ class Hub:
     def _parts(self, names: Sequence[str]) -> list[Part]:
         parts: list[Part] = []
         for name in names:
-            rows = len(self._load(name))
-            parts += [Part(f"hub:{name}", at, min(at + _ROWS, rows), rows) for at in range(0, rows, _ROWS)]
+            table = self._load(name)
+            rows = len(table)
+            each = table.data.nbytes / max(1, rows)
+            for at in range(0, rows, _ROWS):
+                end = min(at + _ROWS, rows)
+                parts.append(Part(f"hub:{name}", at, end, rows, bytes=round(each * (end - at))))
         return parts
 
     def _load(self, name: str) -> Any:

@@ -9,8 +9,17 @@ from pathlib import PurePath
 
 from areal_ray.config import ConfigError, SourceConfig
 from areal_ray.data.records import Document, Part
-from areal_ray.data.sources.files import DAMAGED, Options, compression, find, left_out_note, open_file, open_plain
-from areal_ray.data.sources.text import Text
+from areal_ray.data.sources.files import (
+    DAMAGED,
+    Options,
+    compression,
+    find,
+    identity,
+    left_out_note,
+    open_file,
+    open_plain,
+)
+from areal_ray.data.sources.text import LEFT_OUT, REST_LEFT_OUT, Text
 
 PART_BYTES = 64 << 20
 _RECORDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
@@ -20,8 +29,8 @@ def with_held_out(parts: list[Part], held_out: list[Part]) -> list[Part]:
     """Parts to train on and those that are held out, which may be among the former; as they are, if none are."""
     if not held_out:
         return parts
-    named = {part.path for part in held_out}
-    train = [replace(part, split="train") for part in parts if part.path not in named]
+    named = {identity(part.path) for part in held_out}
+    train = [replace(part, split="train") for part in parts if identity(part.path) not in named]
     return train + [replace(part, split="held_out") for part in held_out]
 
 
@@ -46,17 +55,21 @@ class FileSource:
         return with_held_out(self._parts(self.config.paths), self._parts(self.config.held_out_paths))
 
     def read(self, part: Part) -> Iterator[Document]:
+        counts_as = LEFT_OUT
         try:
-            yield from self._read(part)
+            for document in self._read(part):
+                counts_as = REST_LEFT_OUT
+                yield document
         except DAMAGED as error:
-            self._text.refuse(part.path, f"cannot be read, it is damaged or cut off: {error}")
+            self._text.refuse(part.path, f"cannot be read, it is damaged or cut off: {error}", counts_as)
         except OSError as error:
             # Never left out: a disk or a network that fails now would make another corpus of the same files.
             if "://" in part.path:
                 raise
             if error.errno is not None:
                 raise ConfigError("data.paths", f"cannot read {part.path}: {error.strerror}") from None
-            self._text.refuse(part.path, f"cannot be read, it is damaged or cut off: {error}")  # says pyarrow's zstd
+            # Of pyarrow's zstd.
+            self._text.refuse(part.path, f"cannot be read, it is damaged or cut off: {error}", counts_as)
 
     def _read(self, part: Part) -> Iterator[Document]:
         raise NotImplementedError

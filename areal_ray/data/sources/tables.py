@@ -12,6 +12,7 @@ from areal_ray.data.records import Document, Part
 from areal_ray.data.sources.files import Options, open_file, open_plain
 from areal_ray.data.sources.records import Records
 from areal_ray.data.sources.source import FileSource
+from areal_ray.data.sources.text import LEFT_OUT, REST_LEFT_OUT
 
 _ROWS = 256  # that are read at a time
 
@@ -19,7 +20,7 @@ _ROWS = 256  # that are read at a time
 class Csv(FileSource):
     """A Source of CSV files, whose first line has the names of the fields; those called .tsv are cut at tabs.
 
-    A field is in memory whole. Invalid UTF-8 is replaced, or refused, in the line of which it is.
+    A field is in memory whole. Invalid UTF-8 is replaced, or refused with the row of which it is.
     """
 
     endings = (".csv", ".tsv")
@@ -32,16 +33,21 @@ class Csv(FileSource):
         csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that csv takes for a mistake
         with open_file(part.path, self.s3) as file:
             delimiter = "\t" if ".tsv" in part.path.lower() else ","
-            rows = csv.reader(self._lines(file, part.path), delimiter=delimiter, strict=True)
+            refused: list[int] = []  # lines of this row
+            rows = csv.reader(self._lines(file, part.path, refused), delimiter=delimiter, strict=True)
             names: list[str] | None = None
             while True:
+                refused.clear()
                 try:
                     row = next(rows, None)
                 except csv.Error as error:
-                    self._text.refuse(f"{part.path}:{rows.line_num}", f"this is no CSV: {error}")
+                    counts_as = REST_LEFT_OUT if names else LEFT_OUT
+                    self._text.refuse(f"{part.path}:{rows.line_num}", f"this is no CSV: {error}", counts_as)
                     return
-                if row is None:
+                if row is None or (refused and names is None):
                     return
+                if refused:
+                    continue
                 if names is None:
                     names = row
                 elif row:
@@ -51,11 +57,13 @@ class Csv(FileSource):
                     elif document := self._records.document(dict(zip(names, row, strict=True)), origin):
                         yield document
 
-    def _lines(self, file: Any, path: str) -> Iterator[str]:
+    def _lines(self, file: Any, path: str, refused: list[int]) -> Iterator[str]:
         for number, line in enumerate(iter(file.readline, b""), 1):
             content = self._text.clean(line, path, str(number))
-            if content is not None:
-                yield content.decode()
+            if content is None:  # it is read all the same, or the row would seem to go on in the next line
+                refused.append(number)
+                content = line
+            yield content.decode(errors="replace")
 
 
 class Parquet(FileSource):
@@ -78,15 +86,18 @@ class Parquet(FileSource):
     def _read(self, part: Part) -> Iterator[Document]:
         import pyarrow
 
+        counts_as = LEFT_OUT
         try:
             with open_plain(part.path, self.s3) as file:
                 is_parquet = file.read(4) == b"PAR1"
                 file.seek(0)
                 for number, row in self._parquet(file, part) if is_parquet else self._arrow(file, part):
                     if document := self._records.document(row, f"{part.path}:{number}"):
+                        counts_as = REST_LEFT_OUT
                         yield document
         except pyarrow.ArrowException as error:
-            self._text.refuse(part.path, f"this is neither Parquet nor Arrow: {' '.join(str(error).split())[:200]}")
+            why = f"this is neither Parquet nor Arrow: {' '.join(str(error).split())[:200]}"
+            self._text.refuse(part.path, why, counts_as)
 
     def _parquet(self, file: io.BufferedReader, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow.parquet as pq

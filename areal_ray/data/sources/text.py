@@ -8,6 +8,9 @@ from collections import Counter
 from areal_ray.config import ConfigError, SourceConfig
 
 NEWLINE = b"\n"
+LEFT_OUT = "that cannot be read left out"
+REST_LEFT_OUT = "files that cannot be read to the end left out from there"
+_REPLACED = "with invalid UTF-8 replaced"
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16's
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -48,7 +51,7 @@ class Text:
             origin = f"{path}:{line or content.count(NEWLINE, 0, error.start) + 1}"
             # Of a file in another encoding nothing would be kept by replacing.
             replacing = self._on_error == "replace" and not other
-            self.refuse(origin, _reason(other) or f"byte 0x{content[error.start]:02x} is no UTF-8", replacing)
+            self.refuse(origin, _reason(other) or f"byte 0x{content[error.start]:02x} is no UTF-8", _as(replacing))
             return self._lines(content.decode(errors="replace").encode()) if replacing else None
         if other:  # whose bytes are UTF-8 all the same
             self.refuse(path, _reason(other))
@@ -61,7 +64,7 @@ class Text:
             content = text.encode()
         except UnicodeEncodeError:
             replacing = self._on_error == "replace"
-            self.refuse(origin, "half of a surrogate pair is no character", replacing)
+            self.refuse(origin, "half of a surrogate pair is no character", _as(replacing))
             if not replacing:
                 return None
             content = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
@@ -72,18 +75,22 @@ class Text:
             return content.replace(b"\r\n", NEWLINE).replace(b"\r", NEWLINE)
         return content
 
-    def refuse(self, origin: str, why: str, replaced: bool = False) -> None:
+    def refuse(self, origin: str, why: str, counts_as: str = LEFT_OUT) -> None:
         """Count what cannot be read, or raise ConfigError if data.on_error is fail.
 
         Args:
             origin: "path:line".
             why: of the error.
-            replaced: whether it is kept all the same, with a replacement.
+            counts_as: what is said of it if it is no error.
         """
         if self._on_error == "fail":
             hint = "data.on_error=skip leaves it out"
             raise ConfigError("data.paths", f"{origin}: {why}; {hint}")
-        self.skipped["with invalid UTF-8 replaced" if replaced else "that cannot be read left out"] += 1
+        self.skipped[counts_as] += 1
+
+
+def _as(replaced: bool) -> str:
+    return _REPLACED if replaced else LEFT_OUT
 
 
 def _encoding(content: bytes) -> str:

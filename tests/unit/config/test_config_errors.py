@@ -123,6 +123,8 @@ WRONG_FILES = [
     ),
     ("faults: [{kind: exit, step: 3}]", "faults[0].rank", "must be given"),
     ("data: {source: text}", "data.paths", "needs files"),
+    ("data: {mixture: [{name: a}], held_out: 0.1}", "data.held_out", "put it into its entries"),
+    ("data: {source: datasets, paths: [a], packing: best_fit}", "data.packing", "are concatenated"),
     ("defaults: [{modle: tiny}]", "defaults", "did you mean 'model'?"),
     ("defaults: [tiny]", "defaults", "`- model: tiny`"),
     ("model: {factory: a:b, config: {model_type: qwen3}}", "model.config", "either model.config"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from areal_ray.config import ConfigError, DataConfig
-from areal_ray.data import PackedTokens, build_tokenizer
+from areal_ray.data import PackedTokens
 from areal_ray.data.corpus import planning, prepare, shard
 from areal_ray.data.corpus.corpus import Corpus, TokenFile, TokenStream, document_lengths
 from areal_ray.data.corpus.manifest import MANIFEST
@@ -19,8 +19,8 @@ from areal_ray.data.corpus.token_file import TokenWriter, token_dtype
 from areal_ray.data.dataset import IGNORED, is_same
 from areal_ray.data.packing import ConcatenatedRows, concatenate
 from areal_ray.data.records import Tokens
-from areal_ray.data.splits import open_splits
 from areal_ray.storage import LocalStorage
+from tests.unit.data.corpora import plan_for, prepared, splits, tokens
 
 pytestmark = pytest.mark.unit
 
@@ -33,36 +33,8 @@ def small_groups(monkeypatch):
     monkeypatch.setattr(planning, "GROUP_BYTES", 300)
 
 
-@pytest.fixture
-def sources(tmp_path):
-    folder = tmp_path / "sources"
-    folder.mkdir()
-    for i in range(20):
-        (folder / f"{i:02}.txt").write_bytes(bytes([i]) * (37 + i))
-    return folder
-
-
-def plan_for(sources, folder, held_out=0.25):
-    config = DataConfig(source="text", paths=[str(sources)], held_out=held_out)
-    return planning.make_plan(config, build_tokenizer("bytes"), LocalStorage(folder))
-
-
-def prepared(sources, folder, **settings):
-    plan = plan_for(sources, folder, **settings)
-    prepare.prepare(plan, prepare.in_process, print)
-    return Corpus(plan.work.storage)
-
-
-def splits(corpus, seq_len):
-    return open_splits(DataConfig(), {"": corpus}, seq_len)
-
-
 def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def tokens(rows):
-    return rows[np.arange(len(rows))]["input_ids"].flatten().tolist()
 
 
 def test_rows_and_old_fingerprints_are_those_of_the_version_before(sources, tmp_path, small_groups, monkeypatch):
@@ -185,29 +157,10 @@ def test_two_jobs_that_prepare_the_same_do_not_harm_each_other(sources, tmp_path
     assert set(plan.work.storage.names()) == {*manifest.files, "manifest.json", "sources.jsonl"}
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["one shard", "shards"])
-def test_of_few_documents_the_one_of_the_least_hash_is_held_out(sources, tmp_path, monkeypatch, small):
-    if small:
-        monkeypatch.setattr(planning, "GROUP_BYTES", 100)
-    train, held_out = splits(prepared(sources, tmp_path / "data", held_out=1e-9), 1)
-    from zlib import crc32
-
-    least = min(range(20), key=lambda i: crc32(bytes([i]) * (37 + i)))
-    assert set(tokens(held_out)) == {least, 256}
-    assert set(tokens(train)) == {*range(20), 256} - {least}
-    assert tokens(held_out).count(least) == 37 + least
-
-
-def test_of_one_document_its_last_tokens_are_held_out(tmp_path):
-    (tmp_path / "one").write_bytes(bytes(range(127)))
-    train, held_out = splits(prepared(tmp_path / "one", tmp_path / "data", held_out=0.1), 1)
-    assert tokens(train) + tokens(held_out) == [*range(127), 256]
-    assert len(held_out) == 13
-
-
-def test_nothing_is_held_out_if_nothing_is_to_be(sources, tmp_path):
-    corpus = prepared(sources, tmp_path / "data", held_out=0.0)
-    assert (len(corpus.split("held_out")), corpus.manifest.splits["held_out"]) == (0, [])
+def test_a_secret_of_a_source_is_in_no_manifest():
+    config = DataConfig(source="hub", paths=["a/b"], args={"token": "hf_x", "revision": "1"})
+    assert planning.settings_of(config)["args"] == {"token": "***", "revision": "1"}
+    assert planning.settings_of(config)["tokenizer"] == "bytes"
 
 
 def test_tokens_that_are_not_predicted_have_no_label(tmp_path):

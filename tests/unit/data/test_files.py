@@ -1,8 +1,10 @@
 """Files of all kinds: what is taken, what is left out and said, what is refused with file and line."""
 
+import errno
 import gzip
 import json
 import lzma
+import os
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data.build import build_source
+from areal_ray.data.corpus.shard import part_bytes
 from areal_ray.data.records import Part
 from areal_ray.data.sources import hub
 from areal_ray.data.sources import source as source_module
@@ -22,6 +25,14 @@ pytestmark = pytest.mark.unit
 
 LINES = [f"line {i}: the quick brown fox, größer\n" for i in range(300)]
 TEXT = "".join(LINES)
+
+
+class DataSet(list):
+    """What `datasets` loads: rows, and a table of a thousand bytes a row."""
+
+    @property
+    def data(self):
+        return SimpleNamespace(nbytes=1000 * len(self))
 
 
 class FailingRemotely(TextFiles):
@@ -78,6 +89,34 @@ def test_an_existing_folder_is_itself_before_it_is_a_pattern(tmp_path):
     write(tmp_path / "[v1]" / "part.txt", b"here")
     write(tmp_path / "v" / "part.txt", b"not here")
     assert read(tmp_path / "[v1]")[0] == [b"here"]
+
+
+def test_a_link_to_a_file_is_the_file_under_its_own_name_and_once(tmp_path):
+    write(tmp_path / "blobs" / "0a1b", json_lines(["one"]))
+    write(tmp_path / "set" / "b.jsonl", json_lines(["two"]))
+    (tmp_path / "set" / "a.jsonl").symlink_to(tmp_path / "blobs" / "0a1b")
+    (tmp_path / "set" / "c.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "set")
+    write(tmp_path / "set" / "notes", b"")
+    contents, source = read(tmp_path / "set", source="jsonl")
+    assert contents == [b"one", b"two"]
+    assert source.notes == ["data: left out 1 folders that are links, 1 not .jsonl or .ndjson or .json"]
+    held = source_of(tmp_path / "set", source="jsonl", held_out_paths=[str(tmp_path / "set" / "c.jsonl")])
+    assert [(part.path[-7:], part.split) for part in held.parts()] == [("a.jsonl", "train"), ("c.jsonl", "held_out")]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "shut" / "a.txt", b"a")
+    write(tmp_path / "b.txt", b"b")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert refused(tmp_path) == f"cannot read {tmp_path}/shut: Permission denied"
 
 
 def test_a_byte_order_mark_is_no_text_and_line_ends_are_as_configured(tmp_path):
@@ -183,6 +222,16 @@ def test_csv_has_quotes_and_line_ends_in_fields_and_a_field_of_any_length(tmp_pa
     contents, source = read(tmp_path, source="csv", fields={"text": "body"})
     assert contents == [b'say "hi",\nthere', long.encode()]
     assert source.notes == ["data: left out 1 not .csv or .tsv"]
+    content = b'id,text\n1,"one\n\xff\ntwo"\n2,three\n'
+    write(tmp_path / "a.csv", content)
+    assert "a.csv:3: byte 0xff is no UTF-8" in refused(tmp_path, source="csv")
+    contents, source = read(tmp_path, source="csv", on_error="skip")
+    assert (contents, source.skipped) == ([b"three"], {"that cannot be read left out": 1})
+    assert read(tmp_path, source="csv", on_error="replace")[0] == ["one\n\ufffd\ntwo".encode(), b"three"]
+    write(tmp_path / "a.csv", b'id,text\n1,one\n2,"two')
+    contents, source = read(tmp_path, source="csv", on_error="skip")
+    assert contents == [b"one"]
+    assert source.skipped == {"files that cannot be read to the end left out from there": 1}
     write(tmp_path / "a.csv", b"id,text\n1,a,b\n")
     assert f"{tmp_path}/a.csv:2: 3 fields, where the first line names 2" in refused(tmp_path, source="csv")
 
@@ -233,14 +282,14 @@ def test_the_standard_library_has_pairs_of_docstring_and_body():
 
 
 def test_data_sets_of_the_hub_are_read_by_parts_of_rows(monkeypatch):
-    rows = [{"text": f"{i}", "n": None} for i in range(7)]
+    rows = DataSet({"text": f"{i}", "n": None} for i in range(7))
     asked = []
 
     def load_dataset(name, **options):
         asked.append((name, options))
         if name == "gone":
             raise FileNotFoundError("not there")
-        return rows if options["split"] == "train" else rows[:1]
+        return rows if options["split"] == "train" else DataSet(rows[:1])
 
     config = {"source": "hub", "held_out_paths": ["some/name#test"], "args": {"revision": "1"}}
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -255,6 +304,7 @@ def test_data_sets_of_the_hub_are_read_by_parts_of_rows(monkeypatch):
         (6, 7, "train"),
     ]
     assert parts[3].split == "held_out"
+    assert [part_bytes(part) for part in parts] == [3000, 3000, 1000, 1000]  # not of rows, of which there are few
     assert [d.content for part in parts for d in source.read(part)] == [b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"0"]
     assert asked[0] == ("some/name", {"split": "train", "revision": "1"})
     assert "'gone' cannot be loaded: FileNotFoundError: not there" in refused("gone", **config)

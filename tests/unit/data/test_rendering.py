@@ -101,6 +101,15 @@ def test_a_chat_of_bytes_needs_a_template_and_tools_are_for_it(tmp_path):
     assert bytes(made.ids[made.predicted].astype(np.uint8)) == "Größer.<|im_end|>\n".encode()
 
 
+def test_a_template_with_the_date_gives_the_same_tokens_every_day():
+    tokenizer = build_tokenizer("bytes")
+    template = "Today is {{ strftime_now('%d %b %Y %H:%M:%S') }}\n" + CHATML
+    config = DataConfig(format="messages", chat_template=template)
+    (made,) = render(config, tokenizer, {"messages": CHAT[:3]})
+    assert bytes(made.ids.astype(np.uint8)).startswith(b"Today is 26 Jul 2024\n<|im_start|>system")
+    assert tokenizer.transformers().chat_template is None  # what is exported is as it was
+
+
 def test_of_a_completion_what_follows_the_prompt_is_predicted(tmp_path):
     tokenizer = build_tokenizer(save_tokenizer(tmp_path, bos=True, template=CHATML))
     config = DataConfig(format="completion")
@@ -145,13 +154,18 @@ def test_a_beginning_that_there_is_not_is_a_config_error():
         build_renderer(DataConfig(add_bos=True), build_tokenizer("bytes"))
 
 
-@pytest.mark.parametrize("content", [b"one line\ntwo\n" * 9, b"words only " * 9, b"x" * 99, b"\n" + b"x" * 50])
+LONG = [b"one line\ntwo\n" * 9, b"words only " * 9, b"x" * 99, b"\n" + b"x" * 50, b" " + b"x" * 50, "字".encode() * 30]
+
+
+@pytest.mark.parametrize("content", LONG)
 def test_a_long_document_is_tokenized_in_pieces(monkeypatch, content):
     whole = render(DataConfig(), build_tokenizer("bytes"), content)[0].ids.tolist()
     monkeypatch.setattr(text_module, "_PIECE", 16)
     pieces = render(DataConfig(), build_tokenizer("bytes"), content)
     assert len(pieces) > 3
     assert [i for piece in pieces for i in piece.ids.tolist()] == whole
+    for piece in pieces[:-1]:  # the last one is the mark of the end
+        bytes(piece.ids.astype(np.uint8)).decode()  # no character lies in two pieces
 
 
 def test_the_largest_id_counts_not_the_number_of_tokens(tmp_path):

@@ -35,6 +35,8 @@ def test_pairs_are_one_stream_in_the_order_given(tmp_path):
     assert whole(source, "train") == everything[:9]
     assert whole(source, "held_out") == everything[9:]
     assert MegatronPairs([b, a]).split("train").document_lengths().tolist() == [5, 3, 4]
+    lengths = [source.split(name).document_lengths().tolist() for name in ("train", "held_out")]
+    assert lengths == [[5, 3, 1], [0, 3]]  # of the documents of the file that was cut
     assert source.about("train") == "9 tokens"
     apart = MegatronPairs([a], [f"{b}.idx"], held_out=0.25)
     assert (whole(apart, "train"), whole(apart, "held_out")) == (everything[5:], everything[:5])
@@ -46,6 +48,8 @@ def test_pairs_have_a_fingerprint_of_their_content(tmp_path):
     other = MegatronPairs([write_pair(tmp_path / "c", [30, 40], first=1)])
     assert first.fingerprint == same.fingerprint != other.fingerprint
     assert first.split("train").fingerprint != first.split("held_out").fingerprint
+    a, b, c = (str(tmp_path / name) for name in ("a", "there/b", "c"))
+    assert MegatronPairs([a, b], [c]).fingerprint != MegatronPairs([a], [b, c]).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,7 @@ def test_tokens_of_arrow_files_are_read_in_place(tmp_path, kind):
     both = ArrowTokens([folder], [other])
     assert (whole(both, "train"), whole(both, "held_out")) == ([*range(1, 8)], [8, 9])
     assert both.fingerprint != source.fingerprint
+    assert ArrowTokens([folder, folder], [other]).fingerprint != ArrowTokens([folder], [folder, other]).fingerprint
 
 
 @pytest.mark.parametrize(

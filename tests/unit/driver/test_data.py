@@ -7,7 +7,7 @@ import pytest
 
 from areal_ray.config import Config, ConfigError, DataConfig, RunConfig
 from areal_ray.data import build_tokenizer
-from areal_ray.driver.data import prepared_corpus, sources_of
+from areal_ray.driver.data import noted, prepared_corpus, sources_of
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
 
@@ -38,8 +38,8 @@ def run(tmp_path, text):
         return found, [line for line in said if not line.startswith("prepared data")]
 
     first, _ = go(goes_on=False)
-    directory.write_data({"": {"path": first.location, "fingerprint": first.fingerprint}})
-    go.first = first
+    directory.write_data(noted(config, {"": first}))
+    go.first, go.directory = first, directory
     go.config = config
     return go
 
@@ -87,6 +87,18 @@ def test_sources_that_moved_give_the_same_corpus(run, text, tmp_path):
     shutil.copytree(text, tmp_path / "elsewhere")
     found, _ = run(paths=[str(tmp_path / "elsewhere")])
     assert found.fingerprint == run.first.fingerprint
+
+
+def test_a_run_on_a_corpus_that_another_has_prepared_goes_on_with_it(run, text, tmp_path):
+    shutil.copytree(text, tmp_path / "elsewhere")
+    mine = {"paths": [str(tmp_path / "elsewhere")]}  # of other settings, which the corpus does not have
+    found, _ = run(goes_on=False, **mine)
+    run.directory.write_data(noted(replace(run.config, data=replace(run.config.data, **mine)), {"": found}))
+    (tmp_path / "elsewhere" / "3.txt").write_bytes(b"something else")
+    found, said = run(**mine)
+    assert found.fingerprint == run.first.fingerprint
+    assert len(said) == 1
+    assert "have changed" in said[0]
 
 
 def test_a_corpus_that_is_named_itself_needs_no_sources(run, text):

@@ -53,6 +53,9 @@ def test_corpora_are_found_by_folder_by_name_and_by_run(corpus, capsys, tmp_path
     assert (row["documents"], row["tokens"]) == (20, sum(len(f"document {i} ") * 5 + 1 for i in range(20)))
     assert main(["data", "ls", str(tmp_path)]) == 1
     assert "no prepared corpus" in capsys.readouterr().err
+    run.write_data({"": {"path": str(tmp_path / "text"), "fingerprint": "x"}})  # of tokens of others
+    assert main(["data", "ls", run.storage.location]) == 1
+    assert "the run trains on no prepared corpus" in capsys.readouterr().err
 
 
 def test_what_a_corpus_was_made_of_is_shown(corpus, capsys):
@@ -82,6 +85,8 @@ def test_samples_show_documents_whole_and_the_same_for_a_seed(corpus, capsys):
     assert text == output(capsys, "sample", corpus, "--count", 2)
     assert text != output(capsys, "sample", corpus, "--count", 2, "--seed", 1)
     assert "…" in output(capsys, "sample", corpus, "--tokens", 5)
+    (sample, _) = json.loads(output(capsys, "sample", corpus, "--tokens", 5, "--count", 2, "--json"))[corpus.name]
+    assert sample["cut"] is True
 
 
 def test_samples_mark_what_is_predicted(tmp_path, capsys):
