@@ -32,7 +32,7 @@ import xxhash
 from areal_ray.processes.launch import address, check_peer
 
 WAIT_S = 120.0  # for a successor, after the death; so long the memory of a run that was given up stays taken
-_CLAIM_S = 2.0  # for an answer: the process before may be dying still
+_CLAIM_S = 30.0  # for an answer: the process before may be dying still, for seconds where it has a GPU or much memory
 _LOOK_S = 0.01
 _RELEASE = b"."
 _MOST = 8  # files
@@ -98,8 +98,10 @@ def claim(name: str, wait_s: float = _CLAIM_S) -> list[int]:
     deadline, files = time.monotonic() + wait_s, list[int]()
     untried = [address for each, address in _keepers(name) if each == name]
     with ExitStack() as connections, selectors.DefaultSelector() as waiting:
-        while untried or waiting.get_map():
+        while True:
             untried = [address for address in untried if not _connect(address, connections, waiting)]
+            if not untried and not waiting.get_map():  # gone since they were listed: there is nobody to wait for
+                break
             left = deadline - time.monotonic()
             for key, _ in waiting.select(max(0.0, min(left, _LOOK_S) if untried else left)):
                 waiting.unregister(key.fileobj)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ray
 EVERY = 5  # steps between two copies
 LONG = [
     *SMALL,
-    "train.steps=120",
+    "train.steps=160",
     "checkpoint.every_steps=null",  # so that there is nothing else to go on from
     f"checkpoint.memory_every_steps={EVERY}",
     "checkpoint.memory_partner=true",
@@ -40,7 +40,7 @@ def lose_a_node(run: Run, nodes: int, workers: str) -> str:
         "-m",
         "tests.ray.lost_node_script",
         str(nodes),
-        "28",
+        "83",  # late enough for the first copies to have found their memory, however busy the machine is
         "--config",
         EXPERIMENT,
         *LONG,
@@ -54,10 +54,10 @@ def lose_a_node(run: Run, nodes: int, workers: str) -> str:
 def assert_little_is_lost(run: Run, twin: Run) -> None:
     (restored,) = run.events("restored")
     assert restored["memory"] == f"step-{restored['step']:08d}.a1"
-    assert restored["step"] >= 20
+    assert restored["step"] >= 75
     assert run.result()["goodput"]["lost_steps"] <= EVERY
     assert run.lines("samples.jsonl") == twin.lines("samples.jsonl")
-    assert run.result()["step"] == 120
+    assert run.result()["step"] == 160
 
 
 def test_with_a_node_in_reserve_the_run_ends_in_the_same_bits(twin, tmp_path):

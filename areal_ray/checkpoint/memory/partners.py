@@ -16,7 +16,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.distributed.point_to_point import Message, PointToPoint
 from areal_ray.processes.memory_keeper import kept_names
 
-_CLAIM_S = 10.0
+_CLAIM_S = 30.0
 _PIECE_BYTES = 4 << 20  # at most so much is on its way at a time, between steps that send, too
 
 

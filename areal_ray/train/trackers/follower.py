@@ -140,6 +140,7 @@ class Follower:
 
     def _follow(self) -> None:
         try:
+            self._cursor.move(self._cursor.step)  # its id, before anybody hears of it: else a kill makes two runs
             sink = self._make()
             while (work := self._next()) is not None:
                 work(sink)

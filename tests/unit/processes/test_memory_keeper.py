@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import selectors
 import socket
 import subprocess
 import sys
@@ -200,6 +201,20 @@ def squat(name: str) -> Iterator[Callable[[], None]]:
 def test_names_that_others_have_taken_hold_nothing(name: str, squat: Callable[[], None]) -> None:
     squat()
     assert memory_keeper.claim(f"{name}-0", wait_s=0.1) == []
+
+
+def test_nobody_is_waited_for_where_all_are_gone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = selectors.DefaultSelector.select
+
+    def for_somebody(self: selectors.DefaultSelector, timeout: float | None = None) -> Any:
+        assert self.get_map()
+        return wait(self, timeout)
+
+    monkeypatch.setattr(selectors.DefaultSelector, "select", for_somebody)
+    with socket.socket(socket.AF_UNIX) as refuses:  # as one does that ends after it was listed
+        refuses.bind(address(f"{name}-0~{secrets.token_hex(8)}"))
+        assert memory_keeper.kept_names(name) == [f"{name}-0"]
+        assert memory_keeper.claim(f"{name}-0") == []
 
 
 def test_whoever_takes_names_and_fills_queues_does_not_hide_what_is_kept(

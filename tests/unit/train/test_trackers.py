@@ -162,6 +162,14 @@ def test_a_tracker_that_fails_is_left_out_and_said_once(run, fails):
     assert made[0].calls[-1][0] == fails
 
 
+def test_the_id_of_a_run_stands_before_the_tracker_hears_of_it(run):
+    ids = []
+    cursor = Cursor(run, "0-Kept")
+    make = lambda: ids.append(Cursor(run, "0-Kept").id) or Kept()  # noqa: E731  (killed here, the next start reads that)
+    Follower("mine:Kept", make, run, cursor, print).close()
+    assert ids == [cursor.id]
+
+
 def test_an_end_that_takes_too_long_is_not_waited_for(run):
     said, end = [], threading.Event()
     kept = Kept()
