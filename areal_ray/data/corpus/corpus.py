@@ -140,7 +140,7 @@ class TokenSource(Protocol):
 
 
 class Corpus:
-    """A TokenSource that this package has prepared corpus. To open it reads its manifest only.
+    """A prepared corpus as a TokenSource. To open it reads its manifest only.
 
     Args:
         storage: where it lies.

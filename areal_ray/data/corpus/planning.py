@@ -98,7 +98,10 @@ def groups_of(parts: Sequence[Part]) -> list[Group]:
 
 
 def listing_of(parts: Sequence[Part]) -> str:
-    """A digest of names, sizes and times of change, with which it is noticed that sources are not what they were."""
+    """A digest of names, sizes and times of change, with which it is noticed that sources are not what they were.
+
+    Times are those of files; of an object of S3 its size must do.
+    """
     paths = dict.fromkeys(part.path for part in parts)
     files = [os.path.dirname(path) for path in paths if path.startswith("/")]
     above = os.path.commonpath(files) if files else ""
