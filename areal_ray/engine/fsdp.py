@@ -257,7 +257,7 @@ class FSDPEngine:
             FileExistsError: as a RankError on every rank, if a `dcp` save finds something in it.
             RankError: on every rank, if one of them could not write.
         """
-        save_load.save_engine(meta, self._config.model, self.state, self.describe(), self._ranks)
+        save_load.save_engine(meta, self._config, self.state, self.describe(), self._ranks)
 
     def load(self, meta: SaveLoadMeta) -> None:
         """Load what `save` wrote, at any world size.
@@ -266,7 +266,7 @@ class FSDPEngine:
             RankError: on every rank, if it is damaged.
             ValueError: if it is of another model, or has no optimizer and one is asked for.
         """
-        save_load.load_engine(meta, self._config.model, self.state, self._ranks)
+        save_load.load_engine(meta, self._config, self.state, self._ranks)
 
     def _split(self, batch: Batch) -> list[Batch]:
         return split(batch, self._config.train.micro_batch_size, self.device)

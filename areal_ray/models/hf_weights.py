@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -104,15 +105,28 @@ def load_weights(
 
     def read() -> None:
         for name, tensor in weights_of(model).items() if into is None else into:
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            firsts = offsets(tensor)
-            for window in windows(tuple((0, size) for size in local.shape), local.itemsize, _WINDOW):
-                box = tuple((begin + at, end + at) for (begin, end), at in zip(window, firsts, strict=True))
-                values = part_of(weights[name], box)
-                part_of(local, window).copy_(values)
-                seen(name, tensor, box, values)
+            fill([(weights[name], tensor)], partial(seen, name, tensor))
 
     ranks.all_or_raise(read)
+
+
+def fill(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], seen: Callable[[Box, torch.Tensor], None] = lambda *_: None
+) -> None:
+    """Copy this rank's parts of stored tensors, the first of each pair, into the (sharded) second, some MB at a time.
+
+    Args:
+        pairs: of the same shape.
+        seen: told of the box in the whole, and the values, of every part that is read.
+    """
+    for stored, tensor in pairs:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        firsts = offsets(tensor)
+        for window in windows(tuple((0, size) for size in local.shape), local.itemsize, _WINDOW):
+            box = tuple((begin + at, end + at) for (begin, end), at in zip(window, firsts, strict=True))
+            values = part_of(stored, box)
+            part_of(local, window).copy_(values)
+            seen(box, values)
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
