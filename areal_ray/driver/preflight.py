@@ -20,9 +20,11 @@ from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
 from areal_ray.engine import hidden
+from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights, safetensors_files
+from areal_ray.models.adapters import quick_fingerprint
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
@@ -160,6 +162,8 @@ def _check_continues(saved: dict[str, Any], config: Config, sequences: data.Toke
         else "",
     }
     _check_adapter_continues(saved.get("adapter"), config)
+    if config.model.path and "adapter" in saved and "model.path" not in config.run.allow_changes:
+        _check_base(saved["adapter"]["base"], config)
     _check_optimizer_continues(saved.get("config", {}).get("optim", {}), config)
     for key, problem in found.items():
         if problem and key not in config.run.allow_changes:
@@ -176,6 +180,15 @@ def _check_adapter_continues(saved: dict[str, Any] | None, config: Config) -> No
         is_now = "none" if now is None else f"{now['name']} with {now['args']}"
         text = f"this run's checkpoints are of {was}, and now it is {is_now}; choose another run.name, or go back"
         raise ConfigError("adapter", text)
+
+
+def _check_base(saved: dict[str, Any], config: Config) -> None:
+    """Look at some values of the base that an adapter was trained on; the workers look at all of them."""
+    assert config.model.path
+    path = hf_weights.resolve(config.model.path)
+    weights = hf_weights.stored_weights(path, models.build_model(config.model), safetensors_files.opened(path))
+    if (was := saved.get("quick")) not in (None, now := quick_fingerprint(weights)):
+        raise other_base(config, str(was), now)
 
 
 def _check_optimizer_continues(saved: dict[str, Any], config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,8 @@ from areal_ray.distributed.overlap import overlap
 from areal_ray.distributed.parallelize import parallelize
 from areal_ray.engine.hidden import Hidden
 from areal_ray.engine.optim import freeze
-from areal_ray.models import hf_weights
-from areal_ray.models.adapters import Fingerprint
+from areal_ray.models import hf_weights, safetensors_files
+from areal_ray.models.adapters import Fingerprint, quick_fingerprint
 from areal_ray.models.lazy_tensor import Box
 from areal_ray.models.masking import unasked, with_mask
 
@@ -37,7 +38,7 @@ class ShardedModel:
     Attributes:
         module: the sharded torch module.
         adapted: which of its weights are the adapter's; None: it has none.
-        base: fingerprint of the weights that are not, once they are there; None without an adapter.
+        base: place and fingerprints of the weights that are not, once they are there; None without an adapter.
         units: its modules that are gathered one at a time. Found before sharding, which changes their classes.
         late: gradient reductions that are to be waited for after a backward pass.
         vocabulary: columns of its logits; 0 if it does not say.
@@ -46,7 +47,7 @@ class ShardedModel:
 
     def __init__(self, config: Config, dims: ParallelDims, device: torch.device, ranks: Ranks) -> None:
         self._config, self._device, self._ranks = config, device, ranks
-        self.base: str | None = None
+        self.base: dict[str, Any] | None = None
         self.module, self.adapted = models.build_adapted(config.model, config.adapter, config.engine.precision or "")
         freeze(self.module, config.optim.groups)
         self.units = models.shard_units(self.module, config.model.shard_units)
@@ -157,7 +158,13 @@ class ShardedModel:
         load(adapted.base, seen)
         if adapted.copies:
             load(adapted.copies, lambda *_: None)
-        self.base = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
+
+        def quick() -> str:
+            blank = models.build_model(self._config.model)
+            return quick_fingerprint(hf_weights.stored_weights(here, blank, safetensors_files.opened(here)))
+
+        whole = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
+        self.base = {"path": path, "fingerprint": whole, "quick": self._ranks.on_rank_zero(quick)}
 
     def _take_fingerprint(self, adapted: models.Adapted) -> None:
         """Take that of a base that was drawn."""
@@ -168,7 +175,8 @@ class ShardedModel:
                 local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                 ends = zip(hf_weights.offsets(tensor), local.shape, strict=True)
                 found.add(there, tensor.shape, tuple((at, at + size) for at, size in ends), local)
-        self.base = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
+        whole = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
+        self.base = {"drawn_from_seed": self._config.run.seed, "fingerprint": whole}
 
     def _resolved(self, path: str) -> str:
         others = int(os.environ.get("LOCAL_RANK", "0")) > 0

@@ -107,7 +107,7 @@ def _train_watched(
 
 def _workers(engine: FSDPEngine, ranks: Ranks) -> str:
     parameters, trained = engine.parameters
-    some = "" if trained == parameters else f", {trained / 1e6:.3g}M of them trained,"
+    some = "" if trained == parameters else f", {trained:,} of them trained,"
     workers = f"{ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
     return f"{parameters / 1e6:.1f}M parameters{some} on {workers}"
 

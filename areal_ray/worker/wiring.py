@@ -178,9 +178,9 @@ def _recorded(config: Config, catalog: Catalog) -> dict[str, Any]:
     if ("auto" not in said.values() and config.adapter is None) or (newest := catalog.newest()) is None:
         return {}
     chosen = {key: newest.info.get(key, before[key]) for key in said if said[key] == "auto"}
-    base = newest.info.get("adapter", {}).get("base", {})  # none of an adapter: see preflight
-    if {"model.path", "model.config", "model.factory", "run.seed"}.isdisjoint(config.run.allow_changes):
-        chosen["base"] = base.get("fingerprint")
+    another = {"model.path", "model.config", "model.factory", "run.seed"}  # with which the base may be
+    if config.adapter is not None and another.isdisjoint(config.run.allow_changes):
+        chosen["base"] = newest.info.get("adapter", {}).get("base", {}).get("fingerprint")
     return chosen
 
 

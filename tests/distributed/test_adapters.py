@@ -1,4 +1,4 @@
-"""Adapters on two ranks: the base stays as it is and in no checkpoint, what is saved goes on, exports give its logits."""
+"""Adapters on two ranks: the base stays and is in no checkpoint, what is saved goes on, exports give its logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from areal_ray import models
 from areal_ray.checkpoint import save
 from areal_ray.cli.main import main as run_cli
+from areal_ray.config import ConfigError
 from areal_ray.distributed import Ranks
+from areal_ray.driver import preflight
 from areal_ray.engine import FSDPEngine, Objective, SaveLoadMeta
 from areal_ray.engine.objectives import next_token_loss, predicted_tokens, text_inputs
 from areal_ray.storage import LocalStorage
@@ -143,12 +145,12 @@ class Offsets(models.Adapter):
 def undisturbed(rank: int, root: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}
-    engine = adapted(root)
+    engine, base = adapted(root), plain(root)
     engine.initialize()
     seen["said"], first = engine.describe()["adapter"], base_of(engine)
     stored = {n: t for n, t in AutoModelForCausalLM.from_pretrained(Path(root) / "qwen3").state_dict().items()}
     seen["base read"] = [name for name, tensor in first.items() if not torch.equal(tensor, stored[name])]
-    seen["first logits"] = torch.equal(engine.forward(local_batch(9)), plain(root).forward(local_batch(9)))
+    seen["first logits"] = torch.equal(engine.forward(local_batch(9)), base.forward(local_batch(9)))
     for step in range(LAST):
         train(engine, step)
         if step in (1, 5):
@@ -156,12 +158,11 @@ def undisturbed(rank: int, root: str) -> dict[str, Any]:
     seen["base kept"] = differing(first, base_of(engine))
     seen["tensors"] = sorted({name.split(".")[-3] for name in adapter_of(engine)})
     seen["state"] = [name for name in engine.state.state_dict()["model"] if "lora_" not in name]
-    seen["reference"] = references(root)
-    full = plain(root)
-    full.save(SaveLoadMeta(f"{root}/full"))
+    seen["reference"] = references(root, base)
+    base.save(SaveLoadMeta(f"{root}/full"))
     seen["hf"] = by_directory(engine, root)
     seen["fingerprints"] = fingerprints(root, engine.describe()["adapter"]["base"]["fingerprint"])
-    seen["own"] = of_ones_own(root)
+    seen["own"] = of_ones_own(root, base)
     return seen
 
 
@@ -172,14 +173,14 @@ def plain(root: str) -> FSDPEngine:
     return engine
 
 
-def references(root: str) -> dict[str, Any]:
+def references(root: str, base: FSDPEngine) -> dict[str, Any]:
     """Two steps of an objective with a reference: that is the base itself, and once a second model in its place."""
     states, gathered = [], []
     for second in (False, True):
         engine = adapted(root, "optim.lr=0.05")
         engine.initialize(references=Against.references)
         if second:
-            engine._references = {"first": plain(root)._sharded.frozen}
+            engine._references = {"first": base._sharded.frozen}
         for step in range(3):
             engine.forward_backward(local_batch(step), Against())
             gathered.append(engine.model.training)
@@ -211,7 +212,7 @@ def fingerprints(root: str, first: str) -> dict[str, Any]:
     return {"copies": copies.describe()["adapter"]["base"]["fingerprint"], "held": (held, trained), "refused": refused}
 
 
-def of_ones_own(root: str) -> dict[str, Any]:
+def of_ones_own(root: str, base: FSDPEngine) -> dict[str, Any]:
     config = small_config(
         "model=pretrained",
         f"model.path={root}/qwen3",
@@ -222,7 +223,7 @@ def of_ones_own(root: str) -> dict[str, Any]:
     engine.initialize(references=["first"])
     offsets = {name: t for name, t in snapshot(engine).items() if name.endswith(".by.offset")}
     seen = {"begins": {float(each) for t in offsets.values() for each in t}}
-    before, base, batch = base_of(engine), plain(root), local_batch(3)
+    before, batch = base_of(engine), local_batch(3)
     frozen = torch.cat([engine._references["first"](micro) for micro in engine._split(batch)])
     seen["base"] = torch.equal(frozen, base.forward(batch)) and not torch.equal(frozen, engine.forward(batch))
     train(engine, 0)
@@ -278,6 +279,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
     for kind in SIZES:
         write_base(root / kind, kind)
+    write_base(root / "other", "qwen3", seed=2)
     return root
 
 
@@ -305,7 +307,8 @@ def test_a_run_says_what_is_trained_and_on_which_base(seen: list[dict[str, Any]]
     assert said["parameters"] - said["trained"] == sum(
         p.numel() for p in AutoModelForCausalLM.from_pretrained(root / "qwen3").parameters()
     )
-    assert said["base"] == {"path": str(root / "qwen3"), "fingerprint": seen[1]["said"]["base"]["fingerprint"]}
+    assert said["base"].keys() == {"path", "fingerprint", "quick"}
+    assert said["base"] == {**seen[1]["said"]["base"], "path": str(root / "qwen3")}
     assert json.loads((root / "whole-6/manifest.json").read_text())["info"]["adapter"] == said
 
 
@@ -315,6 +318,18 @@ def test_the_fingerprint_is_that_of_the_values_whatever_holds_them(seen: list[di
     assert found["held"] == ({torch.bfloat16}, {torch.float32})
     assert "model.path: the weights in" in found["refused"]
     assert "0000000000000000" in found["refused"]
+
+
+def test_another_base_is_found_before_anything_starts(seen: list[dict[str, Any]], root: Path) -> None:
+    there, other = (
+        small_config("model=pretrained", f"model.path={root / name}", sizes=False) for name in ("qwen3", "other")
+    )
+    base = seen[0]["said"]["base"]
+    preflight._check_base(base, there)
+    preflight._check_base({**base, "quick": None}, other)  # the workers look at all of it
+    with pytest.raises(ConfigError, match="are not those that this run's adapter was trained on") as caught:
+        preflight._check_base(base, other)
+    assert caught.value.key == "model.path"
 
 
 def test_a_reference_is_the_base_itself(seen: list[dict[str, Any]]) -> None:
@@ -397,7 +412,6 @@ def test_a_base_that_was_drawn_is_drawn_again_for_an_export(saved: Path) -> None
 
 
 def test_another_base_is_not_merged(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_base(saved / "other", "qwen3", seed=2)
     export = ["ckpt", "export", str(saved / "kind-0"), str(saved / "refused"), "--merged", "--base"]
     assert run_cli([*export, str(saved / "other")]) == 1
     assert "is not the base that the adapter was trained on" in capsys.readouterr().err

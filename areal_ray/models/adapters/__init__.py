@@ -2,6 +2,6 @@
 
 from areal_ray.models.adapters.adapter import Adapted, Adapter, attach
 from areal_ray.models.adapters.build import build_adapted, build_adapter
-from areal_ray.models.adapters.fingerprint import Fingerprint
+from areal_ray.models.adapters.fingerprint import Fingerprint, quick_fingerprint
 
-__all__ = ["Adapted", "Adapter", "Fingerprint", "attach", "build_adapted", "build_adapter"]
+__all__ = ["Adapted", "Adapter", "Fingerprint", "attach", "build_adapted", "build_adapter", "quick_fingerprint"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from areal_ray.models.lazy_tensor import Box
+from areal_ray.models.lazy_tensor import Box, part_of
 
 _ODD = (-7046029254386353131, -4658895280553007687)  # 0x9E3779B97F4A7C15 and 0xBF58476D1CE4E5B9, with a sign
 _ELEMENTS = 1 << 20  # at a time
+_FIRST = 1024  # values of a weight
 
 
 class Fingerprint:
@@ -53,6 +54,19 @@ class Fingerprint:
     def text(total: int) -> str:
         """A sum as it is written down."""
         return f"{total % 2**64:016x}"
+
+
+def quick_fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A fingerprint of the first values of every weight, some KB of each file: notices what one is likely to mix up.
+
+    Args:
+        weights: of the base, lazy or not, by its own names.
+    """
+    found = Fingerprint()
+    for name, tensor in weights.items():
+        box = tuple((0, min(size, _FIRST if dim == tensor.ndim - 1 else 1)) for dim, size in enumerate(tensor.shape))
+        found.add(name, tensor.shape, box, part_of(tensor, box))
+    return found.text(found.total)
 
 
 def _runs(first: int, shape: Sequence[int], box: Box, values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

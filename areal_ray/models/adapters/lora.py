@@ -66,6 +66,7 @@ class Lora(Adapter):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # for Conv1D, by peft itself
+                warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # refused, by `attach`
                 inject_adapter_in_model(self._config, model, _NAME)
         except (TypeError, ValueError, NotImplementedError) as error:
             text = f"not for {type(model).__name__}: {' '.join(str(error).split())[:300]}"
