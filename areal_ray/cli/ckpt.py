@@ -37,7 +37,7 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
                 "--tokenizer", help="as data.tokenizer; default that of the run, if it is bytes; or none"
             )
             command.add_argument("--merged", action="store_true", help="of an adapter: the model with it, not it alone")
-            command.add_argument("--base", help="of a merged one: the base's directory or hub name; default the run's")
+            command.add_argument("--base", help="of a merged one: directory or hub name of the base")
         command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
 
 

@@ -53,12 +53,13 @@ def export(
             what a checkpoint names is nothing to load from a hub or a path unasked. An adapter's directory has one only
             if it is given.
         merged: of an adapter: into its base.
-        base: of a merged one: directory or hub name of the base; default the directory that the run had it from.
+        base: of a merged one: directory or hub name of the base; None if it was drawn from the run's seed.
         adapter: a user's own, as the run had it; for lora it is made anew.
 
     Raises:
         FileExistsError: if there is something in `out`.
-        ValueError: if the checkpoint is not of a transformers model, or its tokenizer is not given or cannot be loaded.
+        ValueError: if the checkpoint is not of a transformers model, or its tokenizer or base is not given or cannot be
+            loaded.
         CheckpointDamaged: if the bytes are not those that were written.
     """
     if out.names():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +32,7 @@ class SavedAdapter:
 
     def __init__(self, info: Mapping[str, Any], adapter: models.Adapter | None = None) -> None:
         self._said, self._architecture = info["adapter"], info["hf_config"]
-        name, args = self._said["name"], self._said["args"]
+        name, args = _name_and_args(self._said)
         if adapter is None and name != "lora":
             text = "and what a checkpoint names is not called unasked: give it to areal_ray.tools.export.export"
             raise ValueError(f"the run's adapter was {name!r}, {text}")
@@ -54,10 +53,11 @@ class SavedAdapter:
 
         Args:
             trained: what the checkpoint has, by name.
-            base: directory or hub name of the base; default the directory that the run had it from.
+            base: directory or hub name of the base. What the checkpoint names is not read unasked; None is for a base
+                that was drawn.
 
         Raises:
-            ValueError: if it is not there, or not the one that the adapter was trained on.
+            ValueError: if it is not given, not there, or not the one that the adapter was trained on.
         """
         weights = self._base(base)
         self._check(weights, base)
@@ -72,14 +72,13 @@ class SavedAdapter:
         return {there: merge(here, there) for here, there in self._adapted.base.items()}
 
     def _base(self, given: str | None) -> dict[str, torch.Tensor]:
-        place = self._said["base"]
-        path = given or place.get("path")
-        if path is None:
-            return _drawn(models.build_saved(self._architecture), place["drawn_from_seed"])
-        if given is None and not os.path.isdir(path):
-            text = f"and is no directory here, and nothing is downloaded unasked: give --base {shlex.quote(path)}"
-            raise ValueError(f"the adapter's base was {path!r}, {text}, or a directory of it")
-        here = hf_weights.resolve(path)
+        seed, path = self._said["base"].get("drawn_from_seed"), self._said["base"].get("path")
+        if given is None and isinstance(seed, int):
+            return _drawn(models.build_saved(self._architecture), seed)
+        if given is None:
+            text = f"and what a checkpoint names is not read unasked: give --base {shlex.quote(str(path))}"
+            raise ValueError(f"the adapter's base was {path!r}, {text}")
+        here = hf_weights.resolve(given)
         blank = models.build_saved(self._architecture)
         return hf_weights.stored_weights(here, blank, safetensors_files.opened(here))
 
@@ -89,11 +88,19 @@ class SavedAdapter:
             tensor = weights[name]
             for box in windows(whole_box(tensor.shape), tensor.dtype.itemsize, _WINDOW):
                 found.add(name, tensor.shape, box, part_of(tensor, box))
-        now, was = found.text(found.total), self._said["base"]["fingerprint"]
+        now, was = found.text(found.total), self._said["base"].get("fingerprint")
         if now != was:
-            where = given or self._said["base"].get("path", "the base, drawn anew,")
+            where = given or "the base, drawn anew,"
             text = f"is not the base that the adapter was trained on: its fingerprint is {now}, and was {was}"
             raise ValueError(f"{where} {text}")
+
+
+def _name_and_args(said: Any) -> tuple[str, dict[str, Any]]:
+    """Of the adapter in a manifest, which anybody may have written."""
+    types = {"name": str, "args": dict, "base": dict}
+    if not isinstance(said, dict) or not all(isinstance(said.get(key), kind) for key, kind in types.items()):
+        raise ValueError("the checkpoint does not say which adapter it is of: it cannot be exported")
+    return said["name"], said["args"]
 
 
 def _drawn(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:

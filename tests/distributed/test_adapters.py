@@ -392,13 +392,14 @@ def test_an_export_is_what_peft_reads(saved: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_export_gives_the_logits_of_the_adapter(saved: Path, kind: str) -> None:
-    number = list(KINDS).index(kind)
+    number, base_path = list(KINDS).index(kind), str(saved / KINDS[kind][0])
     out = saved / f"merged-{number}"
-    assert run_cli(["ckpt", "export", str(saved / f"kind-{number}"), str(out), "--merged"]) == 0
+    export = ["ckpt", "export", str(saved / f"kind-{number}"), str(out), "--merged"]
+    assert run_cli([*export, "--base", base_path]) == 0
     merged = logits_of(AutoModelForCausalLM.from_pretrained(out, attn_implementation="sdpa"))
     wanted = torch.load(saved / f"kind-{number}.pt")
     torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-4)
-    base = logits_of(AutoModelForCausalLM.from_pretrained(saved / KINDS[kind][0], attn_implementation="sdpa"))
+    base = logits_of(AutoModelForCausalLM.from_pretrained(base_path, attn_implementation="sdpa"))
     assert (wanted - base).abs().max() > 1e-2
 
 
@@ -412,4 +413,6 @@ def test_another_base_is_not_merged(saved: Path, capsys: pytest.CaptureFixture[s
     export = ["ckpt", "export", str(saved / "kind-0"), str(saved / "refused"), "--merged", "--base"]
     assert run_cli([*export, str(saved / "other")]) == 1
     assert "is not the base that the adapter was trained on" in capsys.readouterr().err
+    assert run_cli(export[:-1]) == 1
+    assert f"is not read unasked: give --base {saved / 'qwen3'}" in capsys.readouterr().err
     assert not (saved / "refused").exists()
