@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -121,12 +122,16 @@ class ShardedModel:
         self.reshard()
         return output
 
+    def base_alone(self) -> AbstractContextManager[None]:
+        """A context in which it computes what its base does, as if there were no adapter."""
+        assert self.adapted is not None
+        return self.adapted.adapter.disabled(self.module)
+
     @torch.no_grad()
     def without_adapter(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """As `frozen`, computed by the base alone; in training mode again afterwards, if it was."""
-        assert self.adapted is not None
         training = self.module.training
-        with self.adapted.adapter.disabled(self.module):
+        with self.base_alone():
             output = self.frozen(inputs)
         self.module.train(training)
         return output
