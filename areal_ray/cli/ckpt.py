@@ -36,6 +36,8 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
             command.add_argument(
                 "--tokenizer", help="as data.tokenizer; default that of the run, if it is bytes; or none"
             )
+            command.add_argument("--merged", action="store_true", help="of an adapter: the model with it, not it alone")
+            command.add_argument("--base", help="of a merged one: directory or hub name of the base")
         command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
 
 
@@ -133,7 +135,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from areal_ray.tools.export import export
 
     size = _bytes(arguments.shard_size)
-    done = export(_at(arguments.ckpt), storage_at(arguments.out), size, arguments.tokenizer)
+    how = {"merged": arguments.merged, "base": arguments.base}
+    done = export(_at(arguments.ckpt), storage_at(arguments.out), size, arguments.tokenizer, **how)
     if arguments.json:
         _print_json(vars(done))
     else:

@@ -5,6 +5,7 @@ from areal_ray.config.errors import ConfigError
 from areal_ray.config.load import config_hash, dump, load
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
+    AdapterConfig,
     BadStepConfig,
     CheckpointConfig,
     ClusterConfig,
@@ -27,6 +28,7 @@ from areal_ray.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "BadStepConfig",
     "CheckpointConfig",
     "ClusterConfig",

@@ -103,6 +103,14 @@ def _check_plugins(config: Config) -> None:
             raise ConfigError(key, f"knows {known}, or package.module:name for your own; not {name!r}")
         elif args:
             raise ConfigError(args_key, f"are for your own package.module:name; {name!r} takes none")
+    if config.adapter is not None:
+        if is_plugin(config.adapter.name):
+            check_form(config.adapter.name, "adapter.name")
+        elif config.adapter.name != "lora":
+            raise ConfigError("adapter.name", f"knows lora, or package.module:Class; not {config.adapter.name!r}")
+        if config.engine.mesh.tensor > 1:
+            text = "with an adapter it must be 1: layers that it changes are not split"
+            raise ConfigError("engine.mesh.tensor", text)
     if config.model.factory:
         check_form(config.model.factory, "model.factory")
     elif config.model.args:

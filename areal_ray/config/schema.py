@@ -71,6 +71,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """A few parameters that are trained in a model whose own ones stay as they are, in memory and in no checkpoint."""
+
+    name: str  # lora (by peft), or package.module:Class, an areal_ray.models.Adapter
+    args: dict[str, Any] = field(default_factory=dict)  # lora: of peft.LoraConfig (r, lora_alpha, target_modules, ...)
+
+
+@dataclass(frozen=True)
 class ParameterGroupConfig:
     """Settings of the parameters whose names a regular expression is found in; the first group that matches counts."""
 
@@ -201,6 +209,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig | None = None  # null: all of the model is trained
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

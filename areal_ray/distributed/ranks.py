@@ -97,6 +97,14 @@ class Ranks:
         dist.all_reduce(box, dist.ReduceOp.MIN, group=self._group)
         return int(box)
 
+    def all_reduce_sum(self, value: int) -> int:
+        """The sum of all ranks' signed 64-bit numbers, on every rank; beyond 64 bits it begins anew."""
+        if self._alone:
+            return value
+        box = torch.tensor([value])
+        dist.all_reduce(box, dist.ReduceOp.SUM, group=self._group)
+        return int(box)
+
     def agree(self, opinion: bool) -> bool:
         """The opinion of rank 0, on every rank."""
         return bool(self.broadcast_int(opinion))

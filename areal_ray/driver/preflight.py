@@ -20,9 +20,11 @@ from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
 from areal_ray.engine import hidden
+from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights, safetensors_files
+from areal_ray.models.adapters import quick_fingerprint
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
@@ -92,7 +94,7 @@ def _check_plugins(config: Config) -> None:
     for i, tracker in enumerate(config.trackers):
         check_tracker(tracker, f"trackers[{i}]")
     if config.optim.groups:
-        freeze(models.build_model(config.model), config.optim.groups)
+        freeze(models.build_adapted(config.model, config.adapter)[0], config.optim.groups)
 
 
 def _check_model(config: Config, vocab_size: int) -> None:
@@ -101,7 +103,8 @@ def _check_model(config: Config, vocab_size: int) -> None:
     models.check_model(config.model, model, vocab_size, config.train.seq_len)
     if config.data.document_mask and (why := keeps_no_documents_apart(model)):
         raise ConfigError("data.document_mask", f"{why}; without it documents of a row see each other")
-    units = models.shard_units(model, config.model.shard_units)
+    trained = model if config.adapter is None else models.build_adapted(config.model, config.adapter)[0]
+    units = models.shard_units(trained, config.model.shard_units)
     split = config.engine.mesh.tensor > 1
     if split:
         tensor_plan(model, config.engine.mesh.tensor)
@@ -109,11 +112,17 @@ def _check_model(config: Config, vocab_size: int) -> None:
         name = type(model).__name__
         print(f"{name} has no scaled_dot_product_attention: its attention is {models.attention_of(model)}", flush=True)
     try:
-        models.output_layer(model, units, split)
+        models.output_layer(trained, units, split)
     except models.NoOutputLayer as error:
         if hidden.choose(config, vocab_size, why_not=None) == "chunked":
             hidden.choose(config, vocab_size, str(error))
             print(f"the loss is computed with all logits of a micro-batch at once: {error}", flush=True)
+    if config.adapter is not None:
+        count, own = (sum(p.numel() for p in trained.parameters() if p.requires_grad >= least) for least in (0, 1))
+        print(
+            f"adapter {config.adapter.name}: {count:,} parameters, {own:,} of them trained ({own / count:.2%})",
+            flush=True,
+        )
     if config.model.path:
         _check_weights(config, model)
 
@@ -152,11 +161,34 @@ def _check_continues(saved: dict[str, Any], config: Config, sequences: data.Toke
         if "data" not in config.run.allow_changes and not is_same(sequences, saved["data"])
         else "",
     }
+    _check_adapter_continues(saved.get("adapter"), config)
+    if config.model.path and "adapter" in saved and "model.path" not in config.run.allow_changes:
+        _check_base(saved["adapter"]["base"], config)
     _check_optimizer_continues(saved.get("config", {}).get("optim", {}), config)
     for key, problem in found.items():
         if problem and key not in config.run.allow_changes:
             hint = f"; choose another run.name, or go back, or say run.allow_changes='[{key}]'"
             raise ConfigError(key, problem + hint)
+
+
+def _check_adapter_continues(saved: dict[str, Any] | None, config: Config) -> None:
+    """Refuse another adapter, or one where there was none: there is no state for it in the checkpoints."""
+    now = None if config.adapter is None else redact(asdict(config.adapter))
+    before = None if saved is None else {"name": saved["name"], "args": saved["args"]}
+    if before != now:
+        was = "no adapter" if before is None else f"the adapter {before['name']} with {before['args']}"
+        is_now = "none" if now is None else f"{now['name']} with {now['args']}"
+        text = f"this run's checkpoints are of {was}, and now it is {is_now}; choose another run.name, or go back"
+        raise ConfigError("adapter", text)
+
+
+def _check_base(saved: dict[str, Any], config: Config) -> None:
+    """Look at some values of the base that an adapter was trained on; the workers look at all of them."""
+    assert config.model.path
+    path = hf_weights.resolve(config.model.path)
+    weights = hf_weights.stored_weights(path, models.build_model(config.model), safetensors_files.opened(path))
+    if (was := saved.get("quick")) not in (None, now := quick_fingerprint(weights)):
+        raise other_base(config, str(was), now)
 
 
 def _check_optimizer_continues(saved: dict[str, Any], config: Config) -> None:

@@ -19,7 +19,8 @@ class SaveLoadMeta:
 
     Args:
         path: a directory; for a `dcp` save it must not exist, or be empty.
-        weight_format: `dcp`, sharded and exact, or `hf`, safetensors that transformers reads.
+        weight_format: `dcp`, sharded and exact, or `hf`, safetensors that transformers reads; of an adapter that peft
+            reads.
         with_optim: optimizer and schedule too (with `hf`: as DCP in the subdirectory `optim`). A load without them
             takes the weights of a full checkpoint as well.
         tokenizer: anything with `save_pretrained`, written beside the weights.

@@ -12,10 +12,19 @@ from torch import nn
 from areal_ray.config import Config, plugin
 from areal_ray.distributed import Ranks, accumulation
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
-from areal_ray.engine import hidden, save_load
+from areal_ray.engine import adapters, hidden, save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
 from areal_ray.engine.metric_sums import MetricSums
-from areal_ray.engine.objectives import Batch, FunctionObjective, LossFn, LossWeightFn, Objective, split, text_inputs
+from areal_ray.engine.objectives import (
+    Batch,
+    FrozenModel,
+    FunctionObjective,
+    LossFn,
+    LossWeightFn,
+    Objective,
+    split,
+    text_inputs,
+)
 from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm, skips_on_device
 from areal_ray.engine.reproducibility import reseed, set_process_switches
 from areal_ray.engine.scalars import positive_or_one, scalar_on
@@ -48,6 +57,7 @@ class FSDPEngine:
         entering: Callable[[str], None] = lambda _: None,
         accumulate: accumulation.Accumulate | None = None,
         loss: hidden.Loss | None = None,
+        base: str | None = None,
     ) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
 
@@ -56,11 +66,13 @@ class FSDPEngine:
             references: names of frozen models beside it, each with the first weights; see `Objective.references`.
             entering: told of the phase that begins: "connect ..." for each group of ranks, then "build".
             accumulate, loss: what the checkpoint says that is loaded next; None: there is none. See `choose` of both.
+            base: fingerprint of the base beneath its adapter, if it must be the same now; None: it need not.
 
         Raises:
             RuntimeError: if ranks do not reach each other and are told so; says in which dimension of the mesh.
             RankError: on every rank, if weights cannot be read from model.path.
             ValueError: on every rank, if they are those of another model.
+            ConfigError: on every rank, if the base is another one.
         """
         config = self._config
         self._owns_group = not dist.is_initialized()
@@ -76,16 +88,23 @@ class FSDPEngine:
             self._sharded.init_weights()
         else:
             self._sharded.init_buffers()
+        adapters.check_base(config, self._sharded.base, base)
         self.optimizer = build_optimizer(self.model, config.optim, restored=not weights)
         own = plugin.is_plugin(config.optim.name)
         self._group_values = plain_group_values(self.optimizer) if own else None
-        self._references = {name: self._build() for name in references}
-        for reference in self._references.values():
-            reference.init_weights()
-            reference.module.requires_grad_(False)
+        self._references = {name: self._reference() for name in references}
 
     def _build(self) -> ShardedModel:
         return ShardedModel(self._config, self.dims, self.device, self._ranks)
+
+    def _reference(self) -> FrozenModel:
+        """The model with its first weights. Beneath an adapter these are still there, and nothing is held twice."""
+        if self._sharded.adapted is not None:
+            return self._sharded.without_adapter
+        reference = self._build()
+        reference.init_weights()
+        reference.module.requires_grad_(False)
+        return reference.frozen
 
     def destroy(self) -> None:
         """Give back model, optimizer and the process group, if this engine made it; it cannot be used afterwards."""
@@ -98,6 +117,12 @@ class FSDPEngine:
     @property
     def model(self) -> nn.Module:
         return self._sharded.module
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """The number of parameters in all, and of those that are trained."""
+        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
 
     @property
     def shard_units(self) -> list[nn.Module]:
@@ -114,7 +139,8 @@ class FSDPEngine:
 
     @property
     def state(self) -> DCPState:
-        return DCPState(self.model, self.optimizer, self._schedule, group_values=self._group_values)
+        sharded = self._sharded
+        return DCPState(sharded.module, self.optimizer, self._schedule, True, self._group_values, sharded.adapted)
 
     @property
     def lr(self) -> float:
@@ -126,7 +152,10 @@ class FSDPEngine:
 
     def describe(self) -> dict[str, Any]:
         mesh = self.dims.sizes()
-        return {"world_size": self._ranks.size, "mesh": mesh, "accumulate": self.accumulate, "loss": self.loss}
+        said = {"world_size": self._ranks.size, "mesh": mesh, "accumulate": self.accumulate, "loss": self.loss}
+        if self._sharded.base is None:
+            return said
+        return {**said, "adapter": adapters.described(self._config, self._sharded.base, *self.parameters)}
 
     def train(self) -> None:
         """Put the model into training mode; `forward_backward` does so itself."""
@@ -228,7 +257,7 @@ class FSDPEngine:
             FileExistsError: as a RankError on every rank, if a `dcp` save finds something in it.
             RankError: on every rank, if one of them could not write.
         """
-        save_load.save_engine(meta, self._config.model, self.state, self.describe(), self._ranks)
+        save_load.save_engine(meta, self._config, self.state, self.describe(), self._ranks)
 
     def load(self, meta: SaveLoadMeta) -> None:
         """Load what `save` wrote, at any world size.
@@ -237,14 +266,14 @@ class FSDPEngine:
             RankError: on every rank, if it is damaged.
             ValueError: if it is of another model, or has no optimizer and one is asked for.
         """
-        save_load.load_engine(meta, self._config.model, self.state, self._ranks)
+        save_load.load_engine(meta, self._config, self.state, self._ranks)
 
     def _split(self, batch: Batch) -> list[Batch]:
         return split(batch, self._config.train.micro_batch_size, self.device)
 
     @torch.no_grad()
     def _prepared(self, objective: Objective, micro: Batch) -> Batch:
-        return objective.prepare(micro, {name: reference.frozen for name, reference in self._references.items()})
+        return objective.prepare(micro, self._references)
 
     def _output(self, objective: Objective, prepared: Batch) -> torch.Tensor | hidden.Hidden:
         forward = self._sharded.hidden if self.loss == "chunked" and objective.takes_hidden else self._sharded

@@ -28,7 +28,8 @@ class Objective(ABC):
     no `attention_mask` in it where the rows of the batch have no padding.
 
     Attributes:
-        references: names of frozen models that `prepare` needs. Each is the run's model with its first weights.
+        references: names of frozen models that `prepare` needs. Each is the run's model with its first weights; with an
+            adapter it is the base, which is not held a second time.
         metrics: names of the values that `loss` may return beside the loss; all ranks sum all of them.
         takes_hidden: whether `loss` can do without the logits, and is given a `Hidden` where model.loss says chunked.
     """

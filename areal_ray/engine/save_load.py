@@ -11,11 +11,12 @@ from typing import Any
 
 from areal_ray import models
 from areal_ray.checkpoint import StoredState, load, save
-from areal_ray.config import ModelConfig
+from areal_ray.config import Config, ModelConfig
 from areal_ray.distributed import Ranks
 from areal_ray.engine.base import SaveLoadMeta
 from areal_ray.engine.state import DCPState
 from areal_ray.models import conversion, hf_weights, safetensors_files
+from areal_ray.models.adapters.files import read_adapter, write_adapter
 from areal_ray.models.lazy_tensor import stored_tensors
 from areal_ray.storage import LocalStorage
 
@@ -23,12 +24,12 @@ _SHARD_BYTES = 5 << 30
 _PARTS = "sharded"  # the parts of the ranks, until the files are made of them
 
 
-def save_engine(meta: SaveLoadMeta, model: ModelConfig, state: DCPState, info: Mapping[str, Any], ranks: Ranks) -> None:
+def save_engine(meta: SaveLoadMeta, config: Config, state: DCPState, info: Mapping[str, Any], ranks: Ranks) -> None:
     """Save as `FSDPEngine.save` does. A collective.
 
     Args:
         meta: where and how.
-        model: for `hf`, what config.json says of it.
+        config: for `hf`, what config.json says of the model, or adapter_config.json of the adapter.
         state: everything; parts of it are left out as `meta` says.
         info: for the manifest.
         ranks: all ranks.
@@ -38,8 +39,11 @@ def save_engine(meta: SaveLoadMeta, model: ModelConfig, state: DCPState, info: M
         ranks.on_rank_zero(lambda: _make_room(directory.location))
         save(directory, {"engine": state if meta.with_optim else state.weights()}, info, ranks)
     else:
-        _save_weights(directory, model, state, ranks)
-        if (architecture := models.architecture(model)) is not None:
+        if state.adapted is not None:
+            _save_adapter(directory, config, state.adapted, state, ranks)
+        else:
+            _save_weights(directory, config.model, state, ranks)
+        if state.adapted is None and (architecture := models.architecture(config.model)) is not None:
             ranks.on_rank_zero(lambda: directory.replace("config.json", json.dumps(architecture, indent=2).encode()))
         if meta.with_optim:
             save(directory.sub("optim"), {"engine": state.without_weights()}, info, ranks)
@@ -66,7 +70,23 @@ def _save_weights(directory: LocalStorage, model: ModelConfig, state: DCPState, 
     ranks.on_rank_zero(lambda: shutil.rmtree(parts.location))
 
 
-def load_engine(meta: SaveLoadMeta, model: ModelConfig, state: DCPState, ranks: Ranks) -> None:
+def _save_adapter(
+    directory: LocalStorage, config: Config, adapted: models.Adapted, state: DCPState, ranks: Ranks
+) -> None:
+    """Write the adapter's directory. Rank 0 does: it is small."""
+    ranks.on_rank_zero(lambda: _clear(directory))
+    parts = directory.sub(_PARTS)
+    save(parts, {"engine": state.weights()}, {}, ranks)
+
+    def write() -> None:
+        blank, _ = models.build_adapted(config.model, config.adapter)
+        write_adapter(directory, blank, adapted, stored_tensors(StoredState(parts), "engine.model."), config.model.path)
+        shutil.rmtree(parts.location)
+
+    ranks.on_rank_zero(write)
+
+
+def load_engine(meta: SaveLoadMeta, config: Config, state: DCPState, ranks: Ranks) -> None:
     """Load as `FSDPEngine.load` does. A collective."""
     directory = LocalStorage(meta.path)
     if meta.weight_format == "dcp":
@@ -75,7 +95,11 @@ def load_engine(meta: SaveLoadMeta, model: ModelConfig, state: DCPState, ranks: 
         else:
             load(directory, {"engine": state.weights()}, ranks, part=True)
         return
-    hf_weights.load_weights(directory.location, state.model, models.build_model(model), ranks)
+    if state.adapted is not None:
+        blank, _ = models.build_adapted(config.model, config.adapter)
+        read_adapter(directory.location, blank, state.adapted, hf_weights.weights_of(state.model), ranks)
+    else:
+        hf_weights.load_weights(directory.location, state.model, models.build_model(config.model), ranks)
     if meta.with_optim:
         load(directory.sub("optim"), {"engine": state.without_weights()}, ranks)
 

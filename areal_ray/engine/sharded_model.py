@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from areal_ray import models
 from areal_ray.config import Config
@@ -17,7 +21,9 @@ from areal_ray.distributed.overlap import overlap
 from areal_ray.distributed.parallelize import parallelize
 from areal_ray.engine.hidden import Hidden
 from areal_ray.engine.optim import freeze
-from areal_ray.models import hf_weights
+from areal_ray.models import hf_weights, safetensors_files
+from areal_ray.models.adapters import Fingerprint, quick_fingerprint
+from areal_ray.models.lazy_tensor import Box
 from areal_ray.models.masking import unasked, with_mask
 
 
@@ -25,13 +31,15 @@ class ShardedModel:
     """A causal language model, sharded with FSDP2; a frozen reference is one, and an engine has one that it trains.
 
     Args:
-        config: model, engine, run.seed and optim.groups (what is frozen) are read.
+        config: model, adapter, engine, run.seed and optim.groups (what is frozen) are read.
         dims: of the mesh that it is laid over.
         device: of this rank.
         ranks: all ranks.
 
     Attributes:
         module: the sharded torch module.
+        adapted: which of its weights are the adapter's; None: it has none.
+        base: place and fingerprints of the weights that are not, once they are there; None without an adapter.
         units: its modules that are gathered one at a time. Found before sharding, which changes their classes.
         late: gradient reductions that are to be waited for after a backward pass.
         vocabulary: columns of its logits; 0 if it does not say.
@@ -40,7 +48,8 @@ class ShardedModel:
 
     def __init__(self, config: Config, dims: ParallelDims, device: torch.device, ranks: Ranks) -> None:
         self._config, self._device, self._ranks = config, device, ranks
-        self.module = models.build_model(config.model)
+        self.base: dict[str, Any] | None = None
+        self.module, self.adapted = models.build_adapted(config.model, config.adapter, config.engine.precision or "")
         freeze(self.module, config.optim.groups)
         self.units = models.shard_units(self.module, config.model.shard_units)
         # Of a model that returns hidden states these are a view; nothing here changes them in place.
@@ -62,18 +71,29 @@ class ShardedModel:
             RankError: on every rank, if weights cannot be read from model.path.
             ValueError: on every rank, if they are those of another model.
         """
-        path = self._config.model.path
-        if path:
+        path, seed = self._config.model.path, self._config.run.seed
+        if path and self.adapted is not None:
+            models.init_adapter(self.module, seed, self.adapted)
+            self._load_base(path, self.adapted)
+        elif path:
             models.init_buffers(self.module)
             self._load_pretrained(path)
         else:
-            models.init_weights(self.module, self._config.run.seed)
+            models.init_weights(self.module, seed, self.adapted)
+            if self.adapted is not None:
+                self._take_fingerprint(self.adapted)
         if self._device.type == "cuda":  # what was needed on the way, from the allocator back to the GPU
             torch.cuda.empty_cache()
 
     def init_buffers(self) -> None:
-        """Set what is in no checkpoint, for when weights are loaded next; parameters stay undefined."""
-        models.init_buffers(self.module)
+        """Set what is in no checkpoint, for when weights are loaded next; parameters stay undefined.
+
+        Beneath an adapter that is the base, too: raises as `init_weights`.
+        """
+        if self.adapted is not None:
+            self.init_weights()
+        else:
+            models.init_buffers(self.module)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The output for these keyword arguments of the module's forward: the logits (B, S, vocabulary)."""
@@ -102,6 +122,20 @@ class ShardedModel:
         self.reshard()
         return output
 
+    def base_alone(self) -> AbstractContextManager[None]:
+        """A context in which it computes what its base does, as if there were no adapter."""
+        assert self.adapted is not None
+        return self.adapted.adapter.disabled(self.module)
+
+    @torch.no_grad()
+    def without_adapter(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """As `frozen`, computed by the base alone; in training mode again afterwards, if it was."""
+        training = self.module.training
+        with self.base_alone():
+            output = self.frozen(inputs)
+        self.module.train(training)
+        return output
+
     def reshard(self) -> None:
         """Without a backward pass FSDP may leave parameters gathered, and a save would find these in their place."""
         for module in self.module.modules():
@@ -109,8 +143,57 @@ class ShardedModel:
                 module.reshard()
 
     def _load_pretrained(self, path: str) -> None:
+        blank = models.build_model(self._config.model)
+        hf_weights.load_weights(self._resolved(path), self.module, blank, self._ranks)
+
+    def _load_base(self, path: str, adapted: models.Adapted) -> None:
+        """Read the base, take its fingerprint on the way, and then what begins as a copy of some of it."""
+        here, found = self._resolved(path), Fingerprint()
+        weights = hf_weights.weights_of(self.module)
+
+        def load(names: Mapping[str, str], seen: hf_weights.Seen) -> None:
+            blank = models.build_model(self._config.model)
+            into = [(there, weights[name]) for name, there in names.items()]
+            hf_weights.load_weights(here, self.module, blank, self._ranks, into, seen)
+
+        def seen(name: str, tensor: torch.Tensor, box: Box, values: torch.Tensor) -> None:
+            if _counts(tensor):
+                found.add(name, tensor.shape, box, values.to(self._device))
+
+        load(adapted.base, seen)
+        if adapted.copies:
+            load(adapted.copies, lambda *_: None)
+
+        def quick() -> str:
+            blank = models.build_model(self._config.model)
+            return quick_fingerprint(hf_weights.stored_weights(here, blank, safetensors_files.opened(here)))
+
+        whole = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
+        self.base = {"path": path, "fingerprint": whole, "quick": self._ranks.on_rank_zero(quick)}
+
+    def _take_fingerprint(self, adapted: models.Adapted) -> None:
+        """Take that of a base that was drawn."""
+        weights, found = hf_weights.weights_of(self.module), Fingerprint()
+        for name, there in adapted.base.items():
+            tensor = weights[name]
+            if _counts(tensor):
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                ends = zip(hf_weights.offsets(tensor), local.shape, strict=True)
+                found.add(there, tensor.shape, tuple((at, at + size) for at, size in ends), local)
+        whole = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
+        self.base = {"drawn_from_seed": self._config.run.seed, "fingerprint": whole}
+
+    def _resolved(self, path: str) -> str:
         others = int(os.environ.get("LOCAL_RANK", "0")) > 0
         # One download per machine; the others then find it.
         self._ranks.all_or_raise(lambda: others or hf_weights.resolve(path))
-        here = self._ranks.all_or_raise(lambda: hf_weights.resolve(path))
-        hf_weights.load_weights(here, self.module, models.build_model(self._config.model), self._ranks)
+        return self._ranks.all_or_raise(lambda: hf_weights.resolve(path))
+
+
+def _counts(tensor: torch.Tensor) -> bool:
+    """Whether this rank's part of a tensor is to be counted: of the same part on several ranks that of one is."""
+    if not isinstance(tensor, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    place = tensor.device_mesh.get_coordinate()
+    assert place is not None
+    return all(at == 0 for placement, at in zip(tensor.placements, place, strict=True) if placement.is_replicate())

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint.tree import flatten, local
+from areal_ray.models import Adapted
 from areal_ray.models.hf_weights import weights_of
 
 _OF_THE_CONFIG = ("params", "lr", "initial_lr", "weight_decay")  # entries of a parameter group that no step changes
@@ -32,6 +33,7 @@ class DCPState(Stateful):
         weights: False leaves the model's weights out, for when they are saved in another format.
         group_values: for an optimizer of the user's own, `plain_group_values` when it was made. None: it has all of its
             state from the beginning, and changes nothing in its groups.
+        adapted: if the model has an adapter; its base is left out.
     """
 
     def __init__(
@@ -41,23 +43,25 @@ class DCPState(Stateful):
         schedule: Stateful | None = None,
         weights: bool = True,
         group_values: list[dict[str, Any]] | None = None,
+        adapted: Adapted | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.adapted = model, adapted
         self._optimizer, self._schedule, self._weights = optimizer, schedule, weights
         self._group_values = group_values
 
     def weights(self) -> DCPState:
         """The model alone."""
-        return DCPState(self.model)
+        return DCPState(self.model, adapted=self.adapted)
 
     def without_weights(self) -> DCPState:
         """Everything but the model's weights."""
-        return DCPState(self.model, self._optimizer, self._schedule, weights=False, group_values=self._group_values)
+        return DCPState(self.model, self._optimizer, self._schedule, False, self._group_values, self.adapted)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
         if self._weights:
-            state["model"] = weights_of(self.model)
+            weights = weights_of(self.model)
+            state["model"] = weights if self.adapted is None else self.adapted.trained(weights)
         if self._optimizer is not None:
             state["optim"] = {name: dict(values) for name, values in self._optimizer_state().items()}
             if changed := dict(self._changed_group_values()):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,10 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from areal_ray.distributed import Ranks
 from areal_ray.models.conversion import to_module
-from areal_ray.models.lazy_tensor import part_of, windows
+from areal_ray.models.lazy_tensor import Box, part_of, windows
 from areal_ray.models.safetensors_files import opened
 
 _WINDOW = 64 << 20  # bytes of a parameter that are put together at a time
+
+# Told of what is read: the name of a weight, the tensor that it fills a part of, the box in the whole, the values.
+Seen = Callable[[str, torch.Tensor, Box, torch.Tensor], None]
 
 
 def resolve(path: str) -> str:
@@ -71,7 +75,14 @@ def stored_weights(path: str, blank: nn.Module, stored: Mapping[str, torch.Tenso
     return found
 
 
-def load_weights(path: str, model: nn.Module, blank: nn.Module, ranks: Ranks) -> None:
+def load_weights(
+    path: str,
+    model: nn.Module,
+    blank: nn.Module,
+    ranks: Ranks,
+    into: Iterable[tuple[str, torch.Tensor]] | None = None,
+    seen: Seen = lambda *_: None,
+) -> None:
     """Fill a sharded model in place, each rank reading what it needs, whatever the precision in the files.
 
     Beyond its part a rank has a few windows of 64 MB in memory, and one head of a layer where rotary weights are
@@ -82,6 +93,8 @@ def load_weights(path: str, model: nn.Module, blank: nn.Module, ranks: Ranks) ->
         model: with memory; its non-persistent buffers are left alone.
         blank: the same on the meta device, unsharded; it must not be used for anything else afterwards.
         ranks: all ranks.
+        into: names of weights in `blank`, and tensors of the model that take them. Default: all, by the same names.
+        seen: told of every part that this rank reads.
 
     Raises:
         RankError: on every rank, if one of them could not read.
@@ -91,14 +104,29 @@ def load_weights(path: str, model: nn.Module, blank: nn.Module, ranks: Ranks) ->
     weights = stored_weights(path, blank, stored)
 
     def read() -> None:
-        for name, tensor in weights_of(model).items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            offsets = _offsets(tensor)
-            for window in windows(tuple((0, size) for size in local.shape), local.itemsize, _WINDOW):
-                box = tuple((begin + at, end + at) for (begin, end), at in zip(window, offsets, strict=True))
-                part_of(local, window).copy_(part_of(weights[name], box))
+        for name, tensor in weights_of(model).items() if into is None else into:
+            fill([(weights[name], tensor)], partial(seen, name, tensor))
 
     ranks.all_or_raise(read)
+
+
+def fill(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], seen: Callable[[Box, torch.Tensor], None] = lambda *_: None
+) -> None:
+    """Copy this rank's parts of stored tensors, the first of each pair, into the (sharded) second, some MB at a time.
+
+    Args:
+        pairs: of the same shape.
+        seen: told of the box in the whole, and the values, of every part that is read.
+    """
+    for stored, tensor in pairs:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        firsts = offsets(tensor)
+        for window in windows(tuple((0, size) for size in local.shape), local.itemsize, _WINDOW):
+            box = tuple((begin + at, end + at) for (begin, end), at in zip(window, firsts, strict=True))
+            values = part_of(stored, box)
+            part_of(local, window).copy_(values)
+            seen(box, values)
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -112,7 +140,7 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights | {name: buffer for name, buffer in model.named_buffers() if name not in skipped}
 
 
-def _offsets(tensor: torch.Tensor) -> tuple[int, ...]:
+def offsets(tensor: torch.Tensor) -> tuple[int, ...]:
     """Where this rank's part of a DTensor begins, in each dimension."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim

@@ -9,13 +9,14 @@ these, too; that takes 10 ns and 4 bytes for each element of the module, on ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from areal_ray.models.adapters.adapter import Adapted
 from areal_ray.models.initial_parts import draw_part, keep_part, seed_of
 from areal_ray.models.recorded_rule import NeedsWholeTensor, StandIn, recording
 
@@ -35,43 +36,58 @@ def materialise(model: nn.Module, device: torch.device) -> None:
             module._parameters[name] = first._parameters[first_name]
 
 
-def init_weights(model: nn.Module, seed: int) -> None:
+def init_weights(model: nn.Module, seed: int, adapted: Adapted | None = None) -> None:
     """Set all parameters and buffers of a materialised model.
+
+    Args:
+        model: sharded or not.
+        seed: of all of it.
+        adapted: if it has an adapter. What is the base's, or begins with values of the base, then has those that it
+            has without the adapter.
 
     Raises:
         ValueError: if a module has parameters but no rule to initialise them.
     """
-    _init(model, seed, parameters=True)
+    _init(model, seed, adapted, lambda _: True)
 
 
-def init_buffers(model: nn.Module) -> None:
+def init_buffers(model: nn.Module, adapted: Adapted | None = None) -> None:
     """Set the buffers only (rotary frequencies and the like): for a model whose parameters are loaded next."""
-    _init(model, seed=0, parameters=False)
+    _init(model, 0, adapted, lambda _: False)
 
 
-def _init(model: nn.Module, seed: int, parameters: bool) -> None:
+def init_adapter(model: nn.Module, seed: int, adapted: Adapted) -> None:
+    """Set the buffers, and of the parameters those that do not begin with values of the base."""
+    _init(model, seed, adapted, lambda name: name not in adapted.base and name not in adapted.copies)
+
+
+def _init(model: nn.Module, seed: int, adapted: Adapted | None, wanted: Callable[[str], bool]) -> None:
     done: set[int] = set()
     # The first owner of a shared parameter, in the order of the model's modules, decides how it is initialised.
     for name, module in model.named_modules():
-        own = {k: p for k, p in module._parameters.items() if p is not None and id(p) not in done}
-        if not ((parameters and own) or module._buffers):
+        own = {
+            key: parameter
+            for key, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) not in done and wanted(f"{name}.{key}".lstrip("."))
+        }
+        if not (own or module._buffers):
             continue
-        full = _values(model, module, name, seed)
+        origin = name if adapted is None else adapted.origins.get(name, name)
+        full = _values(_Rules(model, adapted), module, name, f"{seed}/{origin}")
         with torch.no_grad():
-            if parameters:
-                for key, parameter in own.items():
-                    value = full[key]
-                    if isinstance(value, StandIn):
-                        draw_part(parameter, value, f"{seed}/{name}.{key}")
-                    else:
-                        keep_part(parameter, value)
-                    done.add(id(parameter))
+            for key, parameter in own.items():
+                value = full[key]
+                if isinstance(value, StandIn):
+                    draw_part(parameter, value, f"{seed}/{origin}.{key}")
+                else:
+                    keep_part(parameter, value)
+                done.add(id(parameter))
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     buffer.copy_(full[key])
 
 
-def _values(model: nn.Module, module: nn.Module, name: str, seed: int) -> dict[str, torch.Tensor]:
+def _values(rules: _Rules, module: nn.Module, name: str, seed: str) -> dict[str, torch.Tensor]:
     """First values of a module's own parameters and buffers, by name: full-sized, or how they are drawn."""
     large = {
         key
@@ -81,16 +97,16 @@ def _values(model: nn.Module, module: nn.Module, name: str, seed: int) -> dict[s
     if large:
         # What a tensor without values does not allow is done again with values; a mistake in the rule shows there, too.
         with suppress(NeedsWholeTensor, RuntimeError, TypeError), recording():
-            return _run_rule(model, module, name, seed, large)
-    return _run_rule(model, module, name, seed)
+            return _run_rule(rules, module, name, seed, large)
+    return _run_rule(rules, module, name, seed)
 
 
 def _run_rule(
-    model: nn.Module, module: nn.Module, name: str, seed: int, without_memory: Collection[str] = ()
+    rules: _Rules, module: nn.Module, name: str, seed: str, without_memory: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]), _full_sized(module, without_memory) as full:
-        torch.manual_seed(seed_of(f"{seed}/{name}"))
-        _apply_rules(model, name)
+        torch.manual_seed(seed_of(seed))
+        _apply_rules(rules, name)
     return full
 
 
@@ -118,26 +134,27 @@ def _full_sized(module: nn.Module, without_memory: Collection[str]) -> Iterator[
         module._parameters, module._buffers = parameters, buffers
 
 
-def _apply_rules(model: nn.Module, name: str) -> None:
+def _apply_rules(rules: _Rules, name: str) -> None:
     """Set a module's tensors by its rule; what that leaves, by those of the modules that it lies in.
 
     A router may be set by the rule of its block, and a buffer of a layer by that of the whole model.
     """
-    lineage = _lineage(model, name)
+    lineage = rules.lineage(name)
     module = lineage[-1]
-    rule = _rule(lineage)
-    if rule is None:
+    rule = rules.of(name)
+    if rule is None and rules.are_the_models(name):
         raise ValueError(
             f"module {name!r} ({type(module).__name__}) has parameters or buffers but neither reset_parameters() nor a "
             "model with _init_weights(module): give it a reset_parameters() that sets them"
         )
     # What it does to modules within it is done by their own rules, which come later.
-    with _without_values(module, but=module) if next(module.children(), None) is not None else nullcontext():
-        rule()
+    if rule is not None:
+        with _without_values(module, but=module) if next(module.children(), None) is not None else nullcontext():
+            rule()
     for depth in range(len(lineage) - 1, 0, -1):
         if not _unset(module):
             return
-        if (rule := _rule(lineage[:depth])) is not None:
+        if (rule := rules.of(".".join(name.split(".")[: depth - 1]))) is not None:
             with _without_values(lineage[depth - 1], but=module):
                 rule()
     if unset := _unset(module):
@@ -146,22 +163,39 @@ def _apply_rules(model: nn.Module, name: str) -> None:
         raise ValueError(f"{name}.{unset[0]}: the initialisation of {type(module).__name__} does not set it")
 
 
-def _lineage(model: nn.Module, name: str) -> list[nn.Module]:
-    """The model, what lies in it on the way to a module, and the module itself."""
-    lineage = [model]
-    for part in name.split(".") if name else ():
-        lineage.append(lineage[-1].get_submodule(part))
-    return lineage
+class _Rules:
+    """What sets the tensors of a module, by its name.
 
+    Args:
+        model: all of it.
+        adapted: if it has an adapter, which has the rules for its own modules.
+    """
 
-def _rule(lineage: Sequence[nn.Module]) -> Callable[[], None] | None:
-    """What sets the tensors of the last one; None if nothing does."""
-    module = lineage[-1]
-    if hasattr(lineage[0], "_init_weights"):  # transformers: one call per module, to the innermost model around it
-        owner: Any = next(each for each in reversed(lineage) if hasattr(each, "_init_weights"))
-        return lambda: owner._init_weights(module)
-    rule = getattr(type(module), "reset_parameters", None)
-    return None if rule is None else lambda: rule(module)
+    def __init__(self, model: nn.Module, adapted: Adapted | None) -> None:
+        self._model, self._adapted = model, adapted
+
+    def lineage(self, name: str) -> list[nn.Module]:
+        """The model, what lies in it on the way to a module, and the module itself."""
+        lineage = [self._model]
+        for part in name.split(".") if name else ():
+            lineage.append(lineage[-1].get_submodule(part))
+        return lineage
+
+    def are_the_models(self, name: str) -> bool:
+        """Whether a module is set as it is without an adapter; else it may be by those that it lies in."""
+        return self._adapted is None or name in self._adapted.origins
+
+    def of(self, name: str) -> Callable[[], None] | None:
+        """The rule of a module; None if it has none."""
+        lineage = self.lineage(name)
+        module = lineage[-1]
+        if self._adapted is not None and not self.are_the_models(name):
+            return self._adapted.adapter.rule(module)
+        if hasattr(self._model, "_init_weights"):  # transformers: one call per module, to the innermost model around it
+            owner: Any = next(each for each in reversed(lineage) if hasattr(each, "_init_weights"))
+            return lambda: owner._init_weights(module)
+        rule = getattr(type(module), "reset_parameters", None)
+        return None if rule is None else lambda: rule(module)
 
 
 def _unset(module: nn.Module) -> list[str]:

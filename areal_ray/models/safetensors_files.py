@@ -101,7 +101,7 @@ def write(
         max_shard_size=shard_bytes,
     )
     for file, names in list(split.filename_to_tensors.items())[rank::ranks]:
-        _write_file(out, file, {name: tensors[name] for name in names})
+        write_file(out, file, {name: tensors[name] for name in names})
     return {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
 
 
@@ -111,7 +111,8 @@ def write_index(out: Storage, index: Mapping[str, Any]) -> None:
         out.replace(_INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
-def _write_file(out: Storage, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_file(out: Storage, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors into one file, a few MB in memory."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():

@@ -106,8 +106,10 @@ def _train_watched(
 
 
 def _workers(engine: FSDPEngine, ranks: Ranks) -> str:
-    parameters = sum(p.numel() for p in engine.model.parameters())
-    return f"{parameters / 1e6:.1f}M parameters on {ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
+    parameters, trained = engine.parameters
+    some = "" if trained == parameters else f", {trained:,} of them trained,"
+    workers = f"{ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
+    return f"{parameters / 1e6:.1f}M parameters{some} on {workers}"
 
 
 def _leave(run: RunDir, reason: str | None, step: int) -> None:

@@ -172,12 +172,16 @@ def memory_copies(config: Config, ranks: Ranks, context: JobContext, say: Callab
 
 
 def _recorded(config: Config, catalog: Catalog) -> dict[str, Any]:
-    """What `auto` was taken for in the run so far, which is to go on: arguments of `FSDPEngine.initialize`."""
+    """What the run so far has chosen, which is to go on: arguments of `FSDPEngine.initialize`."""
     said = {"accumulate": config.engine.accumulate, "loss": config.model.loss}
     before = {"accumulate": "unsharded", "loss": "logits"}  # there was a choice
-    if "auto" not in said.values() or (newest := catalog.newest()) is None:
+    if ("auto" not in said.values() and config.adapter is None) or (newest := catalog.newest()) is None:
         return {}
-    return {key: newest.info.get(key, before[key]) for key in said if said[key] == "auto"}
+    chosen = {key: newest.info.get(key, before[key]) for key in said if said[key] == "auto"}
+    another = {"model.path", "model.config", "model.factory", "run.seed"}  # with which the base may be
+    if config.adapter is not None and another.isdisjoint(config.run.allow_changes):
+        chosen["base"] = newest.info.get("adapter", {}).get("base", {}).get("fingerprint")
+    return chosen
 
 
 def _node_process() -> int | None:

@@ -94,7 +94,7 @@ def refer(rank: int) -> dict[str, Any]:
     before = torch.cat([engine.forward(local_batch(5)).flatten()])
     train(engine, seed=0)
     after = engine.forward(local_batch(5)).flatten()
-    frozen = [engine._references["first"].frozen(micro) for micro in engine._split(local_batch(5))]
+    frozen = [engine._references["first"](micro) for micro in engine._split(local_batch(5))]
     seen = {"stays": torch.equal(torch.cat(frozen).flatten(), before), "moves": not torch.equal(after, before)}
     engine.destroy()
     return {**seen, "destroyed": not dist.is_initialized()}

@@ -22,7 +22,7 @@ class MemoryEstimate:
     """Bytes on one rank, by what they are for.
 
     Args:
-        parameters: of the whole model.
+        parameters: of the whole model, its adapter included.
         device: on the device (on a CPU: of the process); weights and gradients and optimizer are this rank's shards.
         host: beside it in the host's memory, for one rank.
     """
@@ -43,11 +43,14 @@ def estimate(config: Config, workers: int, model: nn.Module | None = None) -> Me
         workers: training workers.
         model: on the meta device, if it has been built.
     """
-    model = models.build_model(config.model) if model is None else model
+    if model is None:
+        model, _ = models.build_adapted(config.model, config.adapter, config.engine.precision or "")
     mesh, train = config.engine.mesh, config.train
     copies = mesh.replicate
     shards = max(1, workers // copies)  # tensor parallel ranks share the parameters, too
     count = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     width = 2 if config.engine.precision == "bfloat16" else _FLOAT
     units = [sum(p.numel() for p in unit.parameters()) for unit in shard_units(model, config.model.shard_units)]
     outside = count - sum(units)
@@ -56,11 +59,11 @@ def estimate(config: Config, workers: int, model: nn.Module | None = None) -> Me
     micro_batches = max(1, train.global_batch_size // ranks // train.micro_batch_size)
     whole = micro_batches > 1 and config.engine.accumulate == "unsharded"
     tokens = min(train.micro_batch_size, max(1, train.global_batch_size // ranks)) * train.seq_len
-    state = 3 * _FLOAT * count // shards
+    state = 3 * _FLOAT * trained // shards  # what an adapter leaves as it is is not saved
     device = {
-        "weights": _FLOAT * count // shards,
-        "gradients": _FLOAT * (count if whole else count // shards),
-        "optimizer": 2 * _FLOAT * count // shards,
+        "weights": weights // shards,
+        "gradients": _FLOAT * (trained if whole else trained // shards),
+        "optimizer": 2 * _FLOAT * trained // shards,
         "gathered layers": width * sum(largest) if shards > 1 else 0,
         "activations": _activations(config, model, tokens, width, max(1, len(units))),
         "logits": 2 * _FLOAT * tokens * _rows(model),

@@ -1,5 +1,7 @@
 """The driver's checks before anything is started, and what it writes down."""
 
+import json
+import re
 import subprocess
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -155,6 +157,54 @@ def test_a_run_goes_on_with_the_optimizer_that_it_began_with(config, saved, over
     with pytest.raises(ConfigError, match="this run's checkpoints") as caught:
         preflight._check_optimizer_continues(saved, config(*overrides))
     assert caught.value.key == key
+
+
+LORA = {"name": "lora", "args": {"r": 2, "target_modules": ["q_proj"]}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "part"),
+    [
+        (None, LORA, "of no adapter, and now it is lora"),
+        (LORA, None, "and now it is none"),
+        (LORA, {**LORA, "args": {"r": 4, "target_modules": ["q_proj"]}}, "now it is lora with {'r': 4"),
+        (LORA, LORA, None),
+        (None, None, None),
+    ],
+)
+def test_a_run_goes_on_with_the_adapter_that_it_began_with(config, saved, now, part):
+    checked = config(f"adapter={json.dumps(now)}")
+    saved = saved and {**saved, "base": {"fingerprint": "0"}}
+    if part is None:
+        preflight._check_adapter_continues(saved, checked)
+        return
+    with pytest.raises(ConfigError) as caught:
+        preflight._check_adapter_continues(saved, checked)
+    assert caught.value.key == "adapter"
+    assert part in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "part"),
+    [
+        (["adapter.name=qlora"], "adapter.name", "knows lora, or package.module:Class"),
+        (["adapter.name=a.b"], "adapter.name", "knows lora"),
+        (["adapter.name=collections:OrderedDict"], "adapter.name", "returned OrderedDict, no Adapter"),
+        (["adapter.name=lora", "engine.mesh.tensor=2"], "engine.mesh.tensor", "it must be 1"),
+        (["adapter={name: lora, args: {target_modules: [nope]}}"], "adapter.args", "not for Qwen3ForCausalLM"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_found_before_anything_starts(config, overrides, key, part):
+    pytest.importorskip("peft", reason="adapters by LoRA need the extra areal_ray[lora]")
+    with pytest.raises(ConfigError, match=re.escape(part)) as caught:
+        prepare(config(*overrides))
+    assert caught.value.key == key
+
+
+def test_what_an_adapter_trains_is_said_before_anything_starts(config, capsys):
+    pytest.importorskip("peft", reason="adapters by LoRA need the extra areal_ray[lora]")
+    prepare(config(f"adapter={json.dumps(LORA)}"))
+    assert re.search(r"adapter lora: [\d,]+ parameters, [\d,]+ of them trained \(0\.\d+%\)", capsys.readouterr().out)
 
 
 def test_fresh_refuses_a_used_directory(config, tmp_path):

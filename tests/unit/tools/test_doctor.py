@@ -37,6 +37,17 @@ def test_an_estimate_is_what_torch_allocates_for_weights_gradients_and_optimizer
     assert whole.device["gradients"] == 4 * count
 
 
+def test_an_estimate_of_an_adapter_is_about_what_is_trained():
+    pytest.importorskip("peft", reason="adapters by LoRA need the extra areal_ray[lora]")
+    whole = estimate(load(TINY, ["cluster.num_workers=1"]), 1)
+    some = estimate(load(TINY, ["cluster.num_workers=1", "adapter={name: lora, args: {r: 2}}"]), 1)
+    own = some.parameters - whole.parameters
+    assert 0 < own < whole.parameters // 100
+    assert some.device["weights"] == 4 * some.parameters
+    assert (some.device["gradients"], some.device["optimizer"]) == (4 * own, 8 * own)
+    assert some.host["checkpoint image"] == 12 * own
+
+
 def test_all_is_well_where_it_is(tmp_path):
     assert {each.state for each in findings(tmp_path).values()} == {"ok"}
     assert list(tmp_path.iterdir()) == []

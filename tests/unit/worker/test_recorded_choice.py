@@ -39,3 +39,15 @@ def test_the_newest_good_checkpoint_counts_unless_the_user_says_how(tmp_path):
     assert recorded(tmp_path, "engine.accumulate=unsharded") == {"loss": "chunked"}
     assert recorded(tmp_path, "model.loss=logits") == {"accumulate": "sharded"}
     assert recorded(tmp_path, "engine.accumulate=unsharded", "model.loss=logits") == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "base"),
+    [([], "0123"), (["run.allow_changes=[model.path]"], None), (["run.allow_changes=[data]"], "0123")],
+)
+def test_the_base_of_an_adapter_must_be_the_same_unless_it_may_change(tmp_path, overrides, base):
+    adapter = {"name": "lora", "args": {}, "base": {"path": "/models/base", "fingerprint": "0123"}}
+    info = {"step": 1, "attempt": 1, "adapter": adapter}
+    save(LocalStorage(tmp_path).sub(Catalog.name(1, 1)), {"box": Box(**weights())}, info, Ranks())
+    fixed = ["engine.accumulate=sharded", "model.loss=logits", "adapter={name: lora}"]
+    assert recorded(tmp_path, *fixed, *overrides).get("base") == base
