@@ -192,6 +192,7 @@ class TrackerConfig:
 @dataclass(frozen=True)
 class LoggingConfig:
     every_steps: int = 10
+    peak_tflops: float | None = None  # of a worker's device, for mfu; null: known by its name, for usual GPUs
     sample_ids: bool = False  # write the numbers of every global batch's sequences to samples.jsonl, to check order
 
 

@@ -55,6 +55,7 @@ class Console:
             parts = [f"loss {values['loss']:.4f}", f"grad norm {values['grad_norm']:.2f}"] if "loss" in values else []
             parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items()]
             parts += [f"lr {values['lr']:.2e}", f"{values['tokens_per_s']:,.0f} tokens/s"]
+            parts += [f"{values['mfu']:.1%} MFU"] if "mfu" in values else []
             parts += [f"{values['step_time_s']:.3f} s/step"]
             if values.get("data_s", 0.0) > _SLOW_DATA * values["step_time_s"]:
                 parts += [f"{values['data_s']:.3f} of them waiting for data"]

@@ -117,6 +117,7 @@ def wire(
         journal,
         PlannedRestart,
         auto,
+        context.operations_per_token,
     )
     session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
