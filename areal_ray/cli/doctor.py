@@ -25,12 +25,15 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     bad = _print([Finding("ok", "configuration", f"{arguments.config}: {config.train.steps:,} steps")])
     from areal_ray.driver.data import NotPrepared, leave_unprepared
+    from areal_ray.driver.opening import opening
     from areal_ray.driver.preflight import prepare
 
     try:
-        run, config, _ = prepare(config, leave_unprepared)
+        given, lines = config, list[str]()
+        run, config, _ = prepare(given, leave_unprepared, lambda *seen: lines.extend(opening(given, *seen)))
         text = f"as `train` checks them; run directory {run.storage.location}"
         bad += _print([Finding("ok", "model, run, data", text)])
+        bad += _print(Finding("ok", *line.split(": ", 1)) for line in lines)
     except NotPrepared as error:
         text = f"{error.bytes / 1e6:,.0f} MB are not prepared yet: `areal-ray prepare` or the first start does that"
         bad += _print([Finding("ok", "model, run", "as `train` checks them"), Finding("note", "data", text)])

@@ -26,6 +26,7 @@ from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.data import noted
 from areal_ray.driver.hints import hint
+from areal_ray.driver.opening import counted_operations, opening
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare
 from areal_ray.driver.signals import ask_in_background, stopping_on_signals
@@ -66,7 +67,9 @@ def train(
     Raises:
         ConfigError: before anything is trained or written.
     """
-    run, config, sources = prepare(config)
+    lines: list[str] = []
+    given = config
+    run, config, sources = prepare(given, look=lambda *seen: lines.extend(opening(given, *seen)))
     done = Catalog(run.storage).newest()
     if done is not None and done.step >= config.last_step:
         print(
@@ -78,7 +81,10 @@ def train(
         run.storage.ensure(config.run.private)
     except OSError as error:
         raise ConfigError("run.storage_path", str(error)) from None
-    print(f"run directory: {run.storage.location}", flush=True)
+    print("\n".join([*lines, f"run directory: {run.storage.location}"]), flush=True)
+    operations, unknown = counted_operations(config)
+    if unknown:
+        print(unknown, flush=True)
     if config.cluster.use_gpu and (gpus := config.cluster.resources_per_worker.get("GPU", 1)) > 1:
         print(f"each worker reserves {gpus:g} GPUs and trains on one of them: the others stay unused", flush=True)
     slow = slow_because(config, train=True)
@@ -88,7 +94,7 @@ def train(
             early.close()
     job = secrets.token_hex(8)
     run = RunDir(run.storage, job)
-    context = JobContext(run, job, fast_restarts=slow is None, search_path=tuple(search_path))
+    context = JobContext(run, job, slow is None, tuple(search_path), operations)
     # Until the cluster is closed: a second signal must not end the driver in the middle of that.
     with ExitStack() as signals, display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None):
         requests = requests_to(context.submission, context.fast_restarts)

@@ -86,9 +86,7 @@ def build_job(
         evaluator = Evaluator(*args)
     log = Cadence(config.logging.every_steps)
     ranks, device_s = start.ranks, _device_seconds(config, operations)
-    numbers = WorkerNumbers(
-        ranks.gather_numbers, engine.dp_size, cursor, lambda: peak_bytes(engine.device), device_s
-    )
+    numbers = WorkerNumbers(ranks.gather_numbers, engine.dp_size, cursor, lambda: peak_bytes(engine.device), device_s)
     metrics = StepMetrics(
         log,
         _sinks(config, start),

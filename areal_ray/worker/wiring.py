@@ -45,6 +45,7 @@ class Rank:
         start, engine, job: which start of the workers it is; what is trained; what `loop.train` takes.
         restore, retention: bring the latest state; let checkpoints go.
         session: the job around the loop.
+        places: host name and process id of every rank.
     """
 
     start: Start
@@ -53,6 +54,7 @@ class Rank:
     restore: Restore
     retention: Retention
     session: RaySession
+    places: list[tuple[str, int]]
 
 
 def wire(
@@ -121,7 +123,7 @@ def wire(
     )
     session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
-    return Rank(start, engine, job, restore, kept, session)
+    return Rank(start, engine, job, restore, kept, session, places)
 
 
 def recover_handler(
