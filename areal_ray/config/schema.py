@@ -220,6 +220,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trackers: list[TrackerConfig] = field(default_factory=list)
+    on_end: str | None = None  # package.module:name, called with result.json and the run directory; or a command
     faults: list[Fault] = field(default_factory=list)
 
     def __post_init__(self) -> None:

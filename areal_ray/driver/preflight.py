@@ -20,6 +20,7 @@ from areal_ray.data.splits import Splits, check_sizes, open_splits, own_splits
 from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
+from areal_ray.driver.on_end import check_on_end
 from areal_ray.engine import hidden
 from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
@@ -98,6 +99,7 @@ def _check_plugins(config: Config, model: nn.Module) -> None:
         plugin.check_args(make, config.optim.name, "optim.args", [], **config.optim.args)
     for i, tracker in enumerate(config.trackers):
         check_tracker(tracker, f"trackers[{i}]")
+    check_on_end(config.on_end)
     freeze(model, config.optim.groups)
 
 
