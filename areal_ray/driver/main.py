@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -91,9 +92,14 @@ def train(
             early.close()
     job = secrets.token_hex(8)
     run = RunDir(run.storage, job)
-    context = JobContext(run, job, slow is None, tuple(search_path), operations)
+    live = slow is None and sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    context = JobContext(run, job, slow is None, tuple(search_path), operations, live)
     # Until the cluster is closed: a second signal must not end the driver in the middle of that.
-    with ExitStack() as signals, display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None):
+    with (
+        ExitStack() as signals,
+        display(context.fast_restarts, live) as shown,
+        cluster(config, fork_server, slow is None),
+    ):
         requests = requests_to(context.submission, context.fast_restarts)
 
         def stop() -> None:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, MemoryCopies, Partners, SyncWriter
 from areal_ray.checkpoint.retention import Retention
-from areal_ray.cluster.console import say
+from areal_ray.cluster.console import say, tell
 from areal_ray.cluster.nodes import this_node_id
 from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
@@ -29,6 +29,7 @@ from areal_ray.train.faults import Faults
 from areal_ray.train.journal import Journal, TunedSaves, retention
 from areal_ray.train.recovery import RecoverHandler, SaveListener, SavePolicy
 from areal_ray.train.restore import Restore, WatchedCatalog
+from areal_ray.train.sinks import Pulse
 from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.job import build_job, load_data
 from areal_ray.worker.provenance import provenance
@@ -120,6 +121,7 @@ def wire(
         PlannedRestart,
         auto,
         context.operations_per_token,
+        Pulse(tell, config.train.steps) if context.live and start.first else None,
     )
     session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
