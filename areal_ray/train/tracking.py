@@ -41,7 +41,8 @@ class Window:
 
 
 class StepMetrics:
-    """Aggregates the metrics of steps, and hands them to the sinks every so often. Only rank 0 has sinks.
+    """Aggregates the metrics of steps, and hands them to the sinks every so often. On other ranks than 0 there are no
+    numbers of all workers, and sinks are not rewound.
 
     Args:
         cadence: when to log.

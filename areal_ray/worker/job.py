@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -24,7 +24,7 @@ from areal_ray.train.evaluation import Evaluator
 from areal_ray.train.journal import Journal
 from areal_ray.train.recovery import RecoverHandler
 from areal_ray.train.restore import Restore
-from areal_ray.train.sinks import Console, MetricsFile, MetricsSink, Pulse
+from areal_ray.train.sinks import Console, MetricsFile, MetricsSink
 from areal_ray.train.trackers import build_tracker
 from areal_ray.train.tracking import StepMetrics
 from areal_ray.train.worker_numbers import CountedTime, WorkerNumbers
@@ -45,7 +45,8 @@ def build_job(
     planned_restart: Callable[[str], Exception],
     auto: AutoCadence | None = None,
     operations: float | None = None,
-    pulse: Pulse | None = None,
+    beside: Sequence[MetricsSink] = (),
+    pulse: Callable[[int], None] = lambda _: None,
 ) -> tuple[loop.Job, Restore]:
     """Make the objects of one rank, each knowing only what it is given here; and what restores them.
 
@@ -61,7 +62,8 @@ def build_job(
         planned_restart: exception that has the workers started again, see `Restore`.
         auto: when to save, where checkpoint.every is auto; None: as the other keys say.
         operations: of the model for a position, see `models.operations`; None: not known.
-        pulse: hears of every step; None: nobody shows it.
+        beside: places for metrics on this rank, beside those that the config names.
+        pulse: hears of every step that has ended.
 
     Raises:
         ConfigError: if the optimizer cannot do what train.bad_step.lag asks for.
@@ -91,7 +93,7 @@ def build_job(
     numbers = WorkerNumbers(ranks.gather_numbers, engine.dp_size, cursor, lambda: peak_bytes(engine.device), device_s)
     metrics = StepMetrics(
         log,
-        [*_sinks(config, start), *([] if pulse is None else [pulse])],
+        [*_sinks(config, start), *beside],
         train.steps,
         train.global_batch_size,
         train.global_batch_size * train.seq_len,
@@ -99,7 +101,7 @@ def build_job(
         cursor.metrics,
         numbers,
         CountedTime(run) if start.first else None,
-        (lambda _: None) if pulse is None else pulse.beat,
+        pulse,
     )
     save = auto or Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
     copy = Cadence(every.memory_every_steps)

@@ -19,6 +19,7 @@ from areal_ray.cluster.nodes import this_node_id
 from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
 from areal_ray.distributed import Ranks
+from areal_ray.distributed.peak import peak_bytes
 from areal_ray.distributed.point_to_point import PointToPoint
 from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.objectives import build_objective
@@ -33,6 +34,7 @@ from areal_ray.train.sinks import Pulse
 from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.job import build_job, load_data
 from areal_ray.worker.provenance import provenance
+from areal_ray.worker.ray_metrics import RayMetrics
 from areal_ray.worker.session import RaySession
 from areal_ray.worker.start import Start
 from areal_ray.worker.watchdog import Watchdog
@@ -108,6 +110,7 @@ def wire(
     auto = auto_cadence(config, start, len(set(nodes)))
     heard: SaveListener = journal if auto is None else TunedSaves(auto, journal, ranks)
     memory = memory_copies(config, ranks, context, say)
+    pulse = Pulse(tell, config.train.steps) if context.live and start.first else None
     info = {**engine.describe(), "data": data[0].fingerprint}
     job, restore = build_job(
         config,
@@ -121,7 +124,8 @@ def wire(
         PlannedRestart,
         auto,
         context.operations_per_token,
-        Pulse(tell, config.train.steps) if context.live and start.first else None,
+        [RayMetrics(config.run.name, ranks.rank, lambda: peak_bytes(engine.device)), *([pulse] if pulse else [])],
+        pulse.beat if pulse else lambda _: None,
     )
     session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
