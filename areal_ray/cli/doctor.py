@@ -25,6 +25,7 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     bad = _print([Finding("ok", "configuration", f"{arguments.config}: {config.train.steps:,} steps")])
     from areal_ray.driver.data import NotPrepared, leave_unprepared
+    from areal_ray.driver.memory import estimator
     from areal_ray.driver.opening import opening
     from areal_ray.driver.preflight import prepare
 
@@ -38,7 +39,7 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
         text = f"{error.bytes / 1e6:,.0f} MB are not prepared yet: `areal-ray prepare` or the first start does that"
         bad += _print([Finding("ok", "model, run", "as `train` checks them"), Finding("note", "data", text)])
     storage = storage_at(config.run.storage_path, asdict(config.run.s3))
-    bad += _print(local_findings(config, storage))
+    bad += _print(local_findings(config, storage, estimator(config)))
     bad += _print([_upload()])
     if os.environ.get("RAY_ADDRESS"):
         bad += _on_cluster(config, storage)

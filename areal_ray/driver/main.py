@@ -21,6 +21,7 @@ from areal_ray.cluster import failures, ray_internals
 from areal_ray.cluster.bad_devices import readmit
 from areal_ray.cluster.console import Display, display
 from areal_ray.cluster.head_watch import watching
+from areal_ray.cluster.killers import with_killer
 from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_to, taken_over
 from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
@@ -157,10 +158,10 @@ def _drive(
             return ending.interrupted()
         if taken := taken_over([*workers.values(), controller]):
             raise RunTaken(taken) from None
-        cause = failures.cause_of(error, run)
+        cause = with_killer(failures.cause_of(error, run), run)
         shown.wait_for_end(timeout_s=1.0)
         logs = ray_internals.log_directory() if context.fast_restarts else "Ray's session directory"
-        show(cause, run, logs, hint(cause, config))
+        show(cause, run, logs, hint(cause, config, run))
         ending.close("failed", {}, cause=cause.kind, error=cause.message[:500])
         return 1
     except KeyboardInterrupt:
