@@ -39,10 +39,11 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
         text = f"{error.bytes / 1e6:,.0f} MB are not prepared yet: `areal-ray prepare` or the first start does that"
         bad += _print([Finding("ok", "model, run", "as `train` checks them"), Finding("note", "data", text)])
     storage = storage_at(config.run.storage_path, asdict(config.run.s3))
-    bad += _print(local_findings(config, storage, estimator(config)))
+    needs = estimator(config)
+    bad += _print(local_findings(config, storage, needs))
     bad += _print([_upload()])
     if os.environ.get("RAY_ADDRESS"):
-        bad += _on_cluster(config, storage)
+        bad += _on_cluster(config, storage, needs)
     else:
         _print([Finding("note", "cluster", "RAY_ADDRESS is not set: `train` makes one on this machine")])
     print("\nnothing stands in the way" if not bad else f"\n{bad} thing{'s' * (bad != 1)} to mend")
@@ -61,13 +62,13 @@ def _upload() -> Any:
     return Finding("ok", "upload", "this folder is small enough for a job to take along")
 
 
-def _on_cluster(config: Any, storage: Any) -> int:
+def _on_cluster(config: Any, storage: Any, needs: Any) -> int:
     from areal_ray.driver.connect import cluster, use_token
     from areal_ray.tools.doctor import node_findings
 
     use_token()
     with cluster(config, fast=False):
-        return _print(node_findings(config, storage))
+        return _print(node_findings(config, storage, needs))
 
 
 def _print(findings: Iterable[Any]) -> int:

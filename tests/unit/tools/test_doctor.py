@@ -11,7 +11,7 @@ from areal_ray.driver.memory import estimator
 from areal_ray.storage import LocalStorage
 from areal_ray.tools.doctor import estimate, local_findings
 from areal_ray.tools.doctor import local as local_checks
-from areal_ray.tools.doctor.nodes import _of_node, look, versions
+from areal_ray.tools.doctor.nodes import _memory, _of_node, _room, look, versions
 
 pytestmark = pytest.mark.unit
 TINY = "conf/experiments/tiny.yaml"
@@ -124,6 +124,24 @@ def test_another_version_and_another_clock(tmp_path):
     assert "torch 1.0 (here " in first[1]
     assert second[0] == "note"
     assert "its clock is 36" in second[1]
+
+
+@pytest.mark.parametrize(
+    ("memory", "gpus", "states"),
+    [
+        (10**12, [], ["ok"]),
+        (10**12, [10**10, 10**7], ["bad", "ok"]),
+        (2 * 10**8, [10**10], ["ok", "note"]),
+        (1, [], ["bad"]),
+    ],
+)
+def test_what_a_node_has_is_laid_beside_what_its_workers_take(memory, gpus, states):
+    config = load(TINY, ["cluster.use_gpu=true", "cluster.num_workers=[2,4]"])
+    node = {"Resources": {"CPU": 64.0, "GPU": 8.0}}
+    found = list(_memory("node-b", _room(config, node), {"memory": memory, "gpus": gpus}, config, estimate(config, 2)))
+    assert [each.state for each in found] == states
+    assert found[-1].text.startswith("4 workers take about ")
+    assert not list(_memory("node-b", _room(config, {"Resources": {"CPU": 64.0}}), {}, config, estimate(config, 2)))
 
 
 def test_the_command_says_what_it_looked_at_and_refuses_what_train_does(tmp_path, monkeypatch, capsys):
