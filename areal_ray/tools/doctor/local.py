@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 
+from areal_ray import models
 from areal_ray.config import Config
 from areal_ray.run.units import size_text
 from areal_ray.storage import Storage
@@ -19,16 +20,17 @@ _FILES = 4096
 _GIB = 1 << 30
 
 
-def local_findings(config: Config, storage: Storage, needs: Estimate = estimate) -> Iterator[Finding]:
+def local_findings(config: Config, storage: Storage, needs: Estimate | None = None) -> Iterator[Finding]:
     """What can be found on this machine, check by check.
 
     Args:
         config: checked.
         storage: of run.storage_path.
-        needs: memory of one rank of so many.
+        needs: memory of one rank of so many; None: as `estimate` has it.
     """
     yield _sizes(config)
-    yield from _memory(config, needs)
+    model = models.build_model(config.model) if needs is None else None  # once, for all that is tried
+    yield from _memory(config, needs or (lambda changed, workers: estimate(changed, workers, model)))
     yield _storage(storage)
     yield from _limits()
 
