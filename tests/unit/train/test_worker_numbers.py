@@ -53,6 +53,25 @@ def test_all_ranks_are_asked_for_a_line_and_for_nothing_else():
     assert len(asked) == 3  # steps 3, 6 and the last
 
 
+def test_seconds_of_steps_count_with_each_line_and_going_back_goes_back():
+    calls = []
+    counted = SimpleNamespace(
+        add=lambda seconds: calls.append(seconds > 0),
+        share=lambda: {"counted_share": 0.5},
+        rewind=lambda: calls.append("back"),
+    )
+    lines = []
+    sink = SimpleNamespace(log=lambda step, values: lines.append(values["counted_share"]), rewind=calls.append)
+    metrics = StepMetrics(Cadence(2), [sink], 9, 1, 1, counted=counted)
+    for step in range(1, 5):
+        metrics.begin_step()
+        metrics.end_step(step, 0, 0.1)
+        metrics.write(step)
+    metrics.rewind(2)
+    assert calls == [True, True, 2, "back"]  # after the lines have been taken back
+    assert lines == [0.5, 0.5]
+
+
 @pytest.fixture
 def run(tmp_path):
     made = RunDir(LocalStorage(tmp_path / "run"))
