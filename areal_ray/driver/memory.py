@@ -16,7 +16,7 @@ def estimator(config: Config) -> Callable[[Config, int], MemoryEstimate]:
 
     The model is built once, on the meta device. The numbers are those of `areal-ray doctor`.
     """
-    model = models.build_model(config.model)
+    model, _ = models.build_adapted(config.model, config.adapter, config.engine.precision or "")
     freeze(model, config.optim.groups)
     units = models.shard_units(model, config.model.shard_units)
     why_not: str | None = None

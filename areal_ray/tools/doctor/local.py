@@ -29,8 +29,13 @@ def local_findings(config: Config, storage: Storage, needs: Estimate | None = No
         needs: memory of one rank of so many; None: as `estimate` has it.
     """
     yield _sizes(config)
-    model = models.build_model(config.model) if needs is None else None  # once, for all that is tried
-    yield from _memory(config, needs or (lambda changed, workers: estimate(changed, workers, model)))
+    if needs is None:
+        model, _ = models.build_adapted(
+            config.model, config.adapter, config.engine.precision or ""
+        )  # once, for all levers
+        yield from _memory(config, lambda changed, workers: estimate(changed, workers, model))
+    else:
+        yield from _memory(config, needs)
     yield _storage(storage)
     yield from _limits()
 
