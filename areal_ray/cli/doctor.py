@@ -25,20 +25,25 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     bad = _print([Finding("ok", "configuration", f"{arguments.config}: {config.train.steps:,} steps")])
     from areal_ray.driver.data import NotPrepared, leave_unprepared
+    from areal_ray.driver.memory import estimator
+    from areal_ray.driver.opening import opening
     from areal_ray.driver.preflight import prepare
 
     try:
-        run, config, _ = prepare(config, leave_unprepared)
+        given, lines = config, list[str]()
+        run, config, _ = prepare(given, leave_unprepared, lambda *seen: lines.extend(opening(given, *seen)))
         text = f"as `train` checks them; run directory {run.storage.location}"
         bad += _print([Finding("ok", "model, run, data", text)])
+        bad += _print(Finding("ok", *line.split(": ", 1)) for line in lines)
     except NotPrepared as error:
         text = f"{error.bytes / 1e6:,.0f} MB are not prepared yet: `areal-ray prepare` or the first start does that"
         bad += _print([Finding("ok", "model, run", "as `train` checks them"), Finding("note", "data", text)])
     storage = storage_at(config.run.storage_path, asdict(config.run.s3))
-    bad += _print(local_findings(config, storage))
+    needs = estimator(config)
+    bad += _print(local_findings(config, storage, needs))
     bad += _print([_upload()])
     if os.environ.get("RAY_ADDRESS"):
-        bad += _on_cluster(config, storage)
+        bad += _on_cluster(config, storage, needs)
     else:
         _print([Finding("note", "cluster", "RAY_ADDRESS is not set: `train` makes one on this machine")])
     print("\nnothing stands in the way" if not bad else f"\n{bad} thing{'s' * (bad != 1)} to mend")
@@ -57,13 +62,13 @@ def _upload() -> Any:
     return Finding("ok", "upload", "this folder is small enough for a job to take along")
 
 
-def _on_cluster(config: Any, storage: Any) -> int:
+def _on_cluster(config: Any, storage: Any, needs: Any) -> int:
     from areal_ray.driver.connect import cluster, use_token
     from areal_ray.tools.doctor import node_findings
 
     use_token()
     with cluster(config, fast=False):
-        return _print(node_findings(config, storage))
+        return _print(node_findings(config, storage, needs))
 
 
 def _print(findings: Iterable[Any]) -> int:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from areal_ray import __version__
 from areal_ray.cli.ckpt import add_ckpt
 from areal_ray.cli.data import add_data
 from areal_ray.cli.doctor import doctor
@@ -174,6 +175,8 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
 
 
 def _driver_train(config: Any, arguments: argparse.Namespace) -> int:
+    # Before Ray and torch are imported, which takes seconds: a sign of life.
+    print(f"areal_ray {__version__}: {config.run.name}, {config.train.steps:,} steps", flush=True)
     from areal_ray.config import plugin
     from areal_ray.driver.connect import PREPARATION, answering, cluster, is_off, unreachable, use_token
     from areal_ray.processes.fork_server import fork_server_for

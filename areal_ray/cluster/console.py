@@ -7,17 +7,23 @@ workers (a user's own prints, warnings) with their process, and leaves those of 
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import threading
 import time
-from contextlib import ExitStack
-from typing import Any, Protocol
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, Protocol
 
 from areal_ray.cluster.ray_internals import core_problems, worker_logs_printed, worker_logs_to
 
+if TYPE_CHECKING:
+    from areal_ray.cluster.live_line import LiveLine
+
 _MARK = "[areal_ray] "
 _LOG = "[areal_ray.log] "
+_NEWS = "[areal_ray.news] "
 _END = "\x04"
 # Native and Python stacks of a process that crashes: pages, for the log and not for the screen.
 _DUMP = re.compile(
@@ -55,6 +61,12 @@ def log(text: str) -> None:
     sys.stdout.flush()
 
 
+def tell(news: Mapping[str, Any]) -> None:
+    """Tell the driver's live line how far the run is; where there is none, nobody is to call this."""
+    sys.stdout.write(f"{_NEWS}{json.dumps(news)}\n")
+    sys.stdout.flush()
+
+
 def say_end() -> None:
     """Mark the end of a worker's lines, for the driver to wait for."""
     if _Marks.on:
@@ -73,9 +85,9 @@ class Display(Protocol):
         ...
 
 
-def display(fast_restarts: bool) -> Display:
-    """Make the display of a job (fast_restarts: as in JobContext)."""
-    return Console() if fast_restarts else StockConsole()
+def display(fast_restarts: bool, live: bool = False) -> Display:
+    """Make the display of a job (fast_restarts, live: as in JobContext)."""
+    return Console(live) if fast_restarts else StockConsole()
 
 
 class StockConsole:
@@ -102,12 +114,25 @@ class StockConsole:
 
 
 class Console:
-    """Takes over the driver's display of worker output while the block lasts."""
+    """Takes over the driver's display of worker output while the block lasts.
+
+    Args:
+        live: show how far the run is in a line that changes in its place; for terminals.
+    """
+
+    def __init__(self, live: bool = False) -> None:
+        self._live: LiveLine | None = None
+        if live:
+            from areal_ray.cluster.live_line import LiveLine  # brings tqdm
+
+            self._live = LiveLine()
 
     def __enter__(self) -> Console:
         self._ended = threading.Event()
         self._dumped: set[str] = set()  # processes that have crashed
         self._stack = ExitStack()
+        if self._live is not None:
+            self._stack.enter_context(self._live)
         self._stack.enter_context(worker_logs_printed(False))
         self._stack.enter_context(worker_logs_to(_HANDLER, self._show))
         return self
@@ -117,13 +142,17 @@ class Console:
 
     def wait_for_end(self, timeout_s: float = 5.0) -> None:
         self._ended.wait(timeout_s)
+        if self._live is not None:
+            self._live.close()
 
     def _show(self, data: dict[str, Any]) -> None:
         foreign = "RayTrainWorker" not in str(data.get("actor_name"))
         where = "" if data.get("ip") == data.get("localhost") else f"@{data.get('ip')}"
         process = f"{data.get('pid')}{where}"
         for line in data.get("lines", []):
-            if line.startswith(_MARK):
+            if line.startswith(_NEWS):
+                self._show_news(line[len(_NEWS) :])
+            elif line.startswith(_MARK):
                 self._show_marked(line[len(_MARK) :])
             elif foreign or not line.strip() or line.startswith(_LOG) or _NOISE.search(line):
                 continue
@@ -139,3 +168,8 @@ class Console:
             self._ended.set()
         else:
             print(text, flush=True)
+
+    def _show_news(self, text: str) -> None:
+        if self._live is not None:
+            with suppress(ValueError):  # another thread of the worker has printed in the middle; the next ones come
+                self._live.show(json.loads(text))

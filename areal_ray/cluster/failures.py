@@ -229,6 +229,9 @@ def _where(error: BaseException) -> str:
 
 def _why_died(text: str) -> str:
     """The part of Ray's long message that is about this process."""
+    if "running low on memory" in text:  # Ray's own killer, before the kernel's
+        used = re.search(r"[\d.]+ ?[kMGT]i?B ?/ ?[\d.]+ ?[kMGT]i?B", text)
+        return f"killed for lack of memory, by Ray{f': its node had used {used[0]}' if used else ''}"
     if "out of memory" in text.lower() or "OOM killed" in text:
         return "killed for lack of memory"
     if "creation task" in text:  # an exception in its constructor; the last line says which

@@ -36,6 +36,7 @@ _POSITIVE = (
     "eval.every_steps",
     "eval.batches",
     "logging.every_steps",
+    "logging.peak_tflops",
 )
 
 

@@ -21,9 +21,14 @@ def is_plugin(name: str) -> bool:
     return ":" in name
 
 
+def has_form(text: str) -> bool:
+    """Whether a text is exactly of the form package.module:name, where it may be something else as well."""
+    return _FORM.fullmatch(text) is not None
+
+
 def check_form(name: str, key: str) -> None:
     """Raise ConfigError unless the name has the form package.module:name."""
-    if not _FORM.fullmatch(name):
+    if not has_form(name):
         raise ConfigError(key, f"{name!r} is not of the form package.module:name")
 
 

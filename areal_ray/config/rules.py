@@ -121,6 +121,8 @@ def _check_plugins(config: Config) -> None:
                 text = f"knows {', '.join(TRACKERS)}, or package.module:name for your own; not {tracker.name!r}"
                 raise ConfigError(f"trackers[{i}].name", text)
             check_form(tracker.name, f"trackers[{i}].name")
+    if config.on_end is not None and not config.on_end.strip():
+        raise ConfigError("on_end", "is empty: give package.module:name, a command, or null")
     for i, group in enumerate(config.optim.groups):
         try:
             re.compile(group.pattern)

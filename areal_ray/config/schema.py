@@ -192,6 +192,7 @@ class TrackerConfig:
 @dataclass(frozen=True)
 class LoggingConfig:
     every_steps: int = 10
+    peak_tflops: float | None = None  # of a worker's device, for mfu; null: known by its name, for usual GPUs
     sample_ids: bool = False  # write the numbers of every global batch's sequences to samples.jsonl, to check order
 
 
@@ -219,6 +220,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trackers: list[TrackerConfig] = field(default_factory=list)
+    on_end: str | None = None  # package.module:name, called with result.json and the run directory; or a command
     faults: list[Fault] = field(default_factory=list)
 
     def __post_init__(self) -> None:

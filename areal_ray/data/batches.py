@@ -55,6 +55,9 @@ class GlobalBatches:
         self._maker = batch_maker(self._rows, global_batch_size, torch.device(device), ahead)
         self.next_sample = 0
         self.seconds = 0.0  # that training has waited for batches
+        # Of this rank's rows that were given out since this object was made: all positions, and those that are tokens.
+        self.positions = self.tokens = 0
+        self._counted: dict[int, tuple[int, int]] = {}  # both, by the cursor of batches that are made ahead
 
     @property
     def epoch(self) -> int:
@@ -81,6 +84,10 @@ class GlobalBatches:
             self._record(first, self.ids(first))
         self.next_sample = first + self._batch_size
         batch = self._maker.take(first)
+        positions, tokens = self._counted[first]
+        self.positions, self.tokens = self.positions + positions, self.tokens + tokens
+        for gone in [cursor for cursor in list(self._counted) if cursor <= first]:
+            del self._counted[gone]
         self.seconds += time.perf_counter() - began
         return batch
 
@@ -88,6 +95,7 @@ class GlobalBatches:
         """This rank's rows of the global batch that begins at cursor `first`. Called in a thread where there is one."""
         mine = range(first + self._rank, first + self._batch_size, self._world_size)
         rows = dict(self._sequences[np.asarray([int(self._order[n]) for n in mine])])
+        self._counted[first] = _count(rows)
         # Here, where it costs nothing. Of a mask the model asks on the device whether it masks anything, and waits.
         if "attention_mask" in rows and rows["attention_mask"].all():
             del rows["attention_mask"]
@@ -129,3 +137,14 @@ class GlobalBatches:
                 "new run under another run.name"
             )
         self.next_sample = state["next_sample"]
+
+
+def _count(rows: Rows) -> tuple[int, int]:
+    """Positions of rows, those of pairs in both, and how many of them are no padding."""
+    positions = tokens = 0
+    for name, ids in rows.items():
+        if name.endswith("input_ids"):
+            mask = rows.get(f"{name.removesuffix('input_ids')}attention_mask")
+            positions += ids.size
+            tokens += ids.size if mask is None else int(np.count_nonzero(mask))
+    return positions, tokens

@@ -64,6 +64,18 @@ class Ranks:
         dist.gather_object(value, values, group=self._group, group_dst=0)
         return values  # type: ignore[return-value]
 
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]] | None:
+        """Every rank's numbers, in the order of the ranks, on rank 0; None elsewhere, where nobody is waited for.
+
+        As many on each rank: one message of 8 bytes a number from each of them, cheap enough for every line of metrics.
+        """
+        if self._alone:
+            return [list(numbers)]
+        own = torch.tensor(numbers, dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(own, found, group=self._group, group_dst=0)
+        return None if found is None else [each.tolist() for each in found]
+
     def scatter(self, values: Sequence[T] | None) -> T:
         """This rank's value of those that rank 0 has for all, in the order of the ranks; None elsewhere."""
         if self._alone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
-from areal_ray.data.splits import check_sizes, open_splits, own_splits
+from areal_ray.data.splits import Splits, check_sizes, open_splits, own_splits
 from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
+from areal_ray.driver.on_end import check_on_end
 from areal_ray.engine import hidden
 from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
@@ -33,12 +35,15 @@ from areal_ray.train.trackers import check_tracker
 Sources = dict[str, TokenSource]
 
 
-def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, Sources]:
+def prepare(
+    config: Config, make: Make = make_corpus, look: Callable[[nn.Module, Splits, Sources], None] = lambda *_: None
+) -> tuple[RunDir, Config, Sources]:
     """Checks a config, model, data and run directory without a cluster, and makes the storage path absolute.
 
     Args:
         config: as loaded.
         make: prepares data that are not prepared yet; the last thing before what needs them is checked.
+        look: called at the end with the model on the meta device, the rows, and what is returned of the sources.
 
     Returns:
         The run directory, the config with an absolute storage path, and the tokens to train on by the name of their
@@ -56,8 +61,8 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
     tokenizer = data.build_tokenizer(config.data.tokenizer)
     if config.model.path and not config.data.allow_other_tokenizer:
         check_of_model(config.data.tokenizer, tokenizer, config.model.path)
-    _check_model(config, tokenizer.vocab_size)
-    _check_plugins(config)
+    model = _check_model(config, tokenizer.vocab_size)
+    _check_plugins(config, model)
     run = RunDir(storage.sub(config.run.name))
     catalog = Catalog(run.storage)
     newest, goes_on = catalog.newest(), catalog.last_committed() is not None
@@ -78,6 +83,7 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
     check_sizes(splits, config.data, sources, config.train.seq_len, config.train.global_batch_size)
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, splits[0])
+    look(model, splits, sources)
     return run, config, sources
 
 
@@ -85,7 +91,7 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _check_plugins(config: Config) -> None:
+def _check_plugins(config: Config, model: nn.Module) -> None:
     """Resolve the user's own code that the configuration names, and check its arguments as far as that is possible."""
     build_objective(config.objective)
     if plugin.is_plugin(config.optim.name):
@@ -93,11 +99,11 @@ def _check_plugins(config: Config) -> None:
         plugin.check_args(make, config.optim.name, "optim.args", [], **config.optim.args)
     for i, tracker in enumerate(config.trackers):
         check_tracker(tracker, f"trackers[{i}]")
-    if config.optim.groups:
-        freeze(models.build_adapted(config.model, config.adapter)[0], config.optim.groups)
+    check_on_end(config.on_end)
+    freeze(model, config.optim.groups)
 
 
-def _check_model(config: Config, vocab_size: int) -> None:
+def _check_model(config: Config, vocab_size: int) -> nn.Module:
     """Build the model without memory, and find what it cannot do; say what it does in another way than is usual."""
     model = models.build_model(config.model)
     models.check_model(config.model, model, vocab_size, config.train.seq_len)
@@ -125,6 +131,7 @@ def _check_model(config: Config, vocab_size: int) -> None:
         )
     if config.model.path:
         _check_weights(config, model)
+    return trained
 
 
 def _check_weights(config: Config, model: nn.Module) -> None:

@@ -4,7 +4,15 @@ Imports config and distributed.
 """
 
 from areal_ray.models.adapters import Adapted, Adapter, build_adapted, build_adapter
-from areal_ray.models.build import architecture, attention_of, build_model, build_saved, check_model, same_architecture
+from areal_ray.models.build import (
+    architecture,
+    attention_of,
+    build_model,
+    build_saved,
+    check_model,
+    same_architecture,
+    table_sizes,
+)
 from areal_ray.models.init import init_adapter, init_buffers, init_weights, materialise
 from areal_ray.models.output_layer import NoOutputLayer, output_layer
 from areal_ray.models.shard_units import shard_units
@@ -27,4 +35,5 @@ __all__ = [
     "output_layer",
     "same_architecture",
     "shard_units",
+    "table_sizes",
 ]

@@ -65,6 +65,11 @@ def check_model(config: ModelConfig, model: nn.Module, vocab_size: int, seq_len:
         raise ConfigError("train.seq_len", text)
 
 
+def table_sizes(model: nn.Module) -> tuple[int | None, int | None]:
+    """Rows of a model's embedding of tokens and of its table of positions; None where it has none, or does not say."""
+    return _rows(model), _positions(model)
+
+
 def attention_of(model: nn.Module) -> str | None:
     """How a model computes attention: sdpa, eager, ...; None if it does not say."""
     return getattr(getattr(model, "config", None), "_attn_implementation", None)

@@ -16,9 +16,13 @@ class JobContext:
         submission: unique to this submission, so that requests to an earlier one are not heard.
         fast_restarts: whether Ray's internals are used, for restarts in seconds; else its public API alone.
         search_path: folders with the user's own code, see `areal_ray.config.plugin`.
+        operations_per_token: of the model, see `areal_ray.models.operations`; None: not known.
+        live: whether the driver shows a line that changes in its place, and wants to hear of every step.
     """
 
     run: RunDir
     submission: str
     fast_restarts: bool = True
     search_path: tuple[str, ...] = ()
+    operations_per_token: float | None = None
+    live: bool = False

@@ -12,7 +12,16 @@ from areal_ray.config import Config
 SAME_BITS = "the same bits"
 SAME_STEPS = "the same samples, learning rates and steps; weights to rounding"
 # Where a run lives, how it ends and what goes wrong on purpose do not make it another one.
-_PASSING = ("run.name", "run.storage_path", "run.s3", "run.recover", "run.allow_changes", "train.stop_at", "faults")
+_PASSING = (
+    "run.name",
+    "run.storage_path",
+    "run.s3",
+    "run.recover",
+    "run.allow_changes",
+    "train.stop_at",
+    "on_end",
+    "faults",
+)
 
 
 @dataclass(frozen=True)

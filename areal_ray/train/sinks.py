@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from areal_ray.run import RunDir
 from areal_ray.run.metric_names import RESERVED
@@ -55,6 +56,7 @@ class Console:
             parts = [f"loss {values['loss']:.4f}", f"grad norm {values['grad_norm']:.2f}"] if "loss" in values else []
             parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items()]
             parts += [f"lr {values['lr']:.2e}", f"{values['tokens_per_s']:,.0f} tokens/s"]
+            parts += [f"{values['mfu']:.1%} MFU"] if "mfu" in values else []
             parts += [f"{values['step_time_s']:.3f} s/step"]
             if values.get("data_s", 0.0) > _SLOW_DATA * values["step_time_s"]:
                 parts += [f"{values['data_s']:.3f} of them waiting for data"]
@@ -66,6 +68,47 @@ class Console:
 
     def _line(self, step: int, parts: list[str]) -> None:
         self._say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {'  '.join(parts)}")
+
+    def rewind(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Pulse:
+    """Tells a terminal how far the run is, with each step, but no more often than one can read it.
+
+    Args:
+        tell: takes the news: step and steps; loss, tokens_per_s and left_s as soon as they are known.
+        total_steps: of the run.
+        every_s: seconds between two of them.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[Mapping[str, Any]], None],
+        total_steps: int,
+        every_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tell, self._total_steps, self._every_s, self._clock = tell, total_steps, every_s, clock
+        self._known: dict[str, float] = {}
+        self._done_at, self._told_at = 0.0, -every_s  # when the run is thought to be done
+
+    def beat(self, step: int) -> None:
+        """Take a step that has ended."""
+        now = self._clock()
+        if now - self._told_at >= self._every_s:
+            self._told_at = now
+            left = {"left_s": max(0.0, self._done_at - now)} if self._known else {}
+            self._tell({"step": step, "steps": self._total_steps, **self._known, **left})
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        if "left_s" in values:
+            self._known = {name: values[name] for name in ("loss", "tokens_per_s") if name in values}
+            self._done_at = self._clock() + values["left_s"]
+            self._told_at = -self._every_s
+            self.beat(step)
 
     def rewind(self, step: int) -> None: ...
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from areal_ray.train.cadence import Cadence
 from areal_ray.train.sinks import MetricsSink
+from areal_ray.train.worker_numbers import CountedTime, WorkerNumbers
 
 
 class Window:
@@ -40,7 +41,8 @@ class Window:
 
 
 class StepMetrics:
-    """Aggregates the metrics of steps, and hands them to the sinks every so often. Only rank 0 has sinks.
+    """Aggregates the metrics of steps, and hands them to the sinks every so often. On other ranks than 0 there are no
+    numbers of all workers, and sinks are not rewound.
 
     Args:
         cadence: when to log.
@@ -49,6 +51,9 @@ class StepMetrics:
         samples_per_step, tokens_per_step: of the global batch.
         waited: seconds that this rank has waited for batches so far.
         of_data: what there is to say of the data so far.
+        workers: numbers of all ranks; None: tokens_per_s counts padding, too.
+        counted: where the time goes, on rank 0; None elsewhere.
+        pulse: told of every step that has ended.
     """
 
     def __init__(
@@ -60,6 +65,9 @@ class StepMetrics:
         tokens_per_step: int,
         waited: Callable[[], float] = lambda: 0.0,
         of_data: Callable[[], Mapping[str, float]] = dict,
+        workers: WorkerNumbers | None = None,
+        counted: CountedTime | None = None,
+        pulse: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._cadence, self._sinks = cadence, sinks
         self._total_steps = total_steps
@@ -74,6 +82,7 @@ class StepMetrics:
         self._evaluating = self._between = 0.0
         self._waited, self._waited_before, self._of_data = waited, 0.0, of_data
         self._steps_timed = 0
+        self._workers, self._counted, self._pulse = workers, counted, pulse
 
     def begin_step(self) -> None:
         """Begin to time a step. What lies between the steps (evaluation, saves) does not count as their time."""
@@ -95,15 +104,21 @@ class StepMetrics:
     def end_step(self, step: int, epoch: int, lr: float) -> None:
         """End to time a step; if a line is due, the numbers of all steps so far must have been added.
 
+        A collective then: rank 0 hears the other ranks' numbers.
+
         Args:
             step: counted from 1.
             epoch: passes over the data that are complete.
             lr: that the step had.
         """
+        due = self.due(step, epoch)
+        if due and self._workers is not None:
+            self._workers.collect()  # rank 0 waits for the others here, as in any step
         self._ended = time.perf_counter()
         self._seconds += self._ended - self._began
         self._steps_timed += 1
-        if not self.due(step, epoch):
+        self._pulse(step)
+        if not due:
             return
         means = self._window.flush()
         self._cadence.fired(step, epoch)
@@ -119,14 +134,23 @@ class StepMetrics:
         parts = waited - self._waited_before, self._evaluating, self._between - self._evaluating
         data, evaluation, save = (part / self._steps_timed for part in parts)
         self._waited_before = waited
+        speeds = {"tokens_per_s": round(self._tokens_per_step / seconds, 1)}
+        if self._workers is not None:
+            speeds = self._workers.speeds(self._seconds)
+        share: dict[str, float] = {}
+        if self._counted is not None:
+            self._counted.add(self._seconds)
+            share = self._counted.share()
         self._seconds, self._steps_timed, self._evaluating, self._between = 0.0, 0, 0.0, 0.0
         return {
-            "tokens_per_s": round(self._tokens_per_step / seconds, 1),
+            **speeds,
             "step_time_s": round(seconds, 4),
             "data_s": round(data, 4),
+            "compute_s": round(max(0.0, seconds - data), 4),
             "evaluation_s": round(evaluation, 4),
             "save_s": round(save, 4),
             "left_s": round((self._total_steps - step) * (seconds + evaluation + save), 1),
+            **share,
             "time": round(time.time(), 3),
         }
 
@@ -146,6 +170,8 @@ class StepMetrics:
         """Have the sinks take back what is computed again: the steps after this one."""
         for sink in self._sinks:
             sink.rewind(step)
+        if self._counted is not None:
+            self._counted.rewind()
 
     def close(self) -> None:
         with ExitStack() as closing:  # all of them, though one raises

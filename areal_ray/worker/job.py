@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
+import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.config import Config, ConfigError, plugin
@@ -12,6 +13,7 @@ from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer
 from areal_ray.data.corpus.corpus import Corpus
 from areal_ray.data.splits import open_source, open_splits, own_splits
 from areal_ray.distributed import Ranks
+from areal_ray.distributed.peak import peak_bytes, peak_tflops
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.run import RunDir
 from areal_ray.storage import storage_at
@@ -25,6 +27,7 @@ from areal_ray.train.restore import Restore
 from areal_ray.train.sinks import Console, MetricsFile, MetricsSink
 from areal_ray.train.trackers import build_tracker
 from areal_ray.train.tracking import StepMetrics
+from areal_ray.train.worker_numbers import CountedTime, WorkerNumbers
 from areal_ray.worker.start import Start
 
 _MakeRecover = Callable[[Mapping[str, Stateful]], RecoverHandler]
@@ -41,6 +44,9 @@ def build_job(
     journal: Journal,
     planned_restart: Callable[[str], Exception],
     auto: AutoCadence | None = None,
+    operations: float | None = None,
+    beside: Sequence[MetricsSink] = (),
+    pulse: Callable[[int], None] = lambda _: None,
 ) -> tuple[loop.Job, Restore]:
     """Make the objects of one rank, each knowing only what it is given here; and what restores them.
 
@@ -55,6 +61,9 @@ def build_job(
         journal: told of bad steps.
         planned_restart: exception that has the workers started again, see `Restore`.
         auto: when to save, where checkpoint.every is auto; None: as the other keys say.
+        operations: of the model for a position, see `models.operations`; None: not known.
+        beside: places for metrics on this rank, beside those that the config names.
+        pulse: hears of every step that has ended.
 
     Raises:
         ConfigError: if the optimizer cannot do what train.bad_step.lag asks for.
@@ -80,8 +89,20 @@ def build_job(
         args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
         evaluator = Evaluator(*args)
     log = Cadence(config.logging.every_steps)
-    of_step = train.global_batch_size, train.global_batch_size * train.seq_len
-    metrics = StepMetrics(log, _sinks(config, start), train.steps, *of_step, lambda: cursor.seconds, cursor.metrics)
+    ranks, device_s = start.ranks, _device_seconds(config, operations)
+    numbers = WorkerNumbers(ranks.gather_numbers, engine.dp_size, cursor, lambda: peak_bytes(engine.device), device_s)
+    metrics = StepMetrics(
+        log,
+        [*_sinks(config, start), *beside],
+        train.steps,
+        train.global_batch_size,
+        train.global_batch_size * train.seq_len,
+        lambda: cursor.seconds,
+        cursor.metrics,
+        numbers,
+        CountedTime(run) if start.first else None,
+        pulse,
+    )
     save = auto or Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
     copy = Cadence(every.memory_every_steps)
     evaluate = Cadence(config.eval.every_steps)
@@ -155,6 +176,19 @@ def load_data(config: Config, run: RunDir, ranks: Ranks) -> tuple[TokenDataset, 
         different = [rank for rank, as_rank_0 in enumerate(ranks.gather(same)) if not as_rank_0]
         raise ValueError(f"ranks {different} read other data than rank 0: the files, or their Python, are not the same")
     return data
+
+
+def _device_seconds(config: Config, operations: float | None) -> float | None:
+    """Seconds of a device at its peak rate for one position; None if the model's operations or the peak are not known.
+
+    Args:
+        config: of the run.
+        operations: of the model for a position.
+    """
+    tera, engine = config.logging.peak_tflops, config.engine
+    if tera is None and config.cluster.use_gpu:
+        tera = peak_tflops(torch.cuda.get_device_name(), engine.precision or "bfloat16", engine.tf32)
+    return None if operations is None or tera is None else operations / (tera * 1e12)
 
 
 def _sinks(config: Config, start: Start) -> list[MetricsSink]:

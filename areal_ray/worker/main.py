@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +25,8 @@ from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.device_check import Device
 from areal_ray.worker.watchdog import Watchdog
 from areal_ray.worker.wiring import wire
+
+_SHOWN = 16  # processes on the screen
 
 
 def main(config: Config, context: JobContext) -> dict[str, Any]:
@@ -88,6 +91,7 @@ def _train_watched(
     session.first_step = stepped
     try:
         rank.restore.at_start(_workers(rank.engine, ranks), loaded)
+        start.say(_processes(rank.places, start.attempt == 1))
         job.recover.prepare()
         loop.train(job)
     except Exception as error:
@@ -110,6 +114,22 @@ def _workers(engine: FSDPEngine, ranks: Ranks) -> str:
     some = "" if trained == parameters else f", {trained:,} of them trained,"
     workers = f"{ranks.size} {engine.device.type} worker{'s' * (ranks.size != 1)}"
     return f"{parameters / 1e6:.1f}M parameters{some} on {workers}"
+
+
+def _processes(places: Sequence[tuple[str, int]], first: bool) -> str:
+    """A line with the process ids of the ranks, for who wants to look at one, or to kill it.
+
+    Args:
+        places: host name and process id of every rank; all are in the ledger, some are shown.
+        first: whether to say what for.
+    """
+    nodes: dict[str, list[int]] = {}
+    for node, pid in places[:_SHOWN]:
+        nodes.setdefault(node, []).append(pid)
+    shown = "; ".join(f"{', '.join(map(str, pids))} on {node}" for node, pids in nodes.items())
+    more = f"; {len(places) - _SHOWN:,} more in the ledger" if len(places) > _SHOWN else ""
+    try_it = f" (kill -9 {places[-1][1]} there, and see the run come back)" if first and not more else ""
+    return f"  processes: {shown}{more}{try_it}"
 
 
 def _leave(run: RunDir, reason: str | None, step: int) -> None:

@@ -14,11 +14,12 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint import AsyncWriter, Catalog, CheckpointWriter, MemoryCopies, Partners, SyncWriter
 from areal_ray.checkpoint.retention import Retention
-from areal_ray.cluster.console import say
+from areal_ray.cluster.console import say, tell
 from areal_ray.cluster.nodes import this_node_id
 from areal_ray.cluster.requests import PlannedRestart, requests_to
 from areal_ray.config import Config
 from areal_ray.distributed import Ranks
+from areal_ray.distributed.peak import peak_bytes
 from areal_ray.distributed.point_to_point import PointToPoint
 from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.objectives import build_objective
@@ -29,9 +30,11 @@ from areal_ray.train.faults import Faults
 from areal_ray.train.journal import Journal, TunedSaves, retention
 from areal_ray.train.recovery import RecoverHandler, SaveListener, SavePolicy
 from areal_ray.train.restore import Restore, WatchedCatalog
+from areal_ray.train.sinks import Pulse
 from areal_ray.worker import device_check, sidecars
 from areal_ray.worker.job import build_job, load_data
 from areal_ray.worker.provenance import provenance
+from areal_ray.worker.ray_metrics import RayMetrics
 from areal_ray.worker.session import RaySession
 from areal_ray.worker.start import Start
 from areal_ray.worker.watchdog import Watchdog
@@ -45,6 +48,7 @@ class Rank:
         start, engine, job: which start of the workers it is; what is trained; what `loop.train` takes.
         restore, retention: bring the latest state; let checkpoints go.
         session: the job around the loop.
+        places: host name and process id of every rank.
     """
 
     start: Start
@@ -53,6 +57,7 @@ class Rank:
     restore: Restore
     retention: Retention
     session: RaySession
+    places: list[tuple[str, int]]
 
 
 def wire(
@@ -105,6 +110,7 @@ def wire(
     auto = auto_cadence(config, start, len(set(nodes)))
     heard: SaveListener = journal if auto is None else TunedSaves(auto, journal, ranks)
     memory = memory_copies(config, ranks, context, say)
+    pulse = Pulse(tell, config.train.steps) if context.live and start.first else None
     info = {**engine.describe(), "data": data[0].fingerprint}
     job, restore = build_job(
         config,
@@ -117,10 +123,13 @@ def wire(
         journal,
         PlannedRestart,
         auto,
+        context.operations_per_token,
+        [RayMetrics(config.run.name, ranks.rank, lambda: peak_bytes(engine.device)), *([pulse] if pulse else [])],
+        pulse.beat if pulse else lambda _: None,
     )
     session.stragglers = sidecars.stragglers(config, engine, job.batches, ranks, run, nodes)
     clock.lap("data_s")
-    return Rank(start, engine, job, restore, kept, session)
+    return Rank(start, engine, job, restore, kept, session, places)
 
 
 def recover_handler(

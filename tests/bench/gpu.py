@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from areal_ray.config import Config
+from areal_ray.distributed.peak import peak_tflops
 from areal_ray.engine.objectives import next_token_loss, predicted_tokens
 from areal_ray.models import build_model, init_weights, materialise, shard_units
 
@@ -33,25 +33,13 @@ from .gpu_saves import DEVICE, STEPS, batch_of, config_of, engine_of, saves, tim
 from .options import Options
 
 WARM_UP = 5
-PEAK = {  # dense bfloat16 TFLOP/s by words in the device's name, the first that fits, from the data sheets
-    "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "B200": 2250,
-}  # fmt: skip
-
 Step = Callable[[], object]
 
 
 def peak_flops(given: float | None) -> float | None:
     """Of the device, per second; None if it is not known."""
-    tera = given or listed_peak(torch.cuda.get_device_name() if DEVICE == "cuda" else "")
+    tera = given or peak_tflops(torch.cuda.get_device_name() if DEVICE == "cuda" else "")
     return None if tera is None else tera * 1e12
-
-
-def listed_peak(name: str) -> float | None:
-    """TFLOP/s of a device of that name; a part of one (MIG) is in no list."""
-    if "MIG" in name:
-        return None
-    return next((value for part, value in PEAK.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float:

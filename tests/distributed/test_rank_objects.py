@@ -20,6 +20,7 @@ def exchange(rank: int) -> dict[str, Any]:
     dist.all_gather_object = lambda *a, **k: (gathers.append(a), gather(*a, **k))
     seen: dict[str, Any] = {
         "gathered": ranks.gather_to_rank_zero(f"from {rank}"),
+        "numbers": ranks.gather_numbers([rank, 2.0**53 - rank]),
         "scattered": ranks.scatter(["for 0", "for 1"] if rank == 0 else None),
         "own": ranks.all_or_raise(lambda: rank * 10),
         "of rank 0": ranks.on_rank_zero(lambda: {"rank": rank}),
@@ -42,6 +43,7 @@ def exchange(rank: int) -> dict[str, Any]:
 def test_objects_go_where_they_are_needed_and_outcomes_are_a_word() -> None:
     zero, one = run_ranks(exchange, 2)
     assert (zero["gathered"], one["gathered"]) == (["from 0", "from 1"], None)
+    assert (zero["numbers"], one["numbers"]) == ([[0.0, 2.0**53], [1.0, 2.0**53 - 1]], None)
     assert (zero["scattered"], one["scattered"]) == ("for 0", "for 1")
     assert (zero["own"], one["own"]) == (0, 10)
     for seen in (zero, one):

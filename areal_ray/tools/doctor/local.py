@@ -8,25 +8,34 @@ import secrets
 import shutil
 from collections.abc import Iterator
 
+from areal_ray import models
 from areal_ray.config import Config
 from areal_ray.run.units import size_text
 from areal_ray.storage import Storage
 from areal_ray.tools.doctor.finding import Finding
-from areal_ray.tools.doctor.memory import MemoryEstimate, estimate
+from areal_ray.tools.doctor.levers import Estimate, host_levers
+from areal_ray.tools.doctor.memory import estimate
 
 _FILES = 4096
 _GIB = 1 << 30
 
 
-def local_findings(config: Config, storage: Storage) -> Iterator[Finding]:
+def local_findings(config: Config, storage: Storage, needs: Estimate | None = None) -> Iterator[Finding]:
     """What can be found on this machine, check by check.
 
     Args:
         config: checked.
         storage: of run.storage_path.
+        needs: memory of one rank of so many; None: as `estimate` has it.
     """
     yield _sizes(config)
-    yield from _memory(config)
+    if needs is None:
+        model, _ = models.build_adapted(
+            config.model, config.adapter, config.engine.precision or ""
+        )  # once, for all levers
+        yield from _memory(config, lambda changed, workers: estimate(changed, workers, model))
+    else:
+        yield from _memory(config, needs)
     yield _storage(storage)
     yield from _limits()
 
@@ -45,34 +54,24 @@ def _sizes(config: Config) -> Finding:
     return Finding("note" if left_out or odd else "ok", "number of workers", text)
 
 
-def _memory(config: Config) -> Iterator[Finding]:
+def _memory(config: Config, needs: Estimate) -> Iterator[Finding]:
     workers = config.usable_sizes[0]  # the fewest have the most each
-    needs = estimate(config, workers)
-    yield Finding("ok", "parameters", f"{needs.parameters:,}")
-    device, host = sum(needs.device.values()), sum(needs.host.values())
+    found = needs(config, workers)
+    trained = "" if found.trained == found.parameters else f", of which {found.trained:,} are trained"
+    yield Finding("ok", "parameters", f"{found.parameters:,}{trained}")
+    device, host = sum(found.device.values()), sum(found.host.values())
     where = "GPU" if config.cluster.use_gpu else "process"
-    text = f"about {size_text(device)} in each {where} with {workers} workers ({_parts(needs.device)})"
+    text = f"about {size_text(device)} in each {where} with {workers} workers ({_parts(found.device)})"
     if host:
-        text += f", and {size_text(host)} of the host's memory ({_parts(needs.host)})"
+        text += f", and {size_text(host)} of the host's memory ({_parts(found.host)})"
     yield Finding("ok", "memory of a worker", text)
-    yield _fits(config, needs, workers)
-
-
-def _fits(config: Config, needs: MemoryEstimate, workers: int) -> Finding:
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = sum(needs.host.values()) + (0 if config.cluster.use_gpu else sum(needs.device.values()))
+    here = host + (0 if config.cluster.use_gpu else device)
     text = f"this machine has {size_text(have)}: room for {int(have // max(here, 1)):,} workers of this size"
     if here > have:
-        return Finding("bad", "memory of this machine", f"{text}. {levers(config)}")
-    return Finding("note" if here * workers > have else "ok", "memory of this machine", text)
-
-
-def levers(config: Config) -> str:
-    """What brings the memory down, in the order in which to try it."""
-    tried = [f"train.micro_batch_size={max(1, config.train.micro_batch_size // 2)}"]
-    tried += [] if config.engine.activation_checkpointing else ["engine.activation_checkpointing=true"]
-    tried += ["checkpoint.memory_every_steps=null"] if config.checkpoint.memory_every_steps else []
-    return f"In this order: {', '.join([*tried, 'more workers'])}"
+        yield Finding("bad", "memory of this machine", f"{text}. {host_levers(config, workers, needs)}")
+    else:
+        yield Finding("note" if here * workers > have else "ok", "memory of this machine", text)
 
 
 def _storage(storage: Storage) -> Finding:

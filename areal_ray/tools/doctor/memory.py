@@ -15,6 +15,7 @@ _FLOAT = 4
 # format: inputs of the norms and matrix products, the gated MLP and attention without its scores. Korthikanti et al.,
 # https://arxiv.org/abs/2205.05198, section 4.1, with the MLP's width apart.
 _PER_HIDDEN, _PER_INTERMEDIATE = 10, 3
+_CHUNK = 128 << 20  # of logits that there are at a time where the loss is computed in parts, as in engine/hidden.py
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,28 @@ class MemoryEstimate:
 
     Args:
         parameters: of the whole model, its adapter included.
+        trained: of these, those that have gradients.
         device: on the device (on a CPU: of the process); weights and gradients and optimizer are this rank's shards.
         host: beside it in the host's memory, for one rank.
     """
 
     parameters: int
+    trained: int
     device: dict[str, int]
     host: dict[str, int]
 
 
-def estimate(config: Config, workers: int, model: nn.Module | None = None) -> MemoryEstimate:
+def estimate(config: Config, workers: int, model: nn.Module | None = None, chunked: bool = False) -> MemoryEstimate:
     """Estimate the memory of one rank of so many.
 
-    Weights, gradients, optimizer and copies are exact up to padding; activations are a rule of thumb, within about a
-    third for decoder-only transformers, and leave out what the compiler saves.
+    Weights, gradients, optimizer (AdamW) and copies are exact up to padding; activations are a rule of thumb, within
+    about a third for decoder-only transformers, and leave out what the compiler saves.
 
     Args:
         config: of the run.
         workers: training workers.
-        model: on the meta device, if it has been built.
+        model: on the meta device, if it has been built; parameters that need no gradient are frozen.
+        chunked: whether the loss is computed without all logits, see `engine.hidden`.
     """
     if model is None:
         model, _ = models.build_adapted(config.model, config.adapter, config.engine.precision or "")
@@ -59,21 +63,24 @@ def estimate(config: Config, workers: int, model: nn.Module | None = None) -> Me
     micro_batches = max(1, train.global_batch_size // ranks // train.micro_batch_size)
     whole = micro_batches > 1 and config.engine.accumulate == "unsharded"
     tokens = min(train.micro_batch_size, max(1, train.global_batch_size // ranks)) * train.seq_len
-    state = 3 * _FLOAT * trained // shards  # what an adapter leaves as it is is not saved
+    saved = count if config.adapter is None else trained  # what an adapter leaves as it is is not saved
+    state = _FLOAT * (saved + 2 * trained) // shards
+    logits = 2 * _FLOAT * tokens * _rows(model)
+    head = _chunk_bytes(model, width)
     device = {
         "weights": weights // shards,
         "gradients": _FLOAT * (trained if whole else trained // shards),
         "optimizer": 2 * _FLOAT * trained // shards,
         "gathered layers": width * sum(largest) if shards > 1 else 0,
         "activations": _activations(config, model, tokens, width, max(1, len(units))),
-        "logits": 2 * _FLOAT * tokens * _rows(model),
+        "logits": min(logits, head) if chunked else logits,
     }
     host = {
         "checkpoint image": state if config.checkpoint.async_save else 0,
         "copies in memory": 2 * state if config.checkpoint.memory_every_steps else 0,
         "copies of a partner": 2 * state if config.checkpoint.memory_partner else 0,
     }
-    return MemoryEstimate(count, device, host)
+    return MemoryEstimate(count, trained, device, host)
 
 
 def _activations(config: Config, model: nn.Module, tokens: int, width: int, layers: int) -> int:
@@ -90,3 +97,9 @@ def _rows(model: nn.Module) -> int:
     """Rows of the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return int(head.weight.shape[0]) if head is not None else 0
+
+
+def _chunk_bytes(model: nn.Module, width: int) -> int:
+    """Bytes of a loss without all logits: some rows of them, and the output layer's weight with its gradient."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return 2 * _CHUNK + (2 * width * head.weight.numel() if head is not None else 0)

@@ -6,14 +6,18 @@ import os
 import platform
 import secrets
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from areal_ray.config import Config
+from areal_ray.run.units import size_text
 from areal_ray.storage import Storage
 from areal_ray.tools.doctor.finding import Finding
+from areal_ray.tools.doctor.levers import Estimate
+from areal_ray.tools.doctor.memory import MemoryEstimate, estimate
 
 _PACKAGES = ("areal_ray", "torch", "ray", "transformers", "numpy", "safetensors")
 _CLOCK_S = 2.0  # a lease and a ledger bear that much
@@ -48,11 +52,35 @@ def look(storage: Storage, name: str, mark: str) -> dict[str, Any]:
     except OSError as error:
         trouble = str(error)
     shm = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
-    return {"versions": versions(), "time": time.time(), "trouble": trouble, "shm": shm}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "versions": versions(),
+        "time": time.time(),
+        "trouble": trouble,
+        "shm": shm,
+        "memory": memory,
+        "gpus": gpus(),
+    }
 
 
-def node_findings(config: Config, storage: Storage) -> Iterator[Finding]:
-    """What can be found on the nodes of the cluster that this process is connected to."""
+def gpus() -> list[int]:
+    """Bytes of each GPU of this node, by nvidia-smi: this process, which reserves none, is shown none."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [int(line) << 20 for line in told.split() if line.isdigit()]
+
+
+def node_findings(config: Config, storage: Storage, needs: Estimate = estimate) -> Iterator[Finding]:
+    """What can be found on the nodes of the cluster that this process is connected to.
+
+    Args:
+        config: checked.
+        storage: of run.storage_path.
+        needs: memory of one rank of so many.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -72,7 +100,7 @@ def node_findings(config: Config, storage: Storage) -> Iterator[Finding]:
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT_S)
         for answer in late:
             yield Finding("bad", node_name(nodes[asked[answer]]), f"has not answered within {_WAIT_S:.0f} s")
-        here = versions()
+        here, least = versions(), needs(config, config.usable_sizes[0])
         for answer in ready:
             who = node_name(nodes[asked[answer]])
             try:
@@ -82,6 +110,7 @@ def node_findings(config: Config, storage: Storage) -> Iterator[Finding]:
                 yield Finding("bad", who, f"cannot run a task of this package: {text}")
                 continue
             yield from _of_node(who, found, here, storage.location, began, time.time())
+            yield from _memory(who, _room(config, nodes[asked[answer]]), found, config, least)
     finally:
         storage.remove(name)
 
@@ -89,11 +118,41 @@ def node_findings(config: Config, storage: Storage) -> Iterator[Finding]:
 def _resources(config: Config, nodes: list[dict[str, Any]]) -> Finding:
     """Whether there is room for the least number of workers."""
     each = {name: amount for name, amount in config.worker_resources.items() if amount > 0}
-    room = sum(int(min(node["Resources"].get(name, 0) // amount for name, amount in each.items())) for node in nodes)
+    room = sum(_room(config, node) for node in nodes)
     least, most = config.usable_sizes[0], config.usable_sizes[-1]
     wanted = f"{least} to {most}" if most > least else f"{least}"
     text = f"{len(nodes)} with room for {room} workers of {each}; the run takes {wanted}"
     return Finding("ok" if room >= least else "bad", "nodes", text)
+
+
+def _room(config: Config, node: dict[str, Any]) -> int:
+    """The number of workers that a node has room for, by its resources."""
+    each = {name: amount for name, amount in config.worker_resources.items() if amount > 0}
+    return int(min(node["Resources"].get(name, 0) // amount for name, amount in each.items()))
+
+
+def _memory(who: str, room: int, found: dict[str, Any], config: Config, needs: MemoryEstimate) -> Iterator[Finding]:
+    """What a node has of memory, beside what as many workers take as it has room for.
+
+    Args:
+        who: the node.
+        room: workers, by its resources.
+        found: on it, as `look` says.
+        config: of the run.
+        needs: of one worker, where there are the fewest.
+    """
+    workers = min(room, config.usable_sizes[-1])
+    device, host = sum(needs.device.values()), sum(needs.host.values())
+    each = host if config.cluster.use_gpu else host + device
+    if not workers or "memory" not in found:  # of another version of this package
+        return
+    smallest = min(found["gpus"], default=None)
+    if config.cluster.use_gpu and smallest is not None:
+        text = f"a worker takes about {size_text(device)}, and the smallest GPU has {size_text(smallest)}"
+        yield Finding("ok" if device < smallest else "bad", who, text)
+    text = f"{workers} workers take about {size_text(workers * each)} of its {size_text(found['memory'])}"
+    fits = workers * each < found["memory"]
+    yield Finding("ok" if fits else "note" if each < found["memory"] else "bad", who, text)
 
 
 def _of_node(

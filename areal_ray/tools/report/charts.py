@@ -37,9 +37,10 @@ class Chart:
 
 def charts(runs: Sequence[Course]) -> list[Chart]:
     """The charts for which there are numbers."""
-    made = [_loss(runs), _throughput(runs)]
+    made = [_loss(runs), _throughput(runs), _lines(runs, "mfu", "Share of the device's peak (MFU)", axis="share")]
     made += [_parts(run) for run in runs] if len(runs) == 1 else []
     made += [_lines(runs, "grad_norm", "Gradient norm", log=True), _lines(runs, "lr", "Learning rate")]
+    made += [_lines(runs, "memory_peak_bytes", "Memory of the worker that takes most", axis="bytes")]
     names = {name for run in runs for line in run.metrics for name in line}
     own = sorted(name for name in names - set(RESERVED) if name != "held_out_loss")
     made += [_lines(runs, name, name.replace("_", " ").capitalize()) for name in own[:_OWN_CHARTS]]

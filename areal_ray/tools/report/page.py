@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from areal_ray.run.goodput import PHASES
-from areal_ray.run.units import span_text
+from areal_ray.run.units import size_text, span_text
 from areal_ray.tools.report.charts import COLOURS, charts
 from areal_ray.tools.report.course import Course
 
@@ -58,6 +58,8 @@ def _card(run: Course, i: int) -> str:
         value = run.last(name)
         rows += [(name.replace("_", " ").replace("held out", "held-out"), f"{value:.4f}")] if value is not None else []
     rows += [(name.replace("_", " "), f"{value:,.0f}") for name in ("tokens_per_s",) if (value := run.last(name))]
+    rows += [("MFU", f"{mfu:.1%}")] if (mfu := run.last("mfu")) is not None else []
+    rows += [("memory of a worker", size_text(peak))] if (peak := run.last("memory_peak_bytes")) is not None else []
     rows += [
         ("restarts", str(run.result.get("restarts", max(0, len(account["attempts"]) - 1)))),
         ("lost steps", str(account["lost_steps"])),

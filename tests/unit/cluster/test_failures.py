@@ -151,6 +151,10 @@ def test_a_message_of_many_lines_is_told_in_one():
         ("the process had exit code 17.", "exit code 17"),
         ("Task was killed due to the node running low: OOM killed", "killed for lack of memory"),
         ("ran Out Of Memory", "killed for lack of memory"),
+        (
+            "1 worker(s) were killed due to the node running low on memory. Memory was 15.2GB / 16.0GB (0.95)",
+            "killed for lack of memory, by Ray: its node had used 15.2GB / 16.0GB",
+        ),
     ],
 )
 def test_of_a_died_process_it_is_told_how(text, message):

@@ -170,3 +170,32 @@ def test_a_mask_that_masks_nothing_is_left_out():
     assert set(next(GlobalBatches(Masked(0), 0, BATCH, 0, 1))) == {"input_ids", "labels"}
     batch = next(GlobalBatches(Masked(1), 0, BATCH, 0, 1))
     assert torch.equal(batch["attention_mask"][:, 1], 1 - batch["input_ids"][:, 1] % 2)
+
+
+class Pairs(PackedTokens):
+    """Half of the second answer is padding."""
+
+    def __getitem__(self, indices):
+        rows = super().__getitem__(indices)
+        mask = np.ones_like(rows["input_ids"])
+        mask[:, 1:] = 0
+        return {**rows, "rejected_input_ids": rows["input_ids"], "rejected_attention_mask": mask}
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_positions_and_tokens_are_counted_as_they_are_given_out(ahead):
+    text, pairs = (kind(np.arange(40, dtype=np.uint16), 2) for kind in (PackedTokens, Pairs))
+    batches = GlobalBatches(text, 0, 4, 0, 2, ahead=ahead)
+    next(batches)
+    batches.skip()
+    next(batches)
+    assert (batches.positions, batches.tokens) == (8, 8)
+    assert len(batches._counted) <= ahead + 1  # those of batches that are gone past are dropped
+    batches.close()
+    batches = GlobalBatches(pairs, 0, 4, 1, 2, ahead=ahead)
+    for _ in range(3):
+        next(batches)
+    batches.next_sample = 0  # gone back
+    next(batches)
+    assert (batches.positions, batches.tokens) == (4 * 8, 4 * 6)
+    batches.close()

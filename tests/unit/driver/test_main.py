@@ -269,6 +269,13 @@ def test_a_connection_that_was_opened_early_is_opened_anew_for_slow_restarts(con
     assert caught.value.args == ((False, ["closed"]) if slow else (True, []))
 
 
+told = []
+
+
+def tell(result, directory):
+    told.append((directory, result))
+
+
 @pytest.fixture
 def drive(config, monkeypatch):
     """Runs the driver around workers whose outcome is at hand; the run's result goes with the status."""
@@ -283,7 +290,8 @@ def drive(config, monkeypatch):
         monkeypatch.setattr(driver_main, "supervise", lambda *_, **__: outcome())
         context = SimpleNamespace(gcs_address="127.0.0.1:1")
         monkeypatch.setattr(driver_main.ray, "get_runtime_context", lambda: context)
-        status = driver_main.train(config(*SEVEN))
+        told.clear()
+        status = driver_main.train(config(*SEVEN, "on_end=tests.unit.driver.test_main:tell"))
         return status, prepare(config(*SEVEN))[0].result()
 
     return drive
@@ -303,6 +311,7 @@ def ended(storage_path, checkpoint):
 def test_a_run_without_a_checkpoint_has_not_ended_well(drive, tmp_path, capsys, checkpoint):
     status, result = drive(ended(tmp_path, checkpoint))
     assert (status, result["status"]) == ((0, "finished") if checkpoint else (1, "failed"))
+    assert told == [(str(tmp_path / "tiny"), result)]
     assert ("there is no checkpoint in" in capsys.readouterr().out) != checkpoint
 
 

@@ -1,15 +1,17 @@
 """The doctor's findings, each thing set wrong."""
 
+import re
 import time
 
 import pytest
 
 from areal_ray.cli.main import main as run_cli
 from areal_ray.config import load
+from areal_ray.driver.memory import estimator
 from areal_ray.storage import LocalStorage
 from areal_ray.tools.doctor import estimate, local_findings
 from areal_ray.tools.doctor import local as local_checks
-from areal_ray.tools.doctor.nodes import _of_node, look, versions
+from areal_ray.tools.doctor.nodes import _memory, _of_node, _room, look, versions
 
 pytestmark = pytest.mark.unit
 TINY = "conf/experiments/tiny.yaml"
@@ -48,6 +50,17 @@ def test_an_estimate_of_an_adapter_is_about_what_is_trained():
     assert some.host["checkpoint image"] == 12 * own
 
 
+def test_what_is_frozen_has_no_gradients_and_a_loss_in_parts_no_logits():
+    config = load(TINY, ["optim.groups=[{pattern: layers, freeze: true}]"])
+    whole, some = estimate(config, 1), estimator(config)(config, 1)
+    assert some.trained < whole.trained == whole.parameters == some.parameters
+    assert some.device["weights"] == whole.device["weights"]
+    assert some.device["gradients"] == 4 * some.trained
+    assert some.host["checkpoint image"] == 4 * some.parameters + 8 * some.trained
+    wide = load(TINY, ["model.config.vocab_size=300000"])
+    assert estimator(wide)(wide, 1).device["logits"] < estimate(wide, 1).device["logits"] / 2
+
+
 def test_all_is_well_where_it_is(tmp_path):
     assert {each.state for each in findings(tmp_path).values()} == {"ok"}
     assert list(tmp_path.iterdir()) == []
@@ -64,7 +77,11 @@ def test_a_model_that_is_too_large_comes_with_the_levers(tmp_path):
     large = ["model.config.hidden_size=16384", "model.config.num_hidden_layers=200", "model.config.head_dim=4096"]
     found = findings(tmp_path, *large)["memory of this machine"]
     assert found.state == "bad"
-    assert "In this order: train.micro_batch_size=2, engine.activation_checkpointing=true" in found.text
+    parts = "checkpoint.memory_every_steps=null", "train.micro_batch_size=2", "engine.activation_checkpointing=true"
+    sizes = [float(re.search(rf"{part} \(about ([\d.,]+) TB\)", found.text)[1]) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert f"In this order: {parts[0]} (about " in found.text
+    assert re.search(r"more workers \(about .* TB with 4\)$", found.text)
 
 
 def test_a_storage_that_cannot_be_written_or_gives_back_something_else(tmp_path, monkeypatch):
@@ -107,6 +124,24 @@ def test_another_version_and_another_clock(tmp_path):
     assert "torch 1.0 (here " in first[1]
     assert second[0] == "note"
     assert "its clock is 36" in second[1]
+
+
+@pytest.mark.parametrize(
+    ("memory", "gpus", "states"),
+    [
+        (10**12, [], ["ok"]),
+        (10**12, [10**10, 10**7], ["bad", "ok"]),
+        (2 * 10**8, [10**10], ["ok", "note"]),
+        (1, [], ["bad"]),
+    ],
+)
+def test_what_a_node_has_is_laid_beside_what_its_workers_take(memory, gpus, states):
+    config = load(TINY, ["cluster.use_gpu=true", "cluster.num_workers=[2,4]"])
+    node = {"Resources": {"CPU": 64.0, "GPU": 8.0}}
+    found = list(_memory("node-b", _room(config, node), {"memory": memory, "gpus": gpus}, config, estimate(config, 2)))
+    assert [each.state for each in found] == states
+    assert found[-1].text.startswith("4 workers take about ")
+    assert not list(_memory("node-b", _room(config, {"Resources": {"CPU": 64.0}}), {}, config, estimate(config, 2)))
 
 
 def test_the_command_says_what_it_looked_at_and_refuses_what_train_does(tmp_path, monkeypatch, capsys):

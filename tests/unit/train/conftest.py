@@ -86,6 +86,8 @@ def start(tmp_path, request):
             lambda state: Recover(state, run, states),
             journal,
             RuntimeError,
+            beside=start.beside,
+            pulse=start.pulses.append,
         )
         job.refused = journal.heard
         start.jobs.append(job)
@@ -97,5 +99,5 @@ def start(tmp_path, request):
                 train(job)
         return job
 
-    start.kept, start.lag, start.jobs = kept, request.param, []
+    start.kept, start.lag, start.jobs, start.beside, start.pulses = kept, request.param, [], [], []
     return start

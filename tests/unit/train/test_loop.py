@@ -1,9 +1,13 @@
 """The loop: what is due when, and that a run which stopped or died goes on as if it had not."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from areal_ray.data import GlobalBatches
+from areal_ray.run import RunDir
 from areal_ray.run.metric_names import CLOCK
+from areal_ray.storage import LocalStorage
 from areal_ray.train.bad_steps import BadStepError
 from areal_ray.train.evaluation import Evaluator
 
@@ -44,8 +48,11 @@ def test_a_line_tells_the_means_of_its_window(start):
     assert line["loss"] == pytest.approx(sum(losses[4:]) / 4)
     assert line["grad_norm"] == pytest.approx(sum(losses[4:]) / 2)
     assert (line["lr"], line["epoch"]) == (0.1, 0)
-    assert set(line) == {"step", "loss", "grad_norm", "lr", "epoch", "samples", "tokens"} | set(CLOCK)
-    assert line["tokens_per_s"] > 0
+    clock = set(CLOCK) - {"mfu", "padding_share", "counted_share"}  # no peak is known, no padding, no submission
+    assert set(line) == {"step", "loss", "grad_norm", "lr", "epoch", "samples", "tokens"} | clock
+    assert line["tokens_per_s"] == line["tokens_per_s_per_worker"] > 0
+    assert line["memory_peak_bytes"] > 1e6
+    assert line["compute_s"] == pytest.approx(line["step_time_s"] - line["data_s"], abs=2e-4)
 
 
 def test_the_end_must_be_saved_and_the_others_need_not(start):
@@ -221,3 +228,18 @@ def test_the_end_lets_go_of_the_batches(start, monkeypatch):
     monkeypatch.setattr(GlobalBatches, "close", lambda batches: closed.append(batches.next_sample))
     start(evaluate=None)
     assert closed == [4 * TOTAL]
+
+
+def test_the_time_that_counted_goes_with_the_lines_and_other_sinks_and_the_pulse_hear_of_the_run(start, tmp_path):
+    heard = []
+    start.beside.append(SimpleNamespace(log=lambda step, values: heard.append(step), rewind=heard.append, close=None))
+    run = RunDir(LocalStorage(tmp_path / "run"))
+    run.storage.ensure()
+    run.event("submitted", last_step=TOTAL)
+    start(dies_at=17)
+    job = start()
+    shares = [line["counted_share"] for line in job.recover.run.metrics() if "loss" in line]
+    assert len(shares) == 6
+    assert all(0 < share <= 1 for share in shares)
+    assert heard == [-1, 0, 4, 5, 8, 10, 12, 15, 16, 14, 15, 16, 20, 22]
+    assert start.pulses == [*range(1, 17), *range(15, TOTAL + 1)]
