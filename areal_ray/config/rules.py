@@ -24,6 +24,9 @@ _OWNED = re.compile(
     r"|PYTHONPATH|PYTHONHOME|PYTORCH_NVML_BASED_CUDA_CHECK"
 )
 
+OPTIMIZERS = ("adamw", "muon", "adafactor", "sgd")
+_WITH_ARGS = ("muon", "adafactor", "sgd")  # parts of this package whose arguments stand in args
+_NOT_TOLD_ON_DEVICE = ("muon", "adafactor", "sgd")  # see TrainEngine.skips_on_device
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -90,9 +93,9 @@ def _check_env(config: Config) -> None:
 
 
 def _check_plugins(config: Config) -> None:
-    """Parts are named: this package's by a short name, the user's, which alone take args, as package.module:name."""
+    """Parts are named: this package's by a short name, the user's, which all take args, as package.module:name."""
     parts = (
-        ("optim.name", config.optim.name, ("adamw",), "optim.args", config.optim.args),
+        ("optim.name", config.optim.name, OPTIMIZERS, "optim.args", config.optim.args),
         ("objective.name", config.objective.name, ("language_modeling",), "objective.args", config.objective.args),
     )
     for key, name, builtin, args_key, args in parts:
@@ -101,7 +104,7 @@ def _check_plugins(config: Config) -> None:
         elif name not in builtin:
             known = ", ".join(builtin)
             raise ConfigError(key, f"knows {known}, or package.module:name for your own; not {name!r}")
-        elif args:
+        elif args and name not in _WITH_ARGS:
             raise ConfigError(args_key, f"are for your own package.module:name; {name!r} takes none")
     if config.adapter is not None:
         if is_plugin(config.adapter.name):
@@ -136,6 +139,9 @@ def _check_train(config: Config) -> None:
     train, optim = config.train, config.optim
     if train.stop_at is not None and not 0 < train.stop_at <= train.steps:
         raise ConfigError("train.stop_at", f"must be between 1 and train.steps={train.steps}, not {train.stop_at}")
+    if train.bad_step.lag and optim.name in _NOT_TOLD_ON_DEVICE:
+        text = f"1 needs an optimizer that can be told on the device to change nothing, and {optim.name} cannot: use 0"
+        raise ConfigError("train.bad_step.lag", text)
     if train.seq_len < 2:
         raise ConfigError("train.seq_len", "must be at least 2: one token to predict the next from")
     factor = train.bad_step.spike_factor

@@ -90,8 +90,8 @@ class ParameterGroupConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = "adamw"  # or package.module:function, called with parameter groups and args
-    args: dict[str, Any] = field(default_factory=dict)  # of one's own optimizer
+    name: str = "adamw"  # or muon, adafactor, sgd, or package.module:function, called with parameter groups and args
+    args: dict[str, Any] = field(default_factory=dict)  # all but adamw's, see areal_ray/engine/optim/build.py
     groups: list[ParameterGroupConfig] = field(default_factory=list)
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)

@@ -22,7 +22,7 @@ from areal_ray.driver.data import Make, make_corpus, sources_of
 from areal_ray.engine import hidden
 from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
-from areal_ray.engine.optim import freeze
+from areal_ray.engine.optim import MuonWithAdamW, build_optimizer, freeze, same_state
 from areal_ray.models import hf_weights, safetensors_files
 from areal_ray.models.adapters import quick_fingerprint
 from areal_ray.models.masking import keeps_no_documents_apart
@@ -88,13 +88,25 @@ def _print(text: str) -> None:
 def _check_plugins(config: Config) -> None:
     """Resolve the user's own code that the configuration names, and check its arguments as far as that is possible."""
     build_objective(config.objective)
-    if plugin.is_plugin(config.optim.name):
-        make = plugin.factory(config.optim.name, "optim.name", {})
-        plugin.check_args(make, config.optim.name, "optim.args", [], **config.optim.args)
+    _check_optimizer(config)
     for i, tracker in enumerate(config.trackers):
         check_tracker(tracker, f"trackers[{i}]")
-    if config.optim.groups:
-        freeze(models.build_adapted(config.model, config.adapter)[0], config.optim.groups)
+
+
+def _check_optimizer(config: Config) -> None:
+    """Make the optimizer on a model without memory; of one's own only the arguments are looked at."""
+    optim = config.optim
+    if optim.name == "adamw" and not optim.groups:
+        return
+    model = models.build_adapted(config.model, config.adapter)[0]
+    freeze(model, optim.groups)
+    if plugin.is_plugin(optim.name):
+        make = plugin.factory(optim.name, "optim.name", {})
+        plugin.check_args(make, optim.name, "optim.args", [], **optim.args)
+        return
+    made = build_optimizer(model, optim)
+    if isinstance(made, MuonWithAdamW):
+        print(made.about(model), flush=True)
 
 
 def _check_model(config: Config, vocab_size: int) -> None:
@@ -197,6 +209,9 @@ def _check_optimizer_continues(saved: dict[str, Any], config: Config) -> None:
     if before != config.optim.name:
         text = f"this run's checkpoints have the state of {before}; choose another run.name, or go back"
         raise ConfigError("optim.name", text)
+    if not same_state(before, saved.get("args", {}), config.optim.args):
+        text = f"this run's checkpoints have the state of {before} with {saved.get('args')}; choose another run.name"
+        raise ConfigError("optim.args", text)
     frozen = [group["pattern"] for group in saved.get("groups", []) if group["freeze"]]
     now = [group.pattern for group in config.optim.groups if group.freeze]
     if frozen != now:

@@ -89,7 +89,9 @@ class FSDPEngine:
         else:
             self._sharded.init_buffers()
         adapters.check_base(config, self._sharded.base, base)
-        self.optimizer = build_optimizer(self.model, config.optim, restored=not weights)
+        self.optimizer = build_optimizer(
+            self.model, config.optim, not weights, self.dims.mesh, config.engine.precision or "float32"
+        )
         own = plugin.is_plugin(config.optim.name)
         self._group_values = plain_group_values(self.optimizer) if own else None
         self._references = {name: self._reference() for name in references}

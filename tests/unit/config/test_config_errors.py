@@ -100,6 +100,7 @@ WRONG_OVERRIDES = [
 ]
 
 WRONG_FILES = [
+    (f"{MODEL}optim: {{name: sgd}}\ntrain: {{bad_step: {{lag: 1}}}}", "train.bad_step.lag", "sgd cannot"),
     ("checkpoint: {memory_partner: true}\n", "checkpoint.memory_partner", "set checkpoint.memory_every_steps"),
     (
         f"{MODEL}cluster: {{use_gpu: true, resources_per_worker: {{GPU: 0.5}}}}",
