@@ -12,7 +12,7 @@ from torch import nn
 
 from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
-from areal_ray.config import Config, ConfigError, plugin, redact
+from areal_ray.config import Config, ConfigError, in_steps, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
 from areal_ray.data.splits import check_sizes, open_splits, own_splits
@@ -41,8 +41,8 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
         make: prepares data that are not prepared yet; the last thing before what needs them is checked.
 
     Returns:
-        The run directory, the config with an absolute storage path, and the tokens to train on by the name of their
-        source; none for a source of one's own.
+        The run directory, the config with an absolute storage path and all lengths in steps, and the tokens to train on
+        by the name of their source; none for a source of one's own.
 
     Raises:
         ConfigError: if the run could not start, or must not touch what it would find.
@@ -76,8 +76,12 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
         if note := getattr(splits[0], "note", ""):
             _print(note)
     check_sizes(splits, config.data, sources, config.train.seq_len, config.train.global_batch_size)
+    given, config = config, in_steps(config, len(splits[0]))
+    if not given.train.steps:
+        _print(f"{given.length}: {config.length} of {config.train.global_batch_size:,} samples")
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, splits[0])
+        _check_same_batch(newest.manifest.info, given)
     return run, config, sources
 
 
@@ -203,6 +207,14 @@ def _check_base(saved: dict[str, Any], config: Config) -> None:
         raise other_base(config, str(was), now)
 
 
+def _check_same_batch(saved: dict[str, Any], given: Config) -> None:
+    """Refuse to count a run in samples or epochs whose steps had other numbers of samples before."""
+    before = saved.get("config", {}).get("train", {}).get("global_batch_size", given.train.global_batch_size)
+    if not given.train.steps and before != given.train.global_batch_size:
+        text = f"was {before} when this run was saved: give its length in train.steps, not as {given.length}"
+        raise ConfigError("train.global_batch_size", text)
+
+
 def _check_optimizer_continues(saved: dict[str, Any], config: Config) -> None:
     """Refuse another optimizer, or other frozen parameters: there is no state for them in the checkpoints."""
     before = saved.get("name", "adamw")  # absent from older checkpoints
@@ -212,6 +224,9 @@ def _check_optimizer_continues(saved: dict[str, Any], config: Config) -> None:
     if not same_state(before, saved.get("args", {}), config.optim.args):
         text = f"this run's checkpoints have the state of {before} with {saved.get('args')}; choose another run.name"
         raise ConfigError("optim.args", text)
+    if saved.get("ema") is not None and config.optim.ema is None:
+        text = "this run's checkpoints have averages of the weights; choose another run.name, or go back"
+        raise ConfigError("optim.ema", text)
     frozen = [group["pattern"] for group in saved.get("groups", []) if group["freeze"]]
     now = [group.pattern for group in config.optim.groups if group.freeze]
     if frozen != now:

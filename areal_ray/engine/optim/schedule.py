@@ -9,13 +9,16 @@ from areal_ray.config import OptimConfig
 
 
 class LrSchedule:
-    """Linear warm-up, then constant or cosine down to `min_lr_ratio`; a pure function of the optimizer step.
+    """Linear warm-up, then constant, or down to `min_lr_ratio`; a pure function of the optimizer step.
 
-    It multiplies each parameter group's own rate.
+    Down as a cosine or in a line, or (wsd: warmup, stable, decay; https://arxiv.org/abs/2404.06395) in a line over the
+    last steps alone, so that a run of another length has the same rates before them. It multiplies each parameter
+    group's own rate.
 
     Args:
-        config: rates and shape.
-        steps: where the cosine ends; a run that stops earlier (train.stop_at) does not change it.
+        config: rates and shape, in steps.
+        steps: the length of the run, where the rate is the smallest; a run that stops earlier (train.stop_at)
+            does not change it.
     """
 
     def __init__(self, config: OptimConfig, steps: int) -> None:
@@ -29,8 +32,13 @@ class LrSchedule:
             return base * (self.step + 1) / c.warmup_steps
         if c.schedule == "constant":
             return base
-        share = min(1.0, (self.step - c.warmup_steps) / max(1, self._steps - c.warmup_steps))
-        return base * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share)))
+        begin = c.warmup_steps
+        if c.schedule == "wsd":
+            decay = -(-self._steps // 10) if c.decay_steps is None else c.decay_steps
+            begin = max(begin, self._steps - decay)
+        share = min(1.0, max(0.0, (self.step - begin) / max(1, self._steps - begin)))
+        left = 0.5 * (1 + math.cos(math.pi * share)) if c.schedule == "cosine" else 1 - share
+        return base * (c.min_lr_ratio + (1 - c.min_lr_ratio) * left)
 
     def state_dict(self) -> dict[str, Any]:
         # The rate is for the receipt of a restore; it follows from the step.
