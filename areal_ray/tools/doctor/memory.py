@@ -59,11 +59,14 @@ def estimate(config: Config, workers: int, model: nn.Module | None = None) -> Me
     micro_batches = max(1, train.global_batch_size // ranks // train.micro_batch_size)
     whole = micro_batches > 1 and config.engine.accumulate == "unsharded"
     tokens = min(train.micro_batch_size, max(1, train.global_batch_size // ranks)) * train.seq_len
-    state = 3 * _FLOAT * trained // shards  # what an adapter leaves as it is is not saved
+    optimizer = _optimizer(config, model, shards)
+    averages = _FLOAT * trained // shards if config.optim.ema is not None else 0
+    state = _FLOAT * trained // shards + optimizer + averages  # what an adapter leaves as it is is not saved
     device = {
         "weights": weights // shards,
         "gradients": _FLOAT * (trained if whole else trained // shards),
-        "optimizer": 2 * _FLOAT * trained // shards,
+        "optimizer": optimizer,
+        **({"averages": averages} if averages else {}),
         "gathered layers": width * sum(largest) if shards > 1 else 0,
         "activations": _activations(config, model, tokens, width, max(1, len(units))),
         "logits": 2 * _FLOAT * tokens * _rows(model),
@@ -84,6 +87,25 @@ def _activations(config: Config, model: nn.Module, tokens: int, width: int, laye
     if config.engine.activation_checkpointing:
         return layers * tokens * width * hidden + one
     return layers * one
+
+
+def _optimizer(config: Config, model: nn.Module, shards: int) -> int:
+    """Bytes of the optimizer's state on a rank; one of one's own is taken to be like AdamW."""
+    every = [p for p in model.parameters() if p.requires_grad]
+    numbers = 2 * sum(p.numel() for p in every)
+    match config.optim.name:
+        case "sgd":
+            numbers = numbers // 2 if config.optim.args.get("momentum", 0.9) else 0
+        case "adafactor":  # a row and a column of each matrix, whole on every rank
+            numbers = sum(p.numel() for p in every if p.ndim < 2)
+            factors = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in every if p.ndim >= 2)
+            return _FLOAT * numbers // shards + _FLOAT * factors
+        case "muon":
+            outer = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+            head = getattr(model, "get_output_embeddings", lambda: None)()
+            outer |= {head.weight} if head is not None else set()
+            numbers -= sum(p.numel() for p in every if p.ndim == 2 and p not in outer)
+    return _FLOAT * numbers // shards
 
 
 def _rows(model: nn.Module) -> int:
