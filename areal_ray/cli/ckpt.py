@@ -38,6 +38,7 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
             )
             command.add_argument("--merged", action="store_true", help="of an adapter: the model with it, not it alone")
             command.add_argument("--base", help="of a merged one: directory or hub name of the base")
+            command.add_argument("--ema", action="store_true", help="the averages of the weights (optim.ema)")
         command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
 
 
@@ -135,7 +136,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from areal_ray.tools.export import export
 
     size = _bytes(arguments.shard_size)
-    how = {"merged": arguments.merged, "base": arguments.base}
+    how = {"merged": arguments.merged, "base": arguments.base, "ema": arguments.ema}
     done = export(_at(arguments.ckpt), storage_at(arguments.out), size, arguments.tokenizer, **how)
     if arguments.json:
         _print_json(vars(done))

@@ -23,7 +23,7 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
     from areal_ray.tools.doctor import Finding, local_findings
 
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    bad = _print([Finding("ok", "configuration", f"{arguments.config}: {config.train.steps:,} steps")])
+    bad = _print([Finding("ok", "configuration", f"{arguments.config}: {config.length}")])
     from areal_ray.driver.data import NotPrepared, leave_unprepared
     from areal_ray.driver.memory import estimator
     from areal_ray.driver.opening import opening

@@ -2,6 +2,7 @@
 
 from areal_ray.config.data_schema import DataConfig, MixtureConfig, SourceConfig
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.lengths import in_steps
 from areal_ray.config.load import config_hash, dump, load
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
@@ -10,6 +11,7 @@ from areal_ray.config.schema import (
     CheckpointConfig,
     ClusterConfig,
     Config,
+    EmaConfig,
     EngineConfig,
     EvalConfig,
     Fault,
@@ -35,6 +37,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "EmaConfig",
     "EngineConfig",
     "EvalConfig",
     "Fault",
@@ -54,6 +57,7 @@ __all__ = [
     "WatchdogConfig",
     "config_hash",
     "dump",
+    "in_steps",
     "load",
     "redact",
     "redact_override",

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.lengths import keep_last_unit
 from areal_ray.config.text import hint_at, keep_text
 
 T = TypeVar("T")
@@ -49,7 +50,9 @@ def read_layers(path: str, overrides: Sequence[str], schema: type) -> list[Layer
     folder = _conf_folder(Path(path))
     layers = [_group_layer(folder, group, *choice, schema) for group, choice in groups.items()]
     typed = Layer("command line", _read_assignments(assignments, schema))
-    return [_plain_names(layer) for layer in (*layers, experiment, typed)]
+    read = [_plain_names(layer) for layer in (*layers, experiment, typed)]
+    keep_last_unit([(layer.source, layer.values) for layer in read])
+    return read
 
 
 def _plain_names(layer: Layer) -> Layer:

@@ -9,7 +9,8 @@ from typing import Any, get_args, get_type_hints
 from areal_ray.config.errors import ConfigError
 
 _POSITIVE = (
-    "train.steps",
+    "train.samples",
+    "train.epochs",
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.seq_len",
@@ -22,7 +23,12 @@ _POSITIVE = (
     "cluster.watchdog.patience_s",
     "optim.lr",
     "optim.eps",
+    "optim.warmup_samples",
+    "optim.warmup_epochs",
+    "optim.decay_samples",
+    "optim.decay_epochs",
     "optim.clip_grad_norm",
+    "optim.ema.every_steps",
     "engine.mesh.replicate",
     "engine.mesh.tensor",
     "checkpoint.every_steps",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from areal_ray.config.data_rules import check_data
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.lengths import check_lengths
 from areal_ray.config.numbers import check_numbers
 from areal_ray.config.plugin import check_form, is_plugin
 from areal_ray.config.types import StandbyCount, WorkerRange
@@ -24,6 +25,9 @@ _OWNED = re.compile(
     r"|PYTHONPATH|PYTHONHOME|PYTORCH_NVML_BASED_CUDA_CHECK"
 )
 
+OPTIMIZERS = ("adamw", "muon", "adafactor", "sgd")
+_WITH_ARGS = ("muon", "adafactor", "sgd")  # parts of this package whose arguments stand in args
+_NOT_TOLD_ON_DEVICE = ("muon", "adafactor", "sgd")  # see TrainEngine.skips_on_device
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -90,9 +94,9 @@ def _check_env(config: Config) -> None:
 
 
 def _check_plugins(config: Config) -> None:
-    """Parts are named: this package's by a short name, the user's, which alone take args, as package.module:name."""
+    """Parts are named: this package's by a short name, the user's, which all take args, as package.module:name."""
     parts = (
-        ("optim.name", config.optim.name, ("adamw",), "optim.args", config.optim.args),
+        ("optim.name", config.optim.name, OPTIMIZERS, "optim.args", config.optim.args),
         ("objective.name", config.objective.name, ("language_modeling",), "objective.args", config.objective.args),
     )
     for key, name, builtin, args_key, args in parts:
@@ -101,7 +105,7 @@ def _check_plugins(config: Config) -> None:
         elif name not in builtin:
             known = ", ".join(builtin)
             raise ConfigError(key, f"knows {known}, or package.module:name for your own; not {name!r}")
-        elif args:
+        elif args and name not in _WITH_ARGS:
             raise ConfigError(args_key, f"are for your own package.module:name; {name!r} takes none")
     if config.adapter is not None:
         if is_plugin(config.adapter.name):
@@ -136,19 +140,25 @@ def _check_plugins(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     train, optim = config.train, config.optim
-    if train.stop_at is not None and not 0 < train.stop_at <= train.steps:
-        raise ConfigError("train.stop_at", f"must be between 1 and train.steps={train.steps}, not {train.stop_at}")
+    check_lengths(config)
+    if train.bad_step.lag and optim.name in _NOT_TOLD_ON_DEVICE:
+        text = f"1 needs an optimizer that can be told on the device to change nothing, and {optim.name} cannot: use 0"
+        raise ConfigError("train.bad_step.lag", text)
     if train.seq_len < 2:
         raise ConfigError("train.seq_len", "must be at least 2: one token to predict the next from")
     factor = train.bad_step.spike_factor
     if factor is not None and not factor > 1:
         raise ConfigError("train.bad_step.spike_factor", f"must be greater than 1, or null for no limit, not {factor}")
-    if not 0 <= optim.warmup_steps < train.steps:
-        raise ConfigError("optim.warmup_steps", f"must be in [0, train.steps={train.steps}), not {optim.warmup_steps}")
+    if optim.schedule != "wsd" and (optim.decay_steps, optim.decay_samples, optim.decay_epochs) != (None, None, None):
+        raise ConfigError("optim.schedule", f"wsd alone has a decay at its end, not {optim.schedule}")
     if not 0 <= optim.min_lr_ratio <= 1:
         raise ConfigError("optim.min_lr_ratio", f"must be between 0 and 1, not {optim.min_lr_ratio}")
     if optim.weight_decay < 0:
         raise ConfigError("optim.weight_decay", f"must be 0 or more, not {optim.weight_decay}")
+    if optim.ema is not None and not 0 <= optim.ema.decay < 1:
+        raise ConfigError("optim.ema.decay", f"must be in [0, 1), not {optim.ema.decay}")
+    if config.eval.ema and optim.ema is None:
+        raise ConfigError("eval.ema", "needs averages of the weights: optim.ema={}")
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError("optim.betas", f"must be in [0, 1), not {list(optim.betas)}")
 
@@ -223,10 +233,13 @@ def _check_keep(config: Config) -> None:
         raise ConfigError(
             "checkpoint.keep.last", "without it everything is kept, and the other rules say nothing; set it"
         )
-    if keep.metric not in ("held_out_loss", "loss"):
-        raise ConfigError("checkpoint.keep.metric", f"must be held_out_loss or loss, not {keep.metric!r}")
-    if keep.best and keep.metric == "held_out_loss" and config.eval.every_steps is None:
-        raise ConfigError("checkpoint.keep.metric", "held_out_loss needs eval.every_steps")
+    if keep.metric not in ("held_out_loss", "loss", "ema_held_out_loss"):
+        text = f"must be held_out_loss, loss or ema_held_out_loss, not {keep.metric!r}"
+        raise ConfigError("checkpoint.keep.metric", text)
+    if keep.metric == "ema_held_out_loss" and not config.eval.ema:
+        raise ConfigError("checkpoint.keep.metric", "ema_held_out_loss needs eval.ema")
+    if keep.best and keep.metric != "loss" and config.eval.every_steps is None:
+        raise ConfigError("checkpoint.keep.metric", f"{keep.metric} needs eval.every_steps")
 
 
 def _check_faults(config: Config) -> None:
@@ -234,5 +247,3 @@ def _check_faults(config: Config) -> None:
         most = config.worker_range[1]
         if not 0 <= fault.rank < most:
             raise ConfigError(f"faults[{i}].rank", f"must be in [0, {most}), not {fault.rank}")
-        if not 0 < fault.step <= config.train.steps:
-            raise ConfigError(f"faults[{i}].step", f"must be between 1 and {config.train.steps}, not {fault.step}")

@@ -89,18 +89,32 @@ class ParameterGroupConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """Exponential moving averages of the weights: in the checkpoint, to be evaluated and exported on request."""
+
+    decay: float = 0.999  # the first updates have less: after n of them at most (1 + n) / (10 + n)
+    every_steps: int = 1  # one update after so many steps
+
+
+@dataclass(frozen=True)
 class OptimConfig:
-    name: str = "adamw"  # or package.module:function, called with parameter groups and args
-    args: dict[str, Any] = field(default_factory=dict)  # of one's own optimizer
+    name: str = "adamw"  # or muon, adafactor, sgd, or package.module:function, called with parameter groups and args
+    args: dict[str, Any] = field(default_factory=dict)  # all but adamw's, see areal_ray/engine/optim/build.py
     groups: list[ParameterGroupConfig] = field(default_factory=list)
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only; not on norms, biases
     clip_grad_norm: float | None = 1.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warm up, stable, then a linear decay
     warmup_steps: int = 0
-    min_lr_ratio: float = 0.1  # where the cosine ends, as a share of lr
+    warmup_samples: int | None = None  # instead of warmup_steps
+    warmup_epochs: float | None = None  # instead of warmup_steps
+    decay_steps: int | None = None  # the decay of wsd, at the end; null: a tenth of the run
+    decay_samples: int | None = None  # instead of decay_steps
+    decay_epochs: float | None = None  # instead of decay_steps
+    min_lr_ratio: float = 0.1  # where all but constant end, as a share of lr
+    ema: EmaConfig | None = None  # averages of the weights, {} for the usual ones; as much memory as the weights
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,9 @@ class BadStepConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 100  # length of the run and of the learning-rate schedule
+    steps: int = 100  # length of the run and of the learning-rate schedule; 0 as long as another unit says it
+    samples: int | None = None  # instead of steps, so many sequences
+    epochs: float | None = None  # instead of steps, so many times the data; the driver counts the steps
     stop_at: int | None = None  # end early, resumable; the schedule stays that of steps
     global_batch_size: int = 8  # sequences per optimizer step, whatever the number of workers
     micro_batch_size: int = 4  # sequences per forward pass of one rank
@@ -151,7 +167,7 @@ class KeepConfig:
     last: int | None = None  # so many of the newest; null keeps all
     every_steps: int | None = None  # those of steps that this divides, for good
     best: int = 0  # so many of the best by metric
-    metric: str = "held_out_loss"  # or loss
+    metric: str = "held_out_loss"  # or loss, or ema_held_out_loss
     mode: Literal["min", "max"] = "min"
 
 
@@ -173,6 +189,7 @@ class CheckpointConfig:
 class EvalConfig:
     every_steps: int | None = 50  # null: never
     batches: int = 8  # global batches of held-out text
+    ema: bool = False  # the averages of optim.ema, too: ema_held_out_loss, for twice the time
 
 
 @dataclass(frozen=True)
@@ -224,7 +241,8 @@ class Config:
     faults: list[Fault] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Fill in what is null because it depends on another key, so that everybody sees it."""
+        """Fill in what depends on another key, so that everybody sees it."""
+        self._leave_steps_open()
         gpu, watchdog = self.cluster.use_gpu, self.cluster.watchdog
         if self.data.tokenizer is None:
             object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.path or "bytes"))
@@ -233,6 +251,16 @@ class Config:
         if watchdog is not None and watchdog.floor_s is None:
             limits = replace(watchdog, floor_s=60.0 if gpu else 10.0)
             object.__setattr__(self, "cluster", replace(self.cluster, watchdog=limits))
+
+    def _leave_steps_open(self) -> None:
+        """Take back lengths in steps that are given in another unit: what they come to, the data say."""
+        train, optim = self.train, self.optim
+        if train.steps and (train.samples, train.epochs) != (None, None):
+            object.__setattr__(self, "train", replace(train, steps=0))
+        if optim.warmup_steps and (optim.warmup_samples, optim.warmup_epochs) != (None, None):
+            object.__setattr__(self, "optim", replace(optim, warmup_steps=0))
+        if optim.decay_steps and (optim.decay_samples, optim.decay_epochs) != (None, None):
+            object.__setattr__(self, "optim", replace(self.optim, decay_steps=None))
 
     @cached_property
     def worker_range(self) -> WorkerRange:
@@ -255,8 +283,16 @@ class Config:
         return StandbyCount.parse(self.cluster.standbys).on(local_workers)
 
     @property
+    def length(self) -> str:
+        """The length of the run, as it is given."""
+        train = self.train
+        if train.steps:
+            return f"{train.steps:,} steps"
+        return f"{train.epochs:g} epochs" if train.epochs is not None else f"{train.samples:,} samples"
+
+    @property
     def last_step(self) -> int:
-        """The step at which this invocation ends."""
+        """The step at which this invocation ends; 0 as long as that is not known."""
         return self.train.steps if self.train.stop_at is None else self.train.stop_at
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
-from areal_ray.config import Config, ConfigError, plugin, redact
+from areal_ray.config import Config, ConfigError, in_steps, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
 from areal_ray.data.splits import Splits, check_sizes, open_splits, own_splits
@@ -24,7 +24,7 @@ from areal_ray.driver.on_end import check_on_end
 from areal_ray.engine import hidden
 from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
-from areal_ray.engine.optim import freeze
+from areal_ray.engine.optim import MuonWithAdamW, build_optimizer, freeze, same_state
 from areal_ray.models import hf_weights, safetensors_files
 from areal_ray.models.adapters import quick_fingerprint
 from areal_ray.models.masking import keeps_no_documents_apart
@@ -46,8 +46,8 @@ def prepare(
         look: called at the end with the model on the meta device, the rows, and what is returned of the sources.
 
     Returns:
-        The run directory, the config with an absolute storage path, and the tokens to train on by the name of their
-        source; none for a source of one's own.
+        The run directory, the config with an absolute storage path and all lengths in steps, and the tokens to train on
+        by the name of their source; none for a source of one's own.
 
     Raises:
         ConfigError: if the run could not start, or must not touch what it would find.
@@ -81,8 +81,12 @@ def prepare(
         if note := getattr(splits[0], "note", ""):
             _print(note)
     check_sizes(splits, config.data, sources, config.train.seq_len, config.train.global_batch_size)
+    given, config = config, in_steps(config, len(splits[0]))
+    if not given.train.steps:
+        _print(f"{given.length}: {config.length} of {config.train.global_batch_size:,} samples")
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, splits[0])
+        _check_same_batch(newest.manifest.info, given)
     look(model, splits, sources)
     return run, config, sources
 
@@ -94,13 +98,23 @@ def _print(text: str) -> None:
 def _check_plugins(config: Config, model: nn.Module) -> None:
     """Resolve the user's own code that the configuration names, and check its arguments as far as that is possible."""
     build_objective(config.objective)
-    if plugin.is_plugin(config.optim.name):
-        make = plugin.factory(config.optim.name, "optim.name", {})
-        plugin.check_args(make, config.optim.name, "optim.args", [], **config.optim.args)
+    _check_optimizer(config, model)
     for i, tracker in enumerate(config.trackers):
         check_tracker(tracker, f"trackers[{i}]")
     check_on_end(config.on_end)
-    freeze(model, config.optim.groups)
+
+
+def _check_optimizer(config: Config, model: nn.Module) -> None:
+    """Make the optimizer on a model without memory; of one's own only the arguments are looked at."""
+    optim = config.optim
+    freeze(model, optim.groups)
+    if plugin.is_plugin(optim.name):
+        make = plugin.factory(optim.name, "optim.name", {})
+        plugin.check_args(make, optim.name, "optim.args", [], **optim.args)
+        return
+    made = build_optimizer(model, optim)
+    if isinstance(made, MuonWithAdamW):
+        print(made.about(model), flush=True)
 
 
 def _check_model(config: Config, vocab_size: int) -> nn.Module:
@@ -198,12 +212,26 @@ def _check_base(saved: dict[str, Any], config: Config) -> None:
         raise other_base(config, str(was), now)
 
 
+def _check_same_batch(saved: dict[str, Any], given: Config) -> None:
+    """Refuse to count a run in samples or epochs whose steps had other numbers of samples before."""
+    before = saved.get("config", {}).get("train", {}).get("global_batch_size", given.train.global_batch_size)
+    if not given.train.steps and before != given.train.global_batch_size:
+        text = f"was {before} when this run was saved: give its length in train.steps, not as {given.length}"
+        raise ConfigError("train.global_batch_size", text)
+
+
 def _check_optimizer_continues(saved: dict[str, Any], config: Config) -> None:
     """Refuse another optimizer, or other frozen parameters: there is no state for them in the checkpoints."""
     before = saved.get("name", "adamw")  # absent from older checkpoints
     if before != config.optim.name:
         text = f"this run's checkpoints have the state of {before}; choose another run.name, or go back"
         raise ConfigError("optim.name", text)
+    if not same_state(before, saved.get("args", {}), config.optim.args):
+        text = f"this run's checkpoints have the state of {before} with {saved.get('args')}; choose another run.name"
+        raise ConfigError("optim.args", text)
+    if saved.get("ema") is not None and config.optim.ema is None:
+        text = "this run's checkpoints have averages of the weights; choose another run.name, or go back"
+        raise ConfigError("optim.ema", text)
     frozen = [group["pattern"] for group in saved.get("groups", []) if group["freeze"]]
     now = [group.pattern for group in config.optim.groups if group.freeze]
     if frozen != now:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -141,6 +142,13 @@ class TrainEngine(Protocol):
 
     def evaluate(self, batch: Batch, objective: Objective) -> EvalResult:
         """The objective on this rank's part of a global batch, without gradients."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the model has the averages of `optim.ema` for its weights, to be evaluated or saved.
+
+        They are exchanged in place: copies of the weights that are still being made must be waited for.
+        """
         ...
 
     def train_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:

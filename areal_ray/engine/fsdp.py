@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,14 @@ from areal_ray.engine.objectives import (
     split,
     text_inputs,
 )
-from areal_ray.engine.optim import LrSchedule, build_optimizer, clip_gradients, gradient_norm, skips_on_device
+from areal_ray.engine.optim import (
+    LrSchedule,
+    WeightAverages,
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    skips_on_device,
+)
 from areal_ray.engine.reproducibility import reseed, set_process_switches
 from areal_ray.engine.scalars import positive_or_one, scalar_on
 from areal_ray.engine.sharded_model import ShardedModel
@@ -38,6 +46,9 @@ class FSDPEngine:
     Args:
         config: model, optim, engine and the sizes in train are read.
         device: "cpu" or "cuda"; None takes the GPU where there is one.
+
+    Raises:
+        ValueError: if the length of the run is not known in steps.
     """
 
     optimizer: torch.optim.Optimizer
@@ -45,6 +56,9 @@ class FSDPEngine:
     def __init__(self, config: Config, device: str | None = None) -> None:
         set_process_switches(config.engine)  # here already: before anybody touches the device
         self._config, self._kind = config, device
+        if not config.train.steps:
+            text = f"how many steps {config.length} are the data say: areal_ray.config.in_steps(config, len(data))"
+            raise ValueError(text)
         self._schedule = LrSchedule(config.optim, config.train.steps)
         self._owns_group = False
         self._in_step = False  # whether there are gradients that no step has used yet
@@ -89,8 +103,13 @@ class FSDPEngine:
         else:
             self._sharded.init_buffers()
         adapters.check_base(config, self._sharded.base, base)
-        self.optimizer = build_optimizer(self.model, config.optim, restored=not weights)
+        self.optimizer = build_optimizer(
+            self.model, config.optim, not weights, self.dims.mesh, config.engine.precision or "float32"
+        )
         own = plugin.is_plugin(config.optim.name)
+        self._averages = WeightAverages(self.model, config.optim.ema) if config.optim.ema is not None else None
+        if weights and self._averages is not None:
+            self._averages.reset()
         self._group_values = plain_group_values(self.optimizer) if own else None
         self._references = {name: self._reference() for name in references}
 
@@ -108,7 +127,7 @@ class FSDPEngine:
 
     def destroy(self) -> None:
         """Give back model, optimizer and the process group, if this engine made it; it cannot be used afterwards."""
-        for name in ("_sharded", "_references", "optimizer"):
+        for name in ("_sharded", "_references", "optimizer", "_averages"):
             self.__dict__.pop(name, None)
         if self._owns_group:
             dist.destroy_process_group()
@@ -139,8 +158,8 @@ class FSDPEngine:
 
     @property
     def state(self) -> DCPState:
-        sharded = self._sharded
-        return DCPState(sharded.module, self.optimizer, self._schedule, True, self._group_values, sharded.adapted)
+        sharded, own = self._sharded, self._group_values
+        return DCPState(sharded.module, self.optimizer, self._schedule, True, own, sharded.adapted, self._averages)
 
     @property
     def lr(self) -> float:
@@ -210,6 +229,8 @@ class FSDPEngine:
             self.optimizer.found_inf = refused  # type: ignore[attr-defined]  # see optim.skips_on_device
             self.optimizer.step()
             del self.optimizer.found_inf  # type: ignore[attr-defined]
+        if self._averages is not None:
+            self._averages.update(self._schedule.step + 1, refused)
         self.skip_step()
 
     def skip_step(self) -> None:
@@ -218,6 +239,13 @@ class FSDPEngine:
 
     def lr_scheduler_step(self) -> None:
         self._schedule.step += 1
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        assert self._averages is not None, "optim.ema is not set"
+        self._sharded.reshard()
+        with self._averages.in_place():
+            yield
 
     def train_batch(self, batch: Batch, loss_fn: LossFn, loss_weight_fn: LossWeightFn) -> dict[str, Any]:
         result = self.forward_backward(batch, FunctionObjective(loss_fn, loss_weight_fn))

@@ -94,6 +94,7 @@ def load_engine(meta: SaveLoadMeta, config: Config, state: DCPState, ranks: Rank
             load(directory, {"engine": state}, ranks)
         else:
             load(directory, {"engine": state.weights()}, ranks, part=True)
+            state.reset_averages()
         return
     if state.adapted is not None:
         blank, _ = models.build_adapted(config.model, config.adapter)
@@ -102,6 +103,8 @@ def load_engine(meta: SaveLoadMeta, config: Config, state: DCPState, ranks: Rank
         hf_weights.load_weights(directory.location, state.model, models.build_model(config.model), ranks)
     if meta.with_optim:
         load(directory.sub("optim"), {"engine": state.without_weights()}, ranks)
+    else:
+        state.reset_averages()
 
 
 def _clear(directory: LocalStorage) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.checkpoint.tree import flatten, local
+from areal_ray.engine.optim import WeightAverages
 from areal_ray.models import Adapted
 from areal_ray.models.hf_weights import weights_of
 
@@ -34,6 +35,8 @@ class DCPState(Stateful):
         group_values: for an optimizer of the user's own, `plain_group_values` when it was made. None: it has all of its
             state from the beginning, and changes nothing in its groups.
         adapted: if the model has an adapter; its base is left out.
+        averages: of the weights, saved as `ema.<name>`; None: there are none. Where a checkpoint has none, they begin
+            with its weights.
     """
 
     def __init__(
@@ -44,10 +47,12 @@ class DCPState(Stateful):
         weights: bool = True,
         group_values: list[dict[str, Any]] | None = None,
         adapted: Adapted | None = None,
+        averages: WeightAverages | None = None,
     ) -> None:
         self.model, self.adapted = model, adapted
         self._optimizer, self._schedule, self._weights = optimizer, schedule, weights
         self._group_values = group_values
+        self._averages, self._has_averages = averages, True
 
     def weights(self) -> DCPState:
         """The model alone."""
@@ -55,7 +60,8 @@ class DCPState(Stateful):
 
     def without_weights(self) -> DCPState:
         """Everything but the model's weights."""
-        return DCPState(self.model, self._optimizer, self._schedule, False, self._group_values, self.adapted)
+        own = self._group_values, self.adapted, self._averages
+        return DCPState(self.model, self._optimizer, self._schedule, False, *own)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -66,18 +72,22 @@ class DCPState(Stateful):
             state["optim"] = {name: dict(values) for name, values in self._optimizer_state().items()}
             if changed := dict(self._changed_group_values()):
                 state["optim_groups"] = changed
+        if self._averages is not None and self._has_averages:
+            state["ema"] = dict(self._averages.tensors)
         if self._schedule is not None:
             state["schedule"] = self._schedule.state_dict()
         return state
 
     def expect(self, names: Collection[str]) -> None:
-        """Drop optimizer state of parameters that a checkpoint has none of; called before it is loaded.
+        """Leave out what a checkpoint does not have; called before it is loaded.
 
-        An optimizer makes its state with a parameter's first gradient, and some may never have had one.
+        That may be averages of the weights, and optimizer state of some parameters: an optimizer of one's own
+        makes it with a parameter's first gradient, and some may never have had one.
 
         Args:
             names: of the tensors in the checkpoint that belong here, as in `state_dict`, by dotted path.
         """
+        self._has_averages = any(name.startswith("ema.") for name in names)
         if self._optimizer is None or self._group_values is None or not any(n.startswith("optim.") for n in names):
             return
         for name, parameter in self.model.named_parameters():
@@ -85,6 +95,12 @@ class DCPState(Stateful):
             tensors = [key for key, value in own.items() if isinstance(value, torch.Tensor)]
             if tensors and not any(f"optim.{name}.{key}" in names for key in tensors):
                 del self._optimizer.state[parameter]
+
+    def reset_averages(self) -> None:
+        """Begin averages of the weights, if there are to be any, with those of now."""
+        self._has_averages = True
+        if self._averages is not None:
+            self._averages.reset()
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -98,6 +114,8 @@ class DCPState(Stateful):
         if self._optimizer is not None and self._group_values is not None:
             for i, (group, first) in enumerate(zip(self._optimizer.param_groups, self._group_values, strict=True)):
                 group.update({**first, **state.get("optim_groups", {}).get(str(i), {})})
+        if not self._has_averages:
+            self.reset_averages()
         if self._schedule is not None:
             self._schedule.load_state_dict(state["schedule"])
 

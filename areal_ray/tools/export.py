@@ -16,11 +16,9 @@ from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.reader import StoredState
 from areal_ray.data import build_tokenizer
 from areal_ray.models import conversion, safetensors_files
-from areal_ray.models.lazy_tensor import stored_tensors
 from areal_ray.storage import Storage
 from areal_ray.tools.export_adapter import SavedAdapter
-
-_PREFIX = "engine.model."  # of the weights among the tensors of a checkpoint
+from areal_ray.tools.stored_weights import stored_weights
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ def export(
     merged: bool = False,
     base: str | None = None,
     adapter: models.Adapter | None = None,
+    ema: bool = False,
 ) -> Exported:
     """Write the weights of a checkpoint so that `AutoModelForCausalLM.from_pretrained` reads them, bit for bit.
 
@@ -55,11 +54,12 @@ def export(
         merged: of an adapter: into its base.
         base: of a merged one: directory or hub name of the base; None if it was drawn from the run's seed.
         adapter: a user's own, as the run had it; for lora it is made anew.
+        ema: write the averages of the weights.
 
     Raises:
         FileExistsError: if there is something in `out`.
         ValueError: if the checkpoint is not of a transformers model, or its tokenizer or base is not given or cannot be
-            loaded.
+            loaded, or it has no averages and they are asked for.
         CheckpointDamaged: if the bytes are not those that were written.
     """
     if out.names():
@@ -74,11 +74,12 @@ def export(
         has_adapter = "adapter" in state.manifest.info
         if (merged or base) and not has_adapter:
             raise ValueError(f"{checkpoint.location} has no adapter: it is exported without --merged and --base")
+        stored = stored_weights(state, ema)
         saved = SavedAdapter(state.manifest.info, adapter) if has_adapter else None
         if saved is not None and not merged:
             out.ensure()
             _write_tokenizer(out, tokenizer or "none")
-            tensors = saved.write(out, stored_tensors(state, _PREFIX))
+            tensors = saved.write(out, stored)
             return Exported(sorted(out.names()), len(tensors), sum(each.nbytes for each in tensors.values()))
         named = state.manifest.info.get("tokenizer") or "none"
         if tokenizer is None and named not in ("bytes", "none"):
@@ -86,7 +87,6 @@ def export(
                 f"the run's tokenizer was {named!r}, and what a checkpoint names is not loaded unasked: "
                 f"give --tokenizer {shlex.quote(str(named))}, or --tokenizer none"
             )
-        stored = stored_tensors(state, _PREFIX)
         weights = stored if saved is None else saved.merged(stored, base)
         out.ensure()
         _write_tokenizer(out, tokenizer or named)

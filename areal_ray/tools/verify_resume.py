@@ -69,6 +69,10 @@ def verify_resume(
     workers = config.usable_sizes[-1]
     if bound is None:
         bound = GPU_BOUND if config.cluster.use_gpu else BOUND
+    if not config.last_step:
+        raise ConfigError(
+            "train.stop_at", f"is needed for {config.length}: kills are planned before data are looked at"
+        )
     if config.last_step < max(4, kills + 3):
         raise ConfigError("train.steps", f"{config.last_step} steps are too few for {kills} kills")
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from areal_ray.engine import Objective, TrainEngine
 from areal_ray.run import RunDir
 from areal_ray.storage import storage_at
 from areal_ray.train import loop
+from areal_ray.train.averaged_evaluation import AveragingEvaluator
 from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import AutoCadence, Cadence
 from areal_ray.train.evaluation import Evaluator
@@ -88,6 +89,12 @@ def build_job(
     if config.eval.every_steps and len(held_out):
         args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
         evaluator = Evaluator(*args)
+        if config.eval.ema:
+
+            def wait() -> None:
+                recover.wait_for_copy()
+
+            evaluator = AveragingEvaluator(*args, averaged=engine.averaged, wait_for_copy=wait)
     log = Cadence(config.logging.every_steps)
     ranks, device_s = start.ranks, _device_seconds(config, operations)
     numbers = WorkerNumbers(ranks.gather_numbers, engine.dp_size, cursor, lambda: peak_bytes(engine.device), device_s)
@@ -120,7 +127,7 @@ def build_job(
         "save": save,
         "guard": bad_steps,
     }
-    recover = make_recover(state)
+    recover: RecoverHandler = make_recover(state)
     restore = Restore(run, start.attempt, recover, progress, metrics, start.ranks, start.say, planned_restart)
 
     def roll_back() -> bool:

@@ -55,9 +55,9 @@ def small_config(*overrides: str, sizes: bool = True) -> Config:
     return load(str(ROOT / "conf/experiments/tiny.yaml"), [*small, *overrides])
 
 
-def start_engine(*overrides: str) -> FSDPEngine:
+def start_engine(*overrides: str, weights: bool = True) -> FSDPEngine:
     engine = FSDPEngine(small_config(*overrides))
-    engine.initialize()
+    engine.initialize(weights=weights)
     return engine
 
 

@@ -38,7 +38,7 @@ class MemoryEstimate:
 def estimate(config: Config, workers: int, model: nn.Module | None = None, chunked: bool = False) -> MemoryEstimate:
     """Estimate the memory of one rank of so many.
 
-    Weights, gradients, optimizer (AdamW) and copies are exact up to padding; activations are a rule of thumb, within
+    Weights, gradients, optimizer and copies are exact up to padding; activations are a rule of thumb, within
     about a third for decoder-only transformers, and leave out what the compiler saves.
 
     Args:
@@ -64,13 +64,16 @@ def estimate(config: Config, workers: int, model: nn.Module | None = None, chunk
     whole = micro_batches > 1 and config.engine.accumulate == "unsharded"
     tokens = min(train.micro_batch_size, max(1, train.global_batch_size // ranks)) * train.seq_len
     saved = count if config.adapter is None else trained  # what an adapter leaves as it is is not saved
-    state = _FLOAT * (saved + 2 * trained) // shards
     logits = 2 * _FLOAT * tokens * _rows(model)
     head = _chunk_bytes(model, width)
+    optimizer = _optimizer(config, model, shards)
+    averages = _FLOAT * trained // shards if config.optim.ema is not None else 0
+    state = _FLOAT * saved // shards + optimizer + averages
     device = {
         "weights": weights // shards,
         "gradients": _FLOAT * (trained if whole else trained // shards),
-        "optimizer": 2 * _FLOAT * trained // shards,
+        "optimizer": optimizer,
+        **({"averages": averages} if averages else {}),
         "gathered layers": width * sum(largest) if shards > 1 else 0,
         "activations": _activations(config, model, tokens, width, max(1, len(units))),
         "logits": min(logits, head) if chunked else logits,
@@ -91,6 +94,25 @@ def _activations(config: Config, model: nn.Module, tokens: int, width: int, laye
     if config.engine.activation_checkpointing:
         return layers * tokens * width * hidden + one
     return layers * one
+
+
+def _optimizer(config: Config, model: nn.Module, shards: int) -> int:
+    """Bytes of the optimizer's state on a rank; one of one's own is taken to be like AdamW."""
+    every = [p for p in model.parameters() if p.requires_grad]
+    numbers = 2 * sum(p.numel() for p in every)
+    match config.optim.name:
+        case "sgd":
+            numbers = numbers // 2 if config.optim.args.get("momentum", 0.9) else 0
+        case "adafactor":  # a row and a column of each matrix, whole on every rank
+            numbers = sum(p.numel() for p in every if p.ndim < 2)
+            factors = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in every if p.ndim >= 2)
+            return _FLOAT * numbers // shards + _FLOAT * factors
+        case "muon":
+            outer = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+            head = getattr(model, "get_output_embeddings", lambda: None)()
+            outer |= {head.weight} if head is not None else set()
+            numbers -= sum(p.numel() for p in every if p.ndim == 2 and p not in outer)
+    return _FLOAT * numbers // shards
 
 
 def _rows(model: nn.Module) -> int:

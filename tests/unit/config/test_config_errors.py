@@ -100,6 +100,15 @@ WRONG_OVERRIDES = [
 ]
 
 WRONG_FILES = [
+    (f"{MODEL}eval: {{ema: true}}", "eval.ema", "optim.ema"),
+    (f"{MODEL}optim: {{ema: {{decay: 1.0}}}}", "optim.ema.decay", "in [0, 1)"),
+    (f"{MODEL}optim: {{ema: {{every_steps: 0}}}}", "optim.ema.every_steps", "greater than 0"),
+    (
+        f"{MODEL}checkpoint: {{keep: {{last: 1, best: 1, metric: ema_held_out_loss}}}}",
+        "checkpoint.keep.metric",
+        "eval.ema",
+    ),
+    (f"{MODEL}optim: {{name: sgd}}\ntrain: {{bad_step: {{lag: 1}}}}", "train.bad_step.lag", "sgd cannot"),
     ("checkpoint: {memory_partner: true}\n", "checkpoint.memory_partner", "set checkpoint.memory_every_steps"),
     (
         f"{MODEL}cluster: {{use_gpu: true, resources_per_worker: {{GPU: 0.5}}}}",

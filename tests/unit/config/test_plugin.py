@@ -89,5 +89,7 @@ def test_another_name_of_a_key_may_refer_to_others_and_stands_alone(monkeypatch)
 
 def test_another_name_of_a_key_is_that_key(tmp_path):
     assert load(TINY, ["optim.factory=math:sqrt"]).optim.name == "math:sqrt"
-    with pytest.raises(ConfigError, match=r"command line: optim\.name: knows adamw, or package\.module:name"):
+    with pytest.raises(
+        ConfigError, match=r"command line: optim\.name: knows adamw, muon, adafactor, sgd, or package\.module:name"
+    ):
         load(TINY, ["optim.factory=sqrt"])

@@ -103,6 +103,7 @@ def test_a_mixture_is_prepared_by_its_sources_and_what_is_cut_is_said(config, tm
         (["trackers=[{name: 'json:JSONEncoder', args: {a: 1}}]"], "trackers[0].args", "unexpected keyword argument"),
         (["objective.name=json:JSONEncoder"], "objective.name", "no areal_ray.engine.Objective"),
         (["optim.groups=[{pattern: nowhere}]"], "optim.groups[0].pattern", "found in no parameter's name"),
+        (["optim.name=muon", "optim.args={rank: 3}"], "optim.args", "unexpected keyword argument 'rank'"),
     ],
 )
 def test_parts_of_one_s_own_are_found_to_be_wrong_before_anything_starts(config, overrides, key, part):
@@ -148,6 +149,12 @@ def test_a_model_that_does_it_in_another_way_is_said_to(config, capsys):
         ({"groups": [{"pattern": "norm", "freeze": True}]}, [], "optim.groups"),
         ({"groups": [{"pattern": "norm", "freeze": False}]}, [], None),
         ({}, ["optim.groups=[{pattern: norm, freeze: true}]"], "optim.groups"),
+        ({"name": "muon"}, ["optim.name=muon", "optim.args={momentum: 0.5}"], None),
+        ({"name": "muon"}, ["optim.name=muon", "optim.args={adamw: [down]}"], "optim.args"),
+        ({"name": "sgd", "args": {"momentum": 0}}, ["optim.name=sgd"], "optim.args"),
+        ({"ema": {"decay": 0.9}}, ["optim.ema={}"], None),
+        ({}, ["optim.ema={}"], None),
+        ({"ema": {"decay": 0.9}}, [], "optim.ema"),
     ],
 )
 def test_a_run_goes_on_with_the_optimizer_that_it_began_with(config, saved, overrides, key):
@@ -205,6 +212,28 @@ def test_what_an_adapter_trains_is_said_before_anything_starts(config, capsys):
     pytest.importorskip("peft", reason="adapters by LoRA need the extra areal_ray[lora]")
     prepare(config(f"adapter={json.dumps(LORA)}"))
     assert re.search(r"adapter lora: [\d,]+ parameters, [\d,]+ of them trained \(0\.\d+%\)", capsys.readouterr().out)
+
+
+def test_epochs_are_counted_in_steps_when_the_data_are_known(config, tmp_path, capsys):
+    given = config("train.epochs=12", "optim.warmup_epochs=1")
+    _, fixed, sources = prepare(given)
+    rows = len(open_splits(fixed.data, sources, 64)[0])
+    assert (fixed.train.steps, fixed.train.epochs, fixed.optim.warmup_steps) == (
+        -(-12 * rows // 8),
+        None,
+        -(-rows // 8),
+    )
+    assert f"12 epochs: {fixed.train.steps} steps of 8 samples" in capsys.readouterr().out
+    assert prepare(given)[1] == fixed
+    saved = {"config": {"train": {"global_batch_size": 4}}}
+    preflight._check_same_batch(saved, config())
+    with pytest.raises(ConfigError, match=r"was 4 when .*: give its length in train.steps, not as 12 epochs"):
+        preflight._check_same_batch(saved, given)
+
+
+def test_it_is_said_which_matrices_muon_takes(config, capsys):
+    prepare(config("optim.name=muon"))
+    assert "muon: 28 matrices; AdamW takes model.embed_tokens.weight and 17 vectors" in capsys.readouterr().out
 
 
 def test_fresh_refuses_a_used_directory(config, tmp_path):

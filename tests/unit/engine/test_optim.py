@@ -45,6 +45,21 @@ def test_constant_stays_after_warmup():
     assert rates(OptimConfig(lr=1.0, warmup_steps=2, schedule="constant"), 4, 7) == [0.5] + [1.0] * 6
 
 
+def test_a_line_falls_in_equal_steps_to_the_smallest_rate():
+    values = rates(OptimConfig(lr=1.0, warmup_steps=2, min_lr_ratio=0.2, schedule="linear"), 10, 12)
+    assert values == pytest.approx([0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
+
+
+def test_warmup_stable_decay_falls_at_the_end_alone_and_a_longer_run_has_the_same_rates_before():
+    config = OptimConfig(lr=1.0, warmup_steps=2, decay_steps=4, min_lr_ratio=0.0, schedule="wsd")
+    values = rates(config, 10, 11)
+    assert values == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert rates(config, 20, 17)[:7] == values[:7]
+    assert rates(OptimConfig(lr=1.0, min_lr_ratio=0.0, schedule="wsd"), 25, 25)[21:] == pytest.approx(
+        [1, 1, 2 / 3, 1 / 3]
+    )
+
+
 def test_a_schedule_goes_on_where_its_state_was():
     config = OptimConfig(lr=1.0, warmup_steps=4)
     first, second = LrSchedule(config, 12), LrSchedule(config, 12)

@@ -61,6 +61,25 @@ def test_what_is_frozen_has_no_gradients_and_a_loss_in_parts_no_logits():
     assert estimator(wide)(wide, 1).device["logits"] < estimate(wide, 1).device["logits"] / 2
 
 
+@pytest.mark.parametrize(
+    "optim",
+    [{"name": "adamw"}, {"name": "muon"}, {"name": "adafactor"}, {"name": "sgd"}, {"name": "sgd", "momentum": 0}],
+    ids=str,
+)
+def test_an_estimate_is_what_each_optimizer_allocates(optim):
+    from areal_ray import models
+    from areal_ray.engine.optim import build_optimizer
+
+    given = {"args": {"momentum": 0}} if "momentum" in optim else {}
+    config = load(TINY, [f"optim.name={optim['name']}", f"optim.args={given.get('args', {})}", "optim.ema={}"])
+    made = build_optimizer(models.build_model(config.model), config.optim)
+    tensors = [t for state in made.state.values() for key, t in state.items() if key != "step"]
+    alone = estimate(config, 1)
+    assert alone.device["optimizer"] == sum(t.numel() * t.element_size() for t in tensors)
+    assert alone.device["averages"] == alone.device["weights"]
+    assert alone.host["checkpoint image"] == 2 * alone.device["weights"] + alone.device["optimizer"]
+
+
 def test_all_is_well_where_it_is(tmp_path):
     assert {each.state for each in findings(tmp_path).values()} == {"ok"}
     assert list(tmp_path.iterdir()) == []
