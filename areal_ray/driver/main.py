@@ -27,7 +27,7 @@ from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.data import noted
 from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
-from areal_ray.driver.preflight import prepare
+from areal_ray.driver.preflight import prepare, serving
 from areal_ray.driver.signals import ask_in_background, stopping_on_signals
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
@@ -88,7 +88,7 @@ def train(
             early.close()
     job = secrets.token_hex(8)
     run = RunDir(run.storage, job)
-    context = JobContext(run, job, fast_restarts=slow is None, search_path=tuple(search_path))
+    context = JobContext(run, job, slow is None, tuple(search_path), serving(config))
     # Until the cluster is closed: a second signal must not end the driver in the middle of that.
     with ExitStack() as signals, display(context.fast_restarts) as shown, cluster(config, fork_server, slow is None):
         requests = requests_to(context.submission, context.fast_restarts)

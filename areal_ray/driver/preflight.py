@@ -15,6 +15,7 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
+from areal_ray.data.rendering.special import trained_tokens
 from areal_ray.data.splits import check_sizes, open_splits, own_splits
 from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
@@ -25,6 +26,7 @@ from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import freeze
 from areal_ray.models import hf_weights, safetensors_files
 from areal_ray.models.adapters import quick_fingerprint
+from areal_ray.models.generation import source_generation
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
@@ -79,6 +81,23 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, splits[0])
     return run, config, sources
+
+
+def serving(config: Config) -> dict[str, Any]:
+    """What checkpoints say for who uses the model later: the special tokens that it is trained with, how its source
+    generates, and for a factory's model that is one of transformers, its class and config.
+
+    Found here once, and not by every start of the workers, as a large tokenizer takes a second to load.
+
+    Raises:
+        ConfigError: if the tokenizer lacks what the data need.
+    """
+    tokens = trained_tokens(config.data, data.build_tokenizer(config.data.tokenizer))
+    return {
+        "tokens": tokens,
+        "generation": source_generation(config.model),
+        "factory": models.factory_architecture(config.model),
+    }
 
 
 def _print(text: str) -> None:

@@ -4,7 +4,16 @@ Imports config and distributed.
 """
 
 from areal_ray.models.adapters import Adapted, Adapter, build_adapted, build_adapter
-from areal_ray.models.build import architecture, attention_of, build_model, build_saved, check_model, same_architecture
+from areal_ray.models.build import (
+    architecture,
+    attention_of,
+    build_model,
+    build_of_class,
+    build_saved,
+    check_model,
+    factory_architecture,
+    same_architecture,
+)
 from areal_ray.models.init import init_adapter, init_buffers, init_weights, materialise
 from areal_ray.models.output_layer import NoOutputLayer, output_layer
 from areal_ray.models.shard_units import shard_units
@@ -18,8 +27,10 @@ __all__ = [
     "build_adapted",
     "build_adapter",
     "build_model",
+    "build_of_class",
     "build_saved",
     "check_model",
+    "factory_architecture",
     "init_adapter",
     "init_buffers",
     "init_weights",

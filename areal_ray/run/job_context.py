@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from areal_ray.run.directory import RunDir
 
@@ -16,9 +17,11 @@ class JobContext:
         submission: unique to this submission, so that requests to an earlier one are not heard.
         fast_restarts: whether Ray's internals are used, for restarts in seconds; else its public API alone.
         search_path: folders with the user's own code, see `areal_ray.config.plugin`.
+        serving: what manifests say for who uses the model later, see `driver.preflight.serving`.
     """
 
     run: RunDir
     submission: str
     fast_restarts: bool = True
     search_path: tuple[str, ...] = ()
+    serving: dict[str, Any] = field(default_factory=dict)

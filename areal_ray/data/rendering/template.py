@@ -57,6 +57,17 @@ class ChatTemplate:
         self.marks_answers = _MARK.search(template) is not None
         self.fingerprint = f"{tokenizer.fingerprint} {xxhash.xxh3_128_hexdigest(template.encode())}"
 
+    @property
+    def text(self) -> str:
+        """The template as it was given, or as the tokenizer came with it."""
+        text: str = self._tokenizer.get_chat_template()
+        return text
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids of the tokenizer's special tokens."""
+        return {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+
     def tokens(self, messages: list[Any], tools: list[Any] | None, answers: Sequence[int] | None = None) -> Tokens:
         """A conversation, of which what the assistant says is predicted, with the token that ends it.
 
