@@ -2,16 +2,24 @@
 
 from areal_ray.config.data_schema import DataConfig, MixtureConfig, SourceConfig
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.eval_schema import (
+    EarlyStoppingConfig,
+    EvalConfig,
+    EvalSetConfig,
+    EvaluatorConfig,
+    ExportConfig,
+    GenerateConfig,
+)
 from areal_ray.config.load import config_hash, dump, load
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
     AdapterConfig,
+    EVALUATION,
     BadStepConfig,
     CheckpointConfig,
     ClusterConfig,
     Config,
     EngineConfig,
-    EvalConfig,
     Fault,
     KeepConfig,
     LoggingConfig,
@@ -29,15 +37,21 @@ from areal_ray.config.schema import (
 
 __all__ = [
     "AdapterConfig",
+    "EVALUATION",
     "BadStepConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
     "ConfigError",
     "DataConfig",
+    "EarlyStoppingConfig",
     "EngineConfig",
     "EvalConfig",
+    "EvalSetConfig",
+    "EvaluatorConfig",
+    "ExportConfig",
     "Fault",
+    "GenerateConfig",
     "KeepConfig",
     "LoggingConfig",
     "MeshConfig",

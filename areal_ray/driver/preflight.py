@@ -16,7 +16,7 @@ from areal_ray.config import Config, ConfigError, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
 from areal_ray.data.rendering.special import trained_tokens
-from areal_ray.data.splits import check_sizes, open_splits, own_splits
+from areal_ray.data.splits import check_sizes, open_sets, open_splits, own_splits
 from areal_ray.data.tokenizers import check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
@@ -43,8 +43,8 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
         make: prepares data that are not prepared yet; the last thing before what needs them is checked.
 
     Returns:
-        The run directory, the config with an absolute storage path, and the tokens to train on by the name of their
-        source; none for a source of one's own.
+        The run directory, the config with an absolute storage path, and the tokens to train and evaluate on by the
+        name of their corpus; none for a source of one's own.
 
     Raises:
         ConfigError: if the run could not start, or must not touch what it would find.
@@ -69,15 +69,18 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
         )
     if config.run.recover == "resume" and not goes_on:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
-    sources: Sources = {}
+    sources = sources_of(config, run, tokenizer, goes_on, _print, make)
+    seq_len, batch = config.train.seq_len, config.train.global_batch_size
+    trained: Sources = {}
     if plugin.is_plugin(config.data.source):
-        splits = own_splits(config.data, tokenizer, config.train.seq_len)
+        splits = own_splits(config.data, tokenizer, seq_len)
     else:
-        sources = sources_of(config, run, tokenizer, goes_on, _print, make)
-        splits = open_splits(config.data, sources, config.train.seq_len)
+        trained = {name: sources[name] for name in config.data.sources}
+        splits = open_splits(config.data, trained, seq_len)
         if note := getattr(splits[0], "note", ""):
             _print(note)
-    check_sizes(splits, config.data, sources, config.train.seq_len, config.train.global_batch_size)
+    check_sizes(splits, config.data, trained, seq_len, batch)
+    open_sets(config.evaluation_sets, sources, tokenizer, seq_len, batch)
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, splits[0])
     return run, config, sources

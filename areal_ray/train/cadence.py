@@ -76,6 +76,19 @@ class Cadence:
         self._last_time = self._clock() - state.get("elapsed_s", 0.0)
 
 
+class EverySteps(Cadence):
+    """Due after every step that a number divides, whatever was done before: it has no state."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self._every = steps
+
+    def due(self, step: int, epoch: int) -> bool:
+        return step % self._every == 0
+
+    def fired(self, step: int, epoch: int) -> None: ...
+
+
 def save_interval(cost_s: float, mtbf_s: float) -> float:
     """Seconds from one save to the next with which a run loses least, to saves and to steps that are computed again.
 

@@ -10,7 +10,7 @@ from areal_ray.data import GlobalBatches
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import Cadence
-from areal_ray.train.evaluation import Evaluator
+from areal_ray.train.evaluation import Evaluations
 from areal_ray.train.recovery import PendingSave, RecoverHandler
 from areal_ray.train.tracking import StepMetrics
 
@@ -66,7 +66,7 @@ class Job:
         engine, batches, objective: what is trained, on what, and to what end.
         bad_steps, roll_back: which steps count; restores the last checkpoint, and says False if there is none.
         progress, metrics: where the run stands, and what is seen of it.
-        evaluator, evaluate: how held-out loss is computed (None: never), and when.
+        evaluations: of the model, and when.
         recover, save, copy: how the run is saved, when to storage, and when only to memory.
         run: the job around the loop.
         last_step: where this invocation ends.
@@ -80,8 +80,7 @@ class Job:
     roll_back: Callable[[], bool]
     progress: Progress
     metrics: StepMetrics
-    evaluator: Evaluator | None
-    evaluate: Cadence
+    evaluations: Evaluations
     recover: RecoverHandler
     save: Cadence
     copy: Cadence
@@ -97,8 +96,8 @@ def train(job: Job) -> None:
     same run as not having stopped.
     """
     progress, metrics = job.progress, job.metrics
-    if job.evaluator and progress.step == 0:
-        progress.metrics = job.evaluator.run()
+    if progress.step == 0 and job.evaluations.due(0, 0):
+        progress.metrics = job.evaluations.run(0, 0)
         metrics.evaluated(progress.metrics)
         metrics.write(0)
     while progress.step < job.last_step:
@@ -109,15 +108,14 @@ def train(job: Job) -> None:
         progress.step += 1
         progress.samples = job.batches.next_sample
         at = progress.step, job.batches.epoch
-        evaluating = job.evaluator is not None and (job.evaluate.due(*at) or progress.step == job.total_steps)
+        evaluating = job.evaluations.due(*at)
         saving, copying = job.save.due(*at) or progress.step == job.last_step, job.copy.due(*at)
         if _went_back(job, now=evaluating or saving or copying or metrics.due(*at)):
             continue
         metrics.end_step(*at, lr)
         progress.metrics = {}
-        if evaluating and job.evaluator:
-            job.evaluate.fired(*at)
-            progress.metrics = job.evaluator.run()
+        if evaluating:
+            progress.metrics = job.evaluations.run(*at)
             metrics.evaluated(progress.metrics)
         metrics.write(progress.step)
         leaving = job.run.leaving()

@@ -105,7 +105,7 @@ def wire(
     auto = auto_cadence(config, start, len(set(nodes)))
     heard: SaveListener = journal if auto is None else TunedSaves(auto, journal, ranks)
     memory = memory_copies(config, ranks, context, say)
-    info = {**engine.describe(), "data": data[0].fingerprint, "serving": context.serving}
+    info = {**engine.describe(), "data": data.train.fingerprint, "serving": context.serving}
     job, restore = build_job(
         config,
         start,

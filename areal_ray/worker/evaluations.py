@@ -1,0 +1,72 @@
+"""The evaluations of one rank: config to objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from areal_ray.config import Config
+from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer
+from areal_ray.data.byte_lengths import byte_lengths
+from areal_ray.engine import Objective, TrainEngine
+from areal_ray.engine.next_token import NextToken
+from areal_ray.train import loop
+from areal_ray.train.cadence import Cadence, EverySteps
+from areal_ray.train.evaluation import Evaluations, Evaluator, Planned
+from areal_ray.worker.start import Start
+
+
+def build_evaluations(
+    config: Config,
+    start: Start,
+    engine: TrainEngine,
+    objective: Objective,
+    held_out: TokenDataset,
+    sets: Mapping[str, TokenDataset],
+    batches: Callable[[TokenDataset], GlobalBatches],
+    cadence: Cadence,
+    context: loop.RunContext,
+) -> Evaluations:
+    """Make what evaluates the model while it is trained. A collective.
+
+    Args:
+        config: checked.
+        start: of the workers.
+        engine: initialised.
+        objective: what is minimised.
+        held_out, sets: rows of what is held out of the data, and of the evaluation sets by their names.
+        batches: global batches of rows.
+        cadence: of eval.every_steps; part of the state of a run.
+        context: the job around the loop.
+    """
+    settings, batch = config.eval, config.train.global_batch_size
+    scored = objective
+    if settings.metrics:
+        scored = NextToken(objective, settings.metrics, _byte_lengths(config, start, engine.device))
+
+    def alive() -> None:
+        context.enter("evaluate")
+
+    def of(rows: TokenDataset, count: int, prefix: str) -> Evaluator:
+        return Evaluator(engine, lambda: batches(rows), count, scored, alive, prefix)
+
+    # A cadence of its own is a matter of the step alone, and leaves nothing in the state of a run.
+    def when(every_steps: int | None) -> Cadence:
+        return cadence if every_steps is None else EverySteps(every_steps)
+
+    planned = []
+    if settings.every_steps and len(held_out):
+        planned.append(Planned(cadence, of(held_out, settings.batches, "held_out_")))
+    for name, rows in sets.items():
+        each = settings.sets[name]
+        count = min(each.batches or settings.batches, max(1, len(rows) // batch))  # nothing twice
+        planned.append(Planned(when(each.every_steps), of(rows, count, f"held_out/{name}/")))
+    return Evaluations(planned, config.train.steps)
+
+
+def _byte_lengths(config: Config, start: Start, device: torch.device) -> torch.Tensor | None:
+    if "bits_per_byte" not in config.eval.metrics:
+        return None
+    lengths = start.ranks.on_rank_zero(lambda: byte_lengths(build_tokenizer(config.data.tokenizer)))
+    return torch.from_numpy(lengths).to(device)
