@@ -58,6 +58,7 @@ class FSDPEngine:
         accumulate: accumulation.Accumulate | None = None,
         loss: hidden.Loss | None = None,
         base: str | None = None,
+        trains: bool = True,
     ) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
 
@@ -67,6 +68,7 @@ class FSDPEngine:
             entering: told of the phase that begins: "connect ..." for each group of ranks, then "build".
             accumulate, loss: what the checkpoint says that is loaded next; None: there is none. See `choose` of both.
             base: fingerprint of the base beneath its adapter, if it must be the same now; None: it need not.
+            trains: False leaves the optimizer out, with two thirds of the memory: the model is only evaluated.
 
         Raises:
             RuntimeError: if ranks do not reach each other and are told so; says in which dimension of the mesh.
@@ -89,8 +91,9 @@ class FSDPEngine:
         else:
             self._sharded.init_buffers()
         adapters.check_base(config, self._sharded.base, base)
-        self.optimizer = build_optimizer(self.model, config.optim, restored=not weights)
-        own = plugin.is_plugin(config.optim.name)
+        if trains:
+            self.optimizer = build_optimizer(self.model, config.optim, restored=not weights)
+        own = trains and plugin.is_plugin(config.optim.name)
         self._group_values = plain_group_values(self.optimizer) if own else None
         self._references = {name: self._reference() for name in references}
 

@@ -7,11 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from areal_ray.data import GlobalBatches
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.engine.next_token import NextToken
+from areal_ray.engine.objectives import Batch
 from areal_ray.engine.scalars import Reading
 from areal_ray.train.cadence import Cadence
+
+
+class Batches(Protocol):
+    """This rank's parts of global batches, one after the other."""
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None: ...
 
 
 class Evaluation(Protocol):
@@ -77,7 +85,7 @@ class Evaluator:
     def __init__(
         self,
         engine: TrainEngine,
-        open_batches: Callable[[], GlobalBatches],
+        open_batches: Callable[[], Batches],
         count: int,
         objective: Objective,
         alive: Callable[[], None] = lambda: None,
@@ -103,9 +111,11 @@ class Evaluator:
             if i > 0:  # a batch is read when the next one is under way
                 own, *values = readings.popleft().values()
                 for name, value in zip(names, values, strict=True):
-                    sums[name] = sums.get(name, 0.0) + value * own
+                    sums[name] = sums.get(name, 0.0) + value * own if own else sums.get(name, 0.0)
                 weight += own
         batches.close()
+        if not weight:  # of a set in which nothing is predicted there is nothing to tell
+            return {}
         means = {name: total / weight for name, total in sums.items()}
         if isinstance(self._objective, NextToken):
             means = self._objective.derive(means)
