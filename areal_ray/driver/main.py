@@ -7,7 +7,7 @@ import secrets
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from areal_ray.cluster.requests import Requests, StoppedWhileWaiting, requests_t
 from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.data import noted
+from areal_ray.driver.exports import Exporter
 from areal_ray.driver.hints import hint
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare, serving
@@ -73,6 +74,8 @@ def train(
             f"{config.run.name} has finished step {done.step} already ({run.storage.location}/{done.name}).\n"
             "To go on: a later train.stop_at or more train.steps. To begin anew: another run.name."
         )
+        if config.export is not None and done.step == config.train.steps:
+            _export_what_is_missing(Exporter(config, run, search_path, _print), run, done.name)
         return 0
     try:
         run.storage.ensure(config.run.private)
@@ -110,19 +113,26 @@ def train(
                 run.write_data(noted(config, sources))
                 leave_token(run.storage, context.submission)
                 readmit(run, config.cluster.use_again, _print)
+                exporter = None if config.export is None else Exporter(config, run, search_path, _print)
+                lease.enter_context(nullcontext() if exporter is None else exporter.beside())
             except RunInUse as error:
                 raise ConfigError("run.name", str(error)) from None
             except OSError as error:
                 raise ConfigError("run.storage_path", str(error)) from None
             try:
-                return _drive(config, context, shown, requests, asked)
+                return _drive(config, context, shown, requests, asked, exporter)
             except RunTaken as taken:
                 print(taken, flush=True)
                 return 1
 
 
 def _drive(
-    config: Config, context: JobContext, shown: Display, requests: Requests, asked_to_stop: threading.Event
+    config: Config,
+    context: JobContext,
+    shown: Display,
+    requests: Requests,
+    asked_to_stop: threading.Event,
+    exporter: Exporter | None,
 ) -> int:
     run = context.run
     run.note("submitted", print, last_step=config.last_step, submission=context.submission)
@@ -159,8 +169,22 @@ def _drive(
     if outcome["reason"] == "stop":
         return _interrupted(run)
     status = "finished" if outcome["step"] == config.train.steps else "stopped"
-    _summary(run, *_close(run, status, outcome, step=outcome["step"]))
+    result, past = _close(run, status, outcome, step=outcome["step"])
+    _summary(run, result, past)
+    if exporter is not None and status == "finished" and result["checkpoint"] is not None:
+        exporter.finish(result["checkpoint"], asked_to_stop.is_set)
     return 0
+
+
+def _export_what_is_missing(exporter: Exporter, run: RunDir, name: str) -> None:
+    """Make the exports of a finished run that were killed, or asked for since."""
+    if exporter.is_done(name):
+        return
+    try:
+        with hold_lease(run.storage, lambda: None, _print):
+            exporter.finish(name)
+    except RunInUse as error:
+        raise ConfigError("run.name", str(error)) from None
 
 
 def _lost_head(config: Config, run: RunDir, address: str) -> None:

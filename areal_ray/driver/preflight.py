@@ -17,7 +17,7 @@ from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
 from areal_ray.data.rendering.special import trained_tokens
 from areal_ray.data.splits import check_sizes, open_sets, open_splits, own_splits
-from areal_ray.data.tokenizers import check_of_model
+from areal_ray.data.tokenizers import Tokenizer, check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
 from areal_ray.engine import hidden
@@ -60,6 +60,8 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
         check_of_model(config.data.tokenizer, tokenizer, config.model.path)
     _check_model(config, tokenizer.vocab_size)
     _check_plugins(config)
+    if config.export is not None:
+        _check_export(config, tokenizer)
     run = RunDir(storage.sub(config.run.name))
     catalog = Catalog(run.storage)
     newest, goes_on = catalog.newest(), catalog.last_committed() is not None
@@ -117,6 +119,28 @@ def _check_plugins(config: Config) -> None:
         check_tracker(tracker, f"trackers[{i}]")
     if config.optim.groups:
         freeze(models.build_adapted(config.model, config.adapter)[0], config.optim.groups)
+
+
+def _check_export(config: Config, tokenizer: Tokenizer) -> None:
+    """Find out whether exports can be made: a class for the model, and the tokens that they are to have."""
+    wanted = config.export
+    assert wanted is not None
+    if config.model.factory:
+        made = models.factory_architecture(config.model)
+        if made is None:
+            text = (
+                f"{config.model.factory} makes no transformers PreTrainedModel, of which alone there are such exports"
+            )
+            raise ConfigError("export", text)
+        if wanted.model_class is None and not made["class"].startswith("transformers."):
+            raise ConfigError("export.model_class", f"name the class of the factory's model, {made['class']}")
+        if wanted.model_class is not None:
+            models.build_of_class(wanted.model_class, made["config"], "export.model_class")
+    vocabulary = tokenizer.transformers().get_vocab()
+    for role in ("bos_token", "eos_token", "pad_token"):
+        text = getattr(wanted, role)
+        if text is not None and text not in vocabulary:
+            raise ConfigError(f"export.{role}", f"{config.data.tokenizer or 'bytes'} has no token {text!r}")
 
 
 def _check_model(config: Config, vocab_size: int) -> None:

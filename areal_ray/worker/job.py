@@ -17,7 +17,7 @@ from areal_ray.run import RunDir
 from areal_ray.storage import storage_at
 from areal_ray.train import loop
 from areal_ray.train.bad_steps import BadStepPolicy
-from areal_ray.train.cadence import AutoCadence, Cadence
+from areal_ray.train.cadence import AlsoEvery, AutoCadence, Cadence
 from areal_ray.train.journal import Journal
 from areal_ray.train.recovery import RecoverHandler
 from areal_ray.train.restore import Restore
@@ -91,6 +91,8 @@ def build_job(
     of_step = train.global_batch_size, train.global_batch_size * train.seq_len
     metrics = StepMetrics(log, _sinks(config, start), train.steps, *of_step, lambda: cursor.seconds, cursor.metrics)
     save = auto or Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
+    if config.export is not None and config.export.every_steps is not None:
+        save = AlsoEvery(save, config.export.every_steps)  # exports are made from checkpoints
     copy = Cadence(every.memory_every_steps)
     bad_steps = BadStepPolicy(
         train.bad_step,
