@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from areal_ray.run.directory import REPORT
 from areal_ray.run.fence import RunTaken
 from areal_ray.run.goodput import History, account, history, table
 from areal_ray.run.lease import RunInUse, hold_lease, let_go
+from areal_ray.run.logs.event_index import STOPPED_EARLY
 from areal_ray.run.shared_storage import leave_token
 from areal_ray.run.stop_request import hearing_stop
 from areal_ray.tools.report import page, read_course
@@ -69,12 +71,14 @@ def train(
     """
     run, config, sources = prepare(config)
     done = Catalog(run.storage).newest()
-    if done is not None and done.step >= config.last_step:
+    ended = done is not None and _stopped_early(config, run, done.step)
+    if done is not None and (done.step >= config.last_step or ended):
+        go_on = "eval.early_stopping=null, or more patience" if ended else "a later train.stop_at or more train.steps"
         print(
-            f"{config.run.name} has finished step {done.step} already ({run.storage.location}/{done.name}).\n"
-            "To go on: a later train.stop_at or more train.steps. To begin anew: another run.name."
+            f"{config.run.name} has {'stopped early after' if ended else 'finished'} step {done.step} already "
+            f"({run.storage.location}/{done.name}).\nTo go on: {go_on}. To begin anew: another run.name."
         )
-        if config.export is not None and done.step == config.train.steps:
+        if config.export is not None and (ended or done.step == config.train.steps):
             _export_what_is_missing(Exporter(config, run, search_path, _print), run, done.name)
         return 0
     try:
@@ -168,7 +172,8 @@ def _drive(
         return 1
     if outcome["reason"] == "stop":
         return _interrupted(run)
-    status = "finished" if outcome["step"] == config.train.steps else "stopped"
+    early = outcome["reason"] == "early"
+    status = "finished" if early or outcome["step"] == config.train.steps else "stopped"
     result, past = _close(run, status, outcome, step=outcome["step"])
     _summary(run, result, past)
     if exporter is not None and status == "finished" and result["checkpoint"] is not None:
@@ -185,6 +190,13 @@ def _export_what_is_missing(exporter: Exporter, run: RunDir, name: str) -> None:
             exporter.finish(name)
     except RunInUse as error:
         raise ConfigError("run.name", str(error)) from None
+
+
+def _stopped_early(config: Config, run: RunDir, step: int) -> bool:
+    """Whether the run has come to its end at this step by the rule of now: if that has changed, the workers decide."""
+    rule = config.eval.early_stopping
+    event = None if rule is None else run.newest(STOPPED_EARLY)
+    return rule is not None and event is not None and (event["step"], event.get("rule")) == (step, asdict(rule))
 
 
 def _lost_head(config: Config, run: RunDir, address: str) -> None:

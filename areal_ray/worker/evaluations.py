@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from areal_ray.config import Config
+from areal_ray.config import Config, EarlyStoppingConfig
 from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer
 from areal_ray.data.byte_lengths import byte_lengths
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.engine.next_token import NextToken
+from areal_ray.run.logs.event_index import STOPPED_EARLY
 from areal_ray.train import loop
 from areal_ray.train.cadence import Cadence, EverySteps
+from areal_ray.train.early_stopping import EarlyStopping
 from areal_ray.train.evaluation import Evaluations, Evaluator, Planned
 from areal_ray.worker.start import Start
 
@@ -63,6 +67,17 @@ def build_evaluations(
         count = min(each.batches or settings.batches, max(1, len(rows) // batch))  # nothing twice
         planned.append(Planned(when(each.every_steps), of(rows, count, f"held_out/{name}/")))
     return Evaluations(planned, config.train.steps)
+
+
+def early_stopping(config: EarlyStoppingConfig, start: Start) -> EarlyStopping:
+    """Make the rule by which the run ends early; rank 0 says when, and writes it down for the driver."""
+
+    def tell(fields: dict[str, Any], sentence: str) -> None:
+        if start.first:
+            start.say(sentence)
+            start.run.note(STOPPED_EARLY, start.say, attempt=start.attempt, **fields, rule=asdict(config))
+
+    return EarlyStopping(config, start.ranks.agree, tell)
 
 
 def _byte_lengths(config: Config, start: Start, device: torch.device) -> torch.Tensor | None:

@@ -18,13 +18,14 @@ from areal_ray.storage import storage_at
 from areal_ray.train import loop
 from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import AlsoEvery, AutoCadence, Cadence
+from areal_ray.train.early_stopping import NeverStops, Stopping
 from areal_ray.train.journal import Journal
 from areal_ray.train.recovery import RecoverHandler
 from areal_ray.train.restore import Restore
 from areal_ray.train.sinks import Console, MetricsFile, MetricsSink
 from areal_ray.train.trackers import build_tracker
 from areal_ray.train.tracking import StepMetrics
-from areal_ray.worker.evaluations import build_evaluations
+from areal_ray.worker.evaluations import build_evaluations, early_stopping
 from areal_ray.worker.start import Start
 
 _MakeRecover = Callable[[Mapping[str, Stateful]], RecoverHandler]
@@ -108,6 +109,9 @@ def build_job(
         "save": save,
         "guard": bad_steps,
     }
+    stopping: Stopping = NeverStops()
+    if config.eval.early_stopping is not None:
+        state["early_stopping"] = stopping = early_stopping(config.eval.early_stopping, start)
     recover = make_recover(state)
     restore = Restore(run, start.attempt, recover, progress, metrics, start.ranks, start.say, planned_restart)
 
@@ -126,6 +130,7 @@ def build_job(
         progress=progress,
         metrics=metrics,
         evaluations=evaluations,
+        stopping=stopping,
         recover=recover,
         save=save,
         copy=copy,
