@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from areal_ray.config.data_rules import check_source
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.eval_schema import EvaluatorConfig
 from areal_ray.config.plugin import check_form, is_plugin
 
 if TYPE_CHECKING:
@@ -39,14 +40,27 @@ def check_eval(config: Config) -> None:
         _check_due(config, each.every_steps, f"{key}.every_steps")
         if (each.format == "preference") != any(part.format == "preference" for part in config.data.sources.values()):
             raise ConfigError(f"{key}.format", "preference records and other data cannot be evaluated by one objective")
+    labels = set(evaluation.sets)
     for i, own in enumerate(evaluation.evaluators):
         check_form(own.name, f"eval.evaluators[{i}].name")
+        if not _NAME.fullmatch(label_of(own)):
+            text = f"{label_of(own)!r} must be letters, digits, '_' or '-', for its metrics"
+            raise ConfigError(f"eval.evaluators[{i}].label", text)
+        if label_of(own) in labels:
+            text = f"there is another evaluator, or set, {label_of(own)!r}: its metrics need a name of their own"
+            raise ConfigError(f"eval.evaluators[{i}].label", text)
+        labels.add(label_of(own))
         if own.every_steps is not None and own.every_steps <= 0:
             raise ConfigError(f"eval.evaluators[{i}].every_steps", f"must be greater than 0, not {own.every_steps}")
         _check_due(config, own.every_steps, f"eval.evaluators[{i}].every_steps")
     _check_generate(config)
     _check_early_stopping(config)
     _check_export(config)
+
+
+def label_of(evaluator: EvaluatorConfig) -> str:
+    """The name of an evaluator in metrics."""
+    return evaluator.name.partition(":")[2] if evaluator.label is None else evaluator.label
 
 
 def metric_names(config: Config) -> list[str] | None:

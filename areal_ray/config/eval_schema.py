@@ -22,6 +22,7 @@ class GenerateConfig:
     """Texts that the model goes on with, written to generations/step-<step>.json in the run directory."""
 
     prompts: list[str] = field(default_factory=list)
+    chat: bool = False  # each prompt is what a user says, in the chat template of the data
     every_steps: int | None = None  # null: with eval.every_steps
     max_new_tokens: int = 64  # each costs a forward pass over the prompt and what has been made of it
     temperature: float = 0.0  # 0: the likeliest token each time; else drawn, by run.seed and step
@@ -42,7 +43,8 @@ class EarlyStoppingConfig:
 class EvaluatorConfig:
     """An evaluator of one's own."""
 
-    name: str  # package.module:Class, called with args; see areal_ray.train.own_evaluation
+    name: str  # package.module:Class, made with args, then called; see areal_ray/train/own_evaluation.py
+    label: str | None = None  # in metrics, held_out/<label>/...; null: what stands behind the colon
     args: dict[str, Any] = field(default_factory=dict)
     every_steps: int | None = None  # null: with eval.every_steps
 

@@ -15,7 +15,7 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
-from areal_ray.data.rendering.special import trained_tokens
+from areal_ray.data.rendering.special import prompt_ids, trained_tokens
 from areal_ray.data.splits import check_sizes, open_sets, open_splits, own_splits
 from areal_ray.data.tokenizers import Tokenizer, check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
@@ -30,6 +30,7 @@ from areal_ray.models.generation import source_generation
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
+from areal_ray.train.own_evaluation import build_evaluator
 from areal_ray.train.trackers import check_tracker
 
 Sources = dict[str, TokenSource]
@@ -60,6 +61,7 @@ def prepare(config: Config, make: Make = make_corpus) -> tuple[RunDir, Config, S
         check_of_model(config.data.tokenizer, tokenizer, config.model.path)
     _check_model(config, tokenizer.vocab_size)
     _check_plugins(config)
+    _check_evaluations(config, tokenizer)
     if config.export is not None:
         _check_export(config, tokenizer)
     run = RunDir(storage.sub(config.run.name))
@@ -119,6 +121,21 @@ def _check_plugins(config: Config) -> None:
         check_tracker(tracker, f"trackers[{i}]")
     if config.optim.groups:
         freeze(models.build_adapted(config.model, config.adapter)[0], config.optim.groups)
+
+
+def _check_evaluations(config: Config, tokenizer: Tokenizer) -> None:
+    """Find out whether prompts can be gone on with, and make the user's own evaluators once."""
+    if (generate := config.eval.generate) is not None:
+        prompts = prompt_ids(config.data, tokenizer, generate.prompts, generate.chat)
+        if not all(prompts):
+            raise ConfigError("eval.generate.prompts", "must each give a token at least")
+        longest = max(map(len, prompts)) + generate.max_new_tokens
+        try:
+            models.check_model(config.model, models.build_model(config.model), tokenizer.vocab_size, longest)
+        except ConfigError as error:
+            raise ConfigError("eval.generate.max_new_tokens", error.message) from None
+    for i, own in enumerate(config.eval.evaluators):
+        build_evaluator(own, f"eval.evaluators[{i}]")
 
 
 def _check_export(config: Config, tokenizer: Tokenizer) -> None:

@@ -253,6 +253,20 @@ class FSDPEngine:
     def forward(self, batch: Batch) -> torch.Tensor:
         return torch.cat([self._sharded.frozen(text_inputs(micro)) for micro in self._split(batch)])
 
+    @torch.no_grad()
+    def next_logits(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        self.eval()
+        found = []
+        for micro in self._split({"input_ids": input_ids, "last": last}):
+            inputs, places = text_inputs(micro), micro["last"]
+            if self.loss == "chunked":
+                found.append(self._sharded.hidden(inputs).logits_at(places).float())
+            else:
+                logits = self._sharded(inputs)
+                found.append(logits[torch.arange(len(places), device=self.device), places].float())
+        self._sharded.reshard()
+        return torch.cat(found)
+
     def save(self, meta: SaveLoadMeta) -> None:
         """Save to a directory that all ranks see; its parents are made.
 

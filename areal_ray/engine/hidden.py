@@ -79,6 +79,13 @@ class Hidden:
         return total
 
     @torch.no_grad()
+    def logits_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """The logits (B, vocabulary) of one position of each row, which (B) says."""
+        states = self.states[torch.arange(len(positions), device=self.states.device), positions]
+        logits = torch.nn.functional.linear(states, self.weight, self.bias)
+        return logits if self.finish is None else self.finish(logits[None])[0]
+
+    @torch.no_grad()
     def correct(self, labels: torch.Tensor, ignored: int = -100) -> torch.Tensor:
         """How many of the tokens that are to be predicted have the largest logit, in chunks of rows.
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from areal_ray.config import Config, EarlyStoppingConfig
+from areal_ray.config.eval_rules import label_of
 from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer
 from areal_ray.data.byte_lengths import byte_lengths
+from areal_ray.data.rendering.special import prompt_ids, trained_tokens
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.engine.next_token import NextToken
 from areal_ray.run.logs.event_index import STOPPED_EARLY
@@ -18,6 +20,8 @@ from areal_ray.train import loop
 from areal_ray.train.cadence import Cadence, EverySteps
 from areal_ray.train.early_stopping import EarlyStopping
 from areal_ray.train.evaluation import Evaluations, Evaluator, Planned
+from areal_ray.train.generation import Generation, texts
+from areal_ray.train.own_evaluation import OwnEvaluation, build_evaluator
 from areal_ray.worker.start import Start
 
 
@@ -59,14 +63,48 @@ def build_evaluations(
     def when(every_steps: int | None) -> Cadence:
         return cadence if every_steps is None else EverySteps(every_steps)
 
-    planned = []
+    planned = list[Planned]()
     if settings.every_steps and len(held_out):
         planned.append(Planned(cadence, of(held_out, settings.batches, "held_out_")))
     for name, rows in sets.items():
         each = settings.sets[name]
         count = min(each.batches or settings.batches, max(1, len(rows) // batch))  # nothing twice
         planned.append(Planned(when(each.every_steps), of(rows, count, f"held_out/{name}/")))
+    if settings.generate is not None:
+        planned.append(Planned(when(settings.generate.every_steps), _generation(config, start, engine, alive)))
+    for i, own in enumerate(settings.evaluators):
+        made, tokenizer = build_evaluator(own, f"eval.evaluators[{i}]"), build_tokenizer(config.data.tokenizer)
+        by = OwnEvaluation(made, label_of(own), engine, tokenizer, start.ranks, alive)
+        planned.append(Planned(when(own.every_steps), by))
     return Evaluations(planned, config.train.steps)
+
+
+def _generation(config: Config, start: Start, engine: TrainEngine, alive: Callable[[], None]) -> Generation:
+    """Make what goes on with prompts; only rank 0 has the tokenizer. A collective."""
+    wanted = config.eval.generate
+    assert wanted is not None
+    tokenizer = build_tokenizer(config.data.tokenizer) if start.first else None
+
+    def known() -> tuple[list[list[int]], list[int], int]:
+        assert tokenizer is not None
+        ends = [
+            *trained_tokens(config.data, tokenizer)["ends"],
+            *([] if tokenizer.eos_id is None else [tokenizer.eos_id]),
+        ]
+        return prompt_ids(config.data, tokenizer, wanted.prompts, wanted.chat), ends, tokenizer.vocab_size
+
+    prompts, ends, vocabulary = start.ranks.on_rank_zero(known)
+
+    def write(step: int, made: list[list[int]]) -> None:
+        assert tokenizer is not None
+        decode = tokenizer.transformers().decode
+        try:
+            start.run.write_generations(step, texts(wanted.prompts, made, ends, decode))
+        except OSError as error:  # a page less is no reason to lose the step
+            start.say(f"could not write the generations of step {step}: {error}")
+
+    chosen = engine, start.ranks, wanted, prompts, ends, vocabulary, config.run.seed
+    return Generation(*chosen, write, alive)
 
 
 def early_stopping(config: EarlyStoppingConfig, start: Start) -> EarlyStopping:

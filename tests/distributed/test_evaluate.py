@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,23 @@ import torch.nn.functional as F
 
 from areal_ray import models
 from areal_ray.checkpoint import save
+from areal_ray.checkpoint.reader import StoredState
 from areal_ray.cli.main import main as run_cli
+from areal_ray.config import GenerateConfig
 from areal_ray.distributed import Ranks
 from areal_ray.driver.evaluate import Asked, evaluate
 from areal_ray.engine.next_token import NextToken
 from areal_ray.engine.objectives import LanguageModeling
 from areal_ray.storage import LocalStorage
+from areal_ray.train.generation import Generation
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small import SEQ_LEN, local_batch, small_config, snapshot, start_engine, train
 
 pytestmark = pytest.mark.distributed
+PROMPTS = [[5], [9, 80, 81], [7] * 40]
+END = 41
+GREEDY = GenerateConfig(prompts=["a", "b", "c"], max_new_tokens=12)
+DRAWN = replace(GREEDY, temperature=2.0, top_k=30)
 METRICS = ("perplexity", "bits_per_byte", "accuracy")
 
 
@@ -36,6 +43,15 @@ def look(rank: int, root: str) -> dict[str, Any]:
         engine = start_engine(f"model.loss={loss}")
         train(engine, seed=0)
         before = snapshot(engine)
+        state, made = torch.get_rng_state(), {}
+        for name, wanted in (("greedy", GREEDY), ("drawn", DRAWN), ("drawn again", DRAWN)):
+            written: list[Any] = []
+            generation = Generation(
+                engine, Ranks(), wanted, PROMPTS, (END,), 257, 3, lambda *each, to=written: to.append(each)
+            )
+            assert generation.run(5) == {}
+            made[name] = written
+        seen[f"{loss} made"], seen[f"{loss} drew"] = made, not torch.equal(state, torch.get_rng_state())
         result = engine.evaluate(local_batch(1, engine), scored)
         seen[loss] = {"loss": float(result.loss), **{name: float(value) for name, value in result.metrics.items()}}
         seen[f"{loss} changed"] = [
@@ -78,14 +94,8 @@ def test_the_same_is_found_with_and_without_logits_and_nothing_changes(seen: lis
     assert all(not rank[f"{loss} changed"] for rank in seen for loss in ("logits", "chunked"))
 
 
-def expected(root: Path) -> dict[str, float]:
-    """Of every row of the text once, by one model that is not sharded."""
-    text = b"".join(path.read_bytes() + b"\xff" for path in sorted((root / "text").iterdir()))
-    tokens = np.frombuffer(text, np.uint8).astype(np.int64)
-    tokens[tokens == 255] = 256  # ends of documents: no byte of UTF-8 is 255
-    rows = torch.from_numpy(tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN))
-    from areal_ray.checkpoint.reader import StoredState
-
+def whole_model(root: Path) -> torch.nn.Module:
+    """The model that was saved, not sharded."""
     state = StoredState(LocalStorage(root / "run" / "saved"))
     model = models.build_model(small_config().model)
     models.materialise(model, torch.device("cpu"))
@@ -94,8 +104,17 @@ def expected(root: Path) -> dict[str, float]:
     missing = model.load_state_dict({k: v for k, v in weights.items() if not k.startswith("engine.")}, strict=False)
     assert not [name for name in missing.missing_keys if name != "lm_head.weight"]
     model.tie_weights()  # type: ignore[operator]
+    return model.eval()
+
+
+def expected(root: Path) -> dict[str, float]:
+    """Of every row of the text once, by one model that is not sharded."""
+    text = b"".join(path.read_bytes() + b"\xff" for path in sorted((root / "text").iterdir()))
+    tokens = np.frombuffer(text, np.uint8).astype(np.int64)
+    tokens[tokens == 255] = 256  # ends of documents: no byte of UTF-8 is 255
+    rows = torch.from_numpy(tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN))
     with torch.no_grad():
-        logits = model.eval()(input_ids=rows).logits[:, :-1].flatten(0, 1)
+        logits = whole_model(root)(input_ids=rows).logits[:, :-1].flatten(0, 1)
     labels = rows[:, 1:].flatten()
     nats = float(F.cross_entropy(logits, labels, reduction="sum"))
     loss = nats / len(labels)
@@ -106,6 +125,25 @@ def expected(root: Path) -> dict[str, float]:
         "bits_per_byte": nats / math.log(2) / int((labels < 256).sum()),
         "rows": len(rows),
     }
+
+
+def test_a_sharded_model_goes_on_with_prompts_as_a_whole_one(seen: list[dict[str, Any]], root: Path) -> None:
+    model, want = whole_model(root), []
+    for prompt in PROMPTS:
+        text = list(prompt)
+        for _ in range(GREEDY.max_new_tokens):
+            with torch.no_grad():
+                text.append(int(model(input_ids=torch.tensor([text])).logits[0, -1, :257].argmax()))
+            if text[-1] == END:
+                break
+        want.append(text[len(prompt) :])
+    for loss in ("logits", "chunked"):
+        first, second = (rank[f"{loss} made"] for rank in seen)
+        assert first["greedy"] == [(5, want)]
+        assert first["drawn"] == first["drawn again"] != first["greedy"]
+        assert len({tuple(each) for each in first["drawn"][0][1]}) == 3
+        assert all(not written for written in second.values())  # rank 0 writes
+        assert not any(rank[f"{loss} drew"] for rank in seen)  # from what training draws from
 
 
 def test_a_checkpoint_is_evaluated_on_every_row_once_by_any_number_of_ranks(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from areal_ray.config import DataConfig
+from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data.rendering.template import ChatTemplate, NotRendered
 from areal_ray.data.rendering.text import Marks
 from areal_ray.data.tokenizers import Tokenizer
@@ -40,6 +41,30 @@ def trained_tokens(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         begins = bool(len(marks.begin))
         ends += [int(token) for token in marks.end]
     return {"begins": begins, "ends": list(dict.fromkeys(ends)), "chat_template": template}
+
+
+def prompt_ids(config: DataConfig, tokenizer: Tokenizer, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    """Token ids of prompts, beginning as the rows that are trained on do.
+
+    Args:
+        config: of the data, of all of its sources.
+        tokenizer: of config.tokenizer.
+        prompts: texts.
+        chat: what a user says, in the chat template of the data.
+
+    Raises:
+        ConfigError: if there is no chat template, or it refuses one of them.
+    """
+    if chat:
+        sources = config.sources.values()
+        template = ChatTemplate(next((each for each in sources if each.format == "messages"), config), tokenizer)
+        try:
+            return [template.prompt(text) for text in prompts]
+        except NotRendered as error:
+            raise ConfigError("eval.generate.prompts", str(error)) from None
+    begins = trained_tokens(config, tokenizer)["begins"]
+    begin = [tokenizer.bos_id] if begins and tokenizer.bos_id is not None else []
+    return [[*begin, *tokenizer.ids(text.encode(errors="replace")).tolist()] for text in prompts]
 
 
 def _end_of_turn(chat: ChatTemplate) -> int | None:

@@ -1,17 +1,23 @@
 """Several held-out sets: each at its cadence, under its name, with what is told beside the loss."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from areal_ray.config import ConfigError, EvalConfig, EvalSetConfig, load
-from areal_ray.data import PackedTokens
+from areal_ray.config import ConfigError, DataConfig, EvalConfig, EvalSetConfig, EvaluatorConfig, load
+from areal_ray.data import PackedTokens, build_tokenizer
+from areal_ray.data.rendering.special import prompt_ids
 from areal_ray.engine import Objective
 from areal_ray.engine.hidden import Hidden
 from areal_ray.engine.next_token import NextToken
 from areal_ray.engine.objectives import LanguageModeling
+from areal_ray.run import RunDir
+from areal_ray.storage import LocalStorage
+from areal_ray.train.generation import texts
+from areal_ray.train.own_evaluation import build_evaluator
 from tests.unit.config.test_config import TINY
 
 from .test_loop import lines
@@ -46,6 +52,50 @@ def test_a_set_with_a_cadence_needs_no_other(start):
     job = start(sets={"code": OTHER}, evaluation=EvalConfig(None, sets={"code": EvalSetConfig(every_steps=8)}))
     assert [line["step"] for line in lines(job) if "held_out/code/loss" in line] == [0, 8, 16, 22]
     assert not any("held_out_loss" in line for line in lines(job))
+
+
+class Weighs:
+    """An evaluator of one's own."""
+
+    def __init__(self, times=1):
+        self.times = times
+
+    def __call__(self, evaluated):
+        assert evaluated.tokenizer.vocab_size == 257
+        return {"weight": evaluated.engine.weight * self.times, "step": evaluated.step}
+
+
+NAME = "tests.unit.train.test_evaluations:Weighs"
+
+
+def test_an_evaluator_of_one_s_own_gives_metrics_at_its_cadence(start):
+    own = [EvaluatorConfig(NAME, args={"times": 2}, every_steps=8), EvaluatorConfig(NAME, label="once")]
+    job = start(evaluation=EvalConfig(10, 1, evaluators=own))
+    there = {line["step"]: line for line in lines(job) if "held_out/Weighs/step" in line}
+    assert list(there) == [0, 8, 16, 22]
+    assert all(line["held_out/Weighs/step"] == step for step, line in there.items())
+    assert there[22]["held_out/Weighs/weight"] == 2 * job.engine.weight == 2 * there[22]["held_out/once/weight"]
+    assert [line["step"] for line in lines(job) if "held_out/once/step" in line] == [0, 10, 20, 22]
+    with pytest.raises(ConfigError, match="unexpected keyword argument"):
+        build_evaluator(EvaluatorConfig(NAME, args={"time": 2}), "eval.evaluators[0]")
+    with pytest.raises(ConfigError, match="cannot be called"):
+        build_evaluator(EvaluatorConfig("builtins:dict"), "eval.evaluators[0]")
+
+
+def test_generations_are_written_by_step_with_their_text(tmp_path):
+    run = RunDir(LocalStorage(tmp_path))
+    config = DataConfig()
+    tokenizer = build_tokenizer("bytes")
+    ids = prompt_ids(config, tokenizer, ["ab", "ü"], chat=False)
+    assert ids == [[97, 98], [0xC3, 0xBC]]
+    made = texts(["ab", "ü"], [[99, 100, 256], [0xC3]], [256], tokenizer.transformers().decode)
+    run.write_generations(7, made)
+    found = json.loads((tmp_path / "generations" / "step-00000007.json").read_text())
+    assert found["step"] == 7
+    assert found["generations"][0] == {"prompt": "ab", "text": "cd", "tokens": [99, 100, 256], "ended": True}
+    assert not found["generations"][1]["ended"]
+    with pytest.raises(ConfigError, match="has none: name a file"):
+        prompt_ids(config, tokenizer, ["ab"], chat=True)
 
 
 def logits_and_hidden():
@@ -106,6 +156,7 @@ SET = "eval.sets={a: {source: text, paths: [/tmp/x]}}"
         (["eval.early_stopping={metric: held_out_accuracy}"], "eval.early_stopping.metric", "must be held_out_loss"),
         (["eval.early_stopping={}", "eval.every_steps=null"], "eval.early_stopping.metric", "needs eval.every_steps"),
         (["eval.evaluators=[{name: mine}]"], "eval.evaluators[0].name", "package.module:name"),
+        (["eval.evaluators=[{name: 'a:b'}, {name: 'c:b'}]"], "eval.evaluators[1].label", "another evaluator"),
         (["export={at_end: false}"], "export", "nothing would be exported"),
         (["export={model_class: a:b}"], "export.model_class", "model.factory"),
         (["export={keep: 0}"], "export.keep", "greater than 0"),
