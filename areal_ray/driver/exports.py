@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -10,8 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import areal_ray
 from areal_ray.checkpoint import Catalog
 from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.config import Config
@@ -186,6 +189,7 @@ class Exporter:
         self._process = process = subprocess.Popen(
             command,
             text=True,
+            env=_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -229,3 +233,10 @@ class Exporter:
             self._say(f"exporting {name} failed: {error}; {again}, and later failures stand in the ledger only")
         self._failed = True
         self._run.note("export_failed", self._say, checkpoint=name, error=error[:500])
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, with this package, wherever it was imported from, and without GPUs."""
+    root = str(Path(areal_ray.__file__).parents[1])
+    path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}
