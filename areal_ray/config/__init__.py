@@ -13,8 +13,8 @@ from areal_ray.config.eval_schema import (
 from areal_ray.config.load import config_hash, dump, load
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
-    AdapterConfig,
     EVALUATION,
+    AdapterConfig,
     BadStepConfig,
     CheckpointConfig,
     ClusterConfig,
@@ -36,8 +36,8 @@ from areal_ray.config.schema import (
 )
 
 __all__ = [
-    "AdapterConfig",
     "EVALUATION",
+    "AdapterConfig",
     "BadStepConfig",
     "CheckpointConfig",
     "ClusterConfig",

@@ -27,7 +27,6 @@ from areal_ray.distributed import Ranks
 from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.next_token import NextToken
 from areal_ray.engine.objectives import LanguageModeling, build_objective
-from areal_ray.engine.state import DCPState
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
 from areal_ray.train.evaluation import Evaluator
@@ -79,10 +78,11 @@ def evaluate(asked: Asked) -> dict[str, dict[str, float]]:
     # Before data are read: it makes the process group.
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     loss = info.get("loss") if config.model.loss == "auto" else None
-    engine.initialize(weights=False, references=objective.references, loss=loss, trains=False)
+    base = ((info.get("adapter") or {}).get("base") or {}).get("fingerprint")
+    engine.initialize(weights=False, references=objective.references, loss=loss, base=base, trains=False)
     ranks = Ranks()
     try:
-        reader.load(checkpoint, {"engine": DCPState(engine.model)}, ranks, part=True)
+        reader.load(checkpoint, {"engine": engine.weights}, ranks, part=True)
         found: dict[str, dict[str, float]] = {}
         with _sets(asked, config, checkpoint.location, ranks) as sets:
             scored = objective
@@ -133,6 +133,8 @@ def _recorded(asked: Asked, info: Mapping[str, Any], location: str) -> dict[str,
     settings = info.get("config")
     if not settings or not info.get("hf_config"):
         raise ValueError(f"{location} does not say which transformers model it is of: give --config, its experiment")
+    if "adapter" in info:
+        raise ValueError(f"{location} has an adapter, whose base is not read unasked: give --config, its experiment")
     data, objective, evaluation = (dict(settings.get(key) or {}) for key in ("data", "objective", "eval"))
     sets = {name: dict(each) for name, each in (evaluation.get("sets") or {}).items()}
     named = [objective.get("name", ""), data.get("source", ""), *(str(each.get("source")) for each in sets.values())]

@@ -146,6 +146,11 @@ class FSDPEngine:
         return DCPState(sharded.module, self.optimizer, self._schedule, True, self._group_values, sharded.adapted)
 
     @property
+    def weights(self) -> DCPState:
+        """The model alone; beneath an adapter what is trained of it, as that is in checkpoints."""
+        return DCPState(self.model, adapted=self._sharded.adapted)
+
+    @property
     def lr(self) -> float:
         return self._schedule.lr(self._config.optim.lr)
 

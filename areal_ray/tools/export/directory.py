@@ -25,10 +25,10 @@ from areal_ray.models import conversion, hf_weights, safetensors_files
 from areal_ray.models.lazy_tensor import Box, LazyTensor, part_of, stored_tensors
 from areal_ray.run import RunDir
 from areal_ray.storage import Storage
-from areal_ray.tools.export_adapter import SavedAdapter
 from areal_ray.tools.export.card import model_card
 from areal_ray.tools.export.own_code import write_code
 from areal_ray.tools.export.tokens import TokenNames, generation_config, in_config, special_tokens
+from areal_ray.tools.export_adapter import SavedAdapter
 
 _PREFIX = "engine.model."  # of the weights among the tensors of a checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,8 +77,9 @@ def export(
     """Write the weights of a checkpoint so that `AutoModelForCausalLM.from_pretrained` reads them, bit for bit.
 
     Beside them: config, tokenizer and generation config with the special tokens that the model was trained with, and
-    a model card. Every byte of the weights is read and written once; nothing else grows with the model. Of a run with an
-    adapter it is the adapter's directory, as peft reads it, or the model with the adapter merged.
+    a model card. Every byte of the weights is read and written once; nothing else grows with the model.
+
+    Of a run with an adapter it is the adapter's directory, as peft reads it, or the model with the adapter merged.
 
     Args:
         checkpoint: a committed checkpoint.

@@ -25,7 +25,12 @@ def finished(folder: Storage) -> dict[int, str]:
     One listing, and a question for each: the config, which is written last, tells on object storage.
     """
     names = {int(match[1]): match[0] for name in folder.directories("step-") if (match := _NAME.fullmatch(name))}
-    return {step: name for step, name in sorted(names.items()) if folder.sub(name).size("config.json") is not None}
+    return {step: name for step, name in sorted(names.items()) if _config_of(folder.sub(name)) is not None}
+
+
+def _config_of(place: Storage) -> str | None:
+    """The file that makes a directory a model, or an adapter; None: it is none yet."""
+    return next((file for file in ("config.json", "adapter_config.json") if place.size(file) is not None), None)
 
 
 def export_into(folder: Storage, checkpoint: Storage, step: int, form: Form, run: RunDir | None = None) -> Exported:
@@ -61,6 +66,7 @@ def keep_newest(folder: Storage, keep: int | None) -> list[str]:
     gone = there[: max(0, len(there) - keep)] if keep is not None else []
     for name in gone:
         place = folder.sub(name)
-        place.remove("config.json")  # first: what a kill leaves of it is nobody's model
+        if (config := _config_of(place)) is not None:
+            place.remove(config)  # first: what a kill leaves of it is nobody's model
         place.delete()
     return gone
