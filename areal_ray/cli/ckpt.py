@@ -39,6 +39,14 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
             command.add_argument("--merged", action="store_true", help="of an adapter: the model with it, not it alone")
             command.add_argument("--base", help="of a merged one: directory or hub name of the base")
             command.add_argument("--ema", action="store_true", help="the averages of the weights (optim.ema)")
+            command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default as it was saved")
+            for role, what in (("bos", "begins a text"), ("eos", "ends it"), ("pad", "fills rows")):
+                command.add_argument(
+                    f"--{role}-token", metavar="TEXT", help=f"the token that {what}; default as trained"
+                )
+            command.add_argument(
+                "--model-class", metavar="PACKAGE.MODULE:CLASS", help="of a factory's model; its code is run and copied"
+            )
         command.set_defaults(run=lambda arguments, run=run: _ckpt(run, arguments))
 
 
@@ -132,12 +140,19 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from areal_ray.config import plugin
+    from areal_ray.run import RunDir
     from areal_ray.storage import storage_at
-    from areal_ray.tools.export import export
+    from areal_ray.tools.export import Form, TokenNames, export
 
+    plugin.extend_path(["."])  # as for an experiment that lies here
+    names = TokenNames(arguments.bos_token, arguments.eos_token, arguments.pad_token)
     size = _bytes(arguments.shard_size)
     how = {"merged": arguments.merged, "base": arguments.base, "ema": arguments.ema}
-    done = export(_at(arguments.ckpt), storage_at(arguments.out), size, arguments.tokenizer, **how)
+    form = Form(size, arguments.tokenizer, arguments.dtype, names, arguments.model_class)
+    above = arguments.ckpt.rstrip("/").rpartition("/")[0] or "."
+    places = _at(arguments.ckpt), storage_at(arguments.out)
+    done = export(*places, form=form, run=RunDir(storage_at(above)), **how)
     if arguments.json:
         _print_json(vars(done))
     else:

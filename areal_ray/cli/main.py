@@ -17,6 +17,7 @@ from areal_ray import __version__
 from areal_ray.cli.ckpt import add_ckpt
 from areal_ray.cli.data import add_data
 from areal_ray.cli.doctor import doctor
+from areal_ray.cli.evaluate import add_evaluate
 from areal_ray.cli.jobs import add_address, add_jobs, submit
 from areal_ray.cli.manifest import add_manifest, manifest
 from areal_ray.cli.output import losable_output
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_init(commands)
     add_runs(commands)
     add_ckpt(commands.add_parser("ckpt", help="look at checkpoints"))
+    add_evaluate(commands.add_parser("evaluate", help="a checkpoint on held-out data, apart from training"))
     making = commands.add_parser("prepare", help="make an experiment's prepared corpus, as train does by itself")
     _add_experiment(making, _prepare)
     add_data(commands.add_parser("data", help="look at prepared corpora"))

@@ -2,10 +2,19 @@
 
 from areal_ray.config.data_schema import DataConfig, MixtureConfig, SourceConfig
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.eval_schema import (
+    EarlyStoppingConfig,
+    EvalConfig,
+    EvalSetConfig,
+    EvaluatorConfig,
+    ExportConfig,
+    GenerateConfig,
+)
 from areal_ray.config.lengths import in_steps
 from areal_ray.config.load import config_hash, dump, load
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
+    EVALUATION,
     AdapterConfig,
     BadStepConfig,
     CheckpointConfig,
@@ -13,7 +22,6 @@ from areal_ray.config.schema import (
     Config,
     EmaConfig,
     EngineConfig,
-    EvalConfig,
     Fault,
     KeepConfig,
     LoggingConfig,
@@ -30,6 +38,7 @@ from areal_ray.config.schema import (
 )
 
 __all__ = [
+    "EVALUATION",
     "AdapterConfig",
     "BadStepConfig",
     "CheckpointConfig",
@@ -37,10 +46,15 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "EarlyStoppingConfig",
     "EmaConfig",
     "EngineConfig",
     "EvalConfig",
+    "EvalSetConfig",
+    "EvaluatorConfig",
+    "ExportConfig",
     "Fault",
+    "GenerateConfig",
     "KeepConfig",
     "LoggingConfig",
     "MeshConfig",

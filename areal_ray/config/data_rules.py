@@ -25,7 +25,7 @@ FIELDS = {
 def check_data(config: Config) -> None:
     """Raise ConfigError for the first rule that the data's part of the config breaks."""
     data = config.data
-    _check_source(data, "data")
+    check_source(data, "data")
     names = set[str]()
     for i, each in enumerate(data.mixture):
         key = f"data.mixture[{i}]"
@@ -38,7 +38,7 @@ def check_data(config: Config) -> None:
         if is_plugin(each.source):
             raise ConfigError(f"{key}.source", "one's own sources cannot be mixed; make one that mixes them itself")
         names.add(each.name)
-        _check_source(each, key)
+        check_source(each, key)
     if data.mixture:
         for name in (field.name for field in fields(SourceConfig)):
             if getattr(data, name) != getattr(DataConfig(), name):
@@ -50,7 +50,8 @@ def check_data(config: Config) -> None:
     _check_rows(data)
 
 
-def _check_source(data: SourceConfig, key: str) -> None:
+def check_source(data: SourceConfig, key: str) -> None:
+    """Raise ConfigError for the first rule that one source breaks; `key` is where it stands."""
     source = data.source
     if is_plugin(source):
         check_form(source, f"{key}.source")

@@ -41,6 +41,13 @@ _POSITIVE = (
     "data.prepare_in_process_mb",
     "eval.every_steps",
     "eval.batches",
+    "eval.generate.every_steps",
+    "eval.generate.max_new_tokens",
+    "eval.generate.top_k",
+    "eval.early_stopping.patience",
+    "export.every_steps",
+    "export.keep",
+    "export.shard_mb",
     "logging.every_steps",
     "logging.peak_tflops",
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from areal_ray.config.data_rules import check_data
 from areal_ray.config.errors import ConfigError
+from areal_ray.config.eval_rules import check_eval, check_metric
 from areal_ray.config.lengths import check_lengths
 from areal_ray.config.numbers import check_numbers
 from areal_ray.config.plugin import check_form, is_plugin
@@ -38,6 +39,7 @@ def check(config: Config) -> None:
     _check_env(config)
     _check_plugins(config)
     check_data(config)
+    check_eval(config)
     _check_train(config)
     _check_sizes(config)
     _check_resources(config)
@@ -233,13 +235,8 @@ def _check_keep(config: Config) -> None:
         raise ConfigError(
             "checkpoint.keep.last", "without it everything is kept, and the other rules say nothing; set it"
         )
-    if keep.metric not in ("held_out_loss", "loss", "ema_held_out_loss"):
-        text = f"must be held_out_loss, loss or ema_held_out_loss, not {keep.metric!r}"
-        raise ConfigError("checkpoint.keep.metric", text)
-    if keep.metric == "ema_held_out_loss" and not config.eval.ema:
-        raise ConfigError("checkpoint.keep.metric", "ema_held_out_loss needs eval.ema")
-    if keep.best and keep.metric != "loss" and config.eval.every_steps is None:
-        raise ConfigError("checkpoint.keep.metric", f"{keep.metric} needs eval.every_steps")
+    if keep.best or keep.metric != "held_out_loss":
+        check_metric(config, keep.metric, "checkpoint.keep.metric", "loss")
 
 
 def _check_faults(config: Config) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from areal_ray.config.data_schema import DataConfig
+from areal_ray.config.data_schema import DataConfig, SourceConfig
+from areal_ray.config.eval_schema import EvalConfig, ExportConfig
+from areal_ray.config.plugin import is_plugin
 from areal_ray.config.types import StandbyCount, WorkerRange
+
+EVALUATION = "eval/"  # before the name of a set among the corpora of a run
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class KeepConfig:
     last: int | None = None  # so many of the newest; null keeps all
     every_steps: int | None = None  # those of steps that this divides, for good
     best: int = 0  # so many of the best by metric
-    metric: str = "held_out_loss"  # or loss, or ema_held_out_loss
+    metric: str = "held_out_loss"  # or loss, or another one of an evaluation, as held_out/<set>/loss
     mode: Literal["min", "max"] = "min"
 
 
@@ -183,13 +187,6 @@ class CheckpointConfig:
     when_busy: Literal["wait", "skip"] = "wait"  # if storage still writes the last one when the next is due
     max_failed_saves: int = 3  # in a row, after which the run stops
     keep: KeepConfig = field(default_factory=KeepConfig)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    every_steps: int | None = 50  # null: never
-    batches: int = 8  # global batches of held-out text
-    ema: bool = False  # the averages of optim.ema, too: ema_held_out_loss, for twice the time
 
 
 @dataclass(frozen=True)
@@ -235,6 +232,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig | None = None  # null: no exports but by `areal-ray ckpt export`
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     trackers: list[TrackerConfig] = field(default_factory=list)
     on_end: str | None = None  # package.module:name, called with result.json and the run directory; or a command
@@ -272,6 +270,24 @@ class Config:
         """The numbers of workers in that range that the mesh and the global batch can be shared by, ascending."""
         low, high = self.worker_range
         return [size for size in range(low, high + 1) if fits(self, size)]
+
+    @property
+    def evaluation_sets(self) -> dict[str, DataConfig]:
+        """The data of each set of eval.sets by its name, as if it were alone; rows are made as those of training."""
+        own = [each.name for each in fields(SourceConfig)]
+        return {
+            name: replace(self.data, mixture=[], **{key: getattr(each, key) for key in own})
+            for name, each in self.eval.sets.items()
+        }
+
+    @property
+    def corpora(self) -> dict[str, DataConfig]:
+        """The data of everything that is prepared: what is trained on, and `eval/<name>` for each evaluation set.
+
+        Sources of one's own, which make their rows themselves, are not among them.
+        """
+        sets = {f"{EVALUATION}{name}": data for name, data in self.evaluation_sets.items()}
+        return {name: data for name, data in {**self.data.sources, **sets}.items() if not is_plugin(data.source)}
 
     @property
     def worker_resources(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 
-from areal_ray.config import ConfigError, DataConfig, plugin
+from areal_ray.config import EVALUATION, ConfigError, DataConfig, plugin
 from areal_ray.data.corpus.corpus import Corpus, TokenSource
 from areal_ray.data.corpus.manifest import SPLITS
 from areal_ray.data.corpus.megatron import MegatronPairs
@@ -42,7 +42,7 @@ def open_splits(config: DataConfig, sources: Mapping[str, TokenSource], seq_len:
 
     Args:
         config: of the data.
-        sources: by name, as in `config.sources`.
+        sources: by name, those of `config.sources`; others among them are left alone.
         seq_len: tokens per row.
     """
     settings, weights = config.sources, {each.name: each.weight for each in config.mixture}
@@ -50,6 +50,7 @@ def open_splits(config: DataConfig, sources: Mapping[str, TokenSource], seq_len:
         {
             name: build_rows(settings[name], source.split(split), seq_len, source.old_dtype)
             for name, source in sources.items()
+            if name in settings
         }
         for split in SPLITS
     )
@@ -62,19 +63,65 @@ def open_splits(config: DataConfig, sources: Mapping[str, TokenSource], seq_len:
     return MixedRows(train, weights), MixedRows(some, weights)
 
 
-def own_splits(config: DataConfig, tokenizer: Tokenizer, seq_len: int) -> Splits:
+def open_set(config: DataConfig, source: TokenSource, seq_len: int) -> TokenDataset:
+    """The rows of an evaluation set: all of its documents. Reads nothing.
+
+    Args:
+        config: of the set, which holds nothing out.
+        source: its tokens.
+        seq_len: tokens per row.
+    """
+    return build_rows(config, source.split("train"), seq_len, source.old_dtype)
+
+
+def open_sets(
+    sets: Mapping[str, DataConfig], sources: Mapping[str, TokenSource], tokenizer: Tokenizer, seq_len: int, batch: int
+) -> dict[str, TokenDataset]:
+    """The rows of evaluation sets, by their names.
+
+    Args:
+        sets: as in `Config.evaluation_sets`.
+        sources: by the names of `Config.corpora`; none for a set whose source is one's own, of which the held-out rows
+            are taken.
+        tokenizer: for that one.
+        seq_len, batch: tokens per row and rows per global batch.
+
+    Raises:
+        ConfigError: if a set has too little for one global batch.
+    """
+    found: dict[str, TokenDataset] = {}
+    for name, config in sets.items():
+        source = sources.get(f"{EVALUATION}{name}")
+        if source is not None:
+            rows = open_set(config, source, seq_len)
+        else:
+            rows = own_splits(config, tokenizer, seq_len, f"eval.sets.{name}")[1]
+        if len(rows) < batch:
+            about = f"{len(rows)} rows" if source is None else source.about("train")
+            text = f"{about} give {len(rows)} sequences of train.seq_len={seq_len} tokens, but a global batch takes"
+            raise ConfigError(f"eval.sets.{name}.paths", f"{text} {batch}: give more, or smaller sizes")
+        found[name] = rows
+    return found
+
+
+def own_splits(config: DataConfig, tokenizer: Tokenizer, seq_len: int, key: str = "data") -> Splits:
     """The rows of a source of one's own, which is called as `source(tokenizer, seq_len, **data.args)`.
+
+    Args:
+        config: of the source.
+        tokenizer, seq_len: that it is given.
+        key: where it stands in the configuration.
 
     Raises:
         ConfigError: if it fails, or returns something else.
     """
-    source = plugin.factory(config.source, "data.source", {})
-    made = plugin.call(source, config.source, "data.args", tokenizer, seq_len, **config.args)
+    source = plugin.factory(config.source, f"{key}.source", {})
+    made = plugin.call(source, config.source, f"{key}.args", tokenizer, seq_len, **config.args)
     if not (isinstance(made, tuple) and len(made) == 2):
-        raise ConfigError("data.source", f"{config.source} must return two data sets: (train, held out)")
+        raise ConfigError(f"{key}.source", f"{config.source} must return two data sets: (train, held out)")
     for split in made:
         if lacks := [name for name in ("__len__", "__getitem__", "fingerprint") if not hasattr(split, name)]:
-            raise ConfigError("data.source", f"{config.source}: a {type(split).__name__} has no {lacks[0]}")
+            raise ConfigError(f"{key}.source", f"{config.source}: a {type(split).__name__} has no {lacks[0]}")
     train, held_out = made
     return train, held_out
 

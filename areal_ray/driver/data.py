@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import ray
 
-from areal_ray.config import Config, ConfigError, plugin
+from areal_ray.config import EVALUATION, Config, ConfigError, DataConfig, SourceConfig
 from areal_ray.data import build_tokenizer
 from areal_ray.data.build import build_renderer, build_source
 from areal_ray.data.corpus import planning, prepare
@@ -63,13 +63,13 @@ def make_corpus(config: Config, plan: planning.Plan, say: Say) -> None:
 def sources_of(
     config: Config, run: RunDir, tokenizer: Tokenizer, goes_on: bool, say: Say, make: Make = make_corpus
 ) -> dict[str, TokenSource]:
-    """The tokens that a run trains on, by the name of their source; what is not prepared yet is prepared.
+    """The tokens of a run, by the name of their corpus (`Config.corpora`); what is not prepared yet is prepared.
 
     A run that goes on does so with the corpora that it was started with, whatever has become of their sources, unless
     config.data has changed or run.allow_changes has `data`.
 
     Args:
-        config: with an absolute storage path, of sources that are not one's own.
+        config: with an absolute storage path.
         run: the run directory.
         tokenizer: of config.data.tokenizer.
         goes_on: whether there is a checkpoint to go on from.
@@ -81,25 +81,46 @@ def sources_of(
     """
     recorded = (run.data() or {}) if goes_on and "data" not in config.run.allow_changes else {}
     found: dict[str, TokenSource] = {}
-    for name, data in config.data.sources.items():
-        one = replace(config, data=data)
-        source = open_source(data, asdict(config.run.s3))
-        if source is None and name in recorded and (source := _recorded(one, recorded[name], tokenizer)) is not None:
-            _tell_if_newer(one, source.manifest, say)
-        found[name] = source or prepared_corpus(one, tokenizer, say, make)
+    for name, data in config.corpora.items():
+        one = _alone(config, name, data)
+        with _named(name):
+            source = open_source(data, asdict(config.run.s3))
+            if source is None and name in recorded and (old := _recorded(one, recorded[name], tokenizer)) is not None:
+                _tell_if_newer(one, old.manifest, say)
+                source = old
+            found[name] = source or prepared_corpus(one, tokenizer, say, make)
     return found
 
 
 def prepare_all(config: Config, say: Say) -> None:
     """Prepare what a run of this configuration would train on, and say where it is; for `areal-ray prepare`."""
-    if plugin.is_plugin(config.data.source):
+    if not config.corpora:
         raise ConfigError("data.source", f"{config.data.source} prepares its rows itself")
     tokenizer = build_tokenizer(config.data.tokenizer)
-    for name, data in config.data.sources.items():
+    for name, data in config.corpora.items():
         source = open_source(data, asdict(config.run.s3))
-        source = source or prepared_corpus(replace(config, data=data), tokenizer, say)
+        source = source or prepared_corpus(_alone(config, name, data), tokenizer, say)
         held = f"{source.about('train')} to train on, {source.about('held_out')} held out"
         say(f"{f'{name}: ' if name else ''}{held}, {source.location}")
+
+
+def _alone(config: Config, name: str, data: DataConfig) -> Config:
+    """The configuration as if one of its corpora were all of its data."""
+    if name.startswith(EVALUATION) and data.prepared_path is not None and prepare.is_prepared(corpora(config)):
+        data = replace(data, prepared_path=None)  # that one is the corpus to train on, and no folder of several
+    return replace(config, data=data)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A context in which mistakes in the data of an evaluation set are told under its key."""
+    try:
+        yield
+    except ConfigError as error:
+        _, _, key = error.key.partition(".")
+        if not name.startswith(EVALUATION) or key not in {each.name for each in fields(SourceConfig)}:
+            raise
+        raise ConfigError(f"eval.sets.{name.removeprefix(EVALUATION)}.{key}", error.message) from None
 
 
 def prepared_corpus(config: Config, tokenizer: Tokenizer, say: Say, make: Make = make_corpus) -> Corpus:
@@ -137,7 +158,7 @@ def noted(config: Config, sources: dict[str, TokenSource]) -> dict[str, dict[str
         name: {
             "path": source.location,
             "fingerprint": source.fingerprint,
-            "settings": planning.settings_of(config.data.sources[name]),
+            "settings": planning.settings_of(config.corpora[name]),
         }
         for name, source in sources.items()
     }

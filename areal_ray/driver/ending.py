@@ -58,10 +58,12 @@ class Ending:
         print(f"interrupted; the same command goes on from {checkpoint or 'the beginning'}", flush=True)
         return 130
 
-    def finished(self, status: str, outcome: dict[str, Any]) -> int:
-        """Close a run whose workers have come to their end, and sum it up; the exit status."""
-        _summary(self._run, *self.close(status, outcome, step=outcome["step"]))
-        return 0
+    def finished(self, status: str, outcome: dict[str, Any]) -> str | None:
+        """Close a run whose workers have come to their end, and sum it up; its newest checkpoint."""
+        result, past = self.close(status, outcome, step=outcome["step"])
+        _summary(self._run, result, past)
+        checkpoint: str | None = result["checkpoint"]
+        return checkpoint
 
     def tell(self) -> None:
         """Have on_end called, if the run has ended: the last thing that is done."""

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +28,18 @@ from areal_ray.config import Config, ConfigError, dump, redact_override
 from areal_ray.driver.connect import cluster, slow_because
 from areal_ray.driver.data import noted
 from areal_ray.driver.ending import Ending, has_no_checkpoint
+from areal_ray.driver.exports import Exporter
 from areal_ray.driver.hints import hint
 from areal_ray.driver.opening import counted_operations, opening
 from areal_ray.driver.panel import show
-from areal_ray.driver.preflight import prepare
+from areal_ray.driver.preflight import prepare, serving
 from areal_ray.driver.signals import ask_in_background, stopping_on_signals
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
 from areal_ray.run import JobContext, RunDir
 from areal_ray.run.fence import RunTaken
 from areal_ray.run.lease import RunInUse, hold_lease, let_go
+from areal_ray.run.logs.event_index import STOPPED_EARLY
 from areal_ray.run.shared_storage import leave_token
 from areal_ray.run.stop_request import hearing_stop
 
@@ -70,11 +73,15 @@ def train(
     given = config
     run, config, sources = prepare(given, look=lambda *seen: lines.extend(opening(given, *seen)))
     done = Catalog(run.storage).newest()
-    if done is not None and done.step >= config.last_step:
+    ended = done is not None and _stopped_early(config, run, done.step)
+    if done is not None and (done.step >= config.last_step or ended):
+        go_on = "eval.early_stopping=null, or more patience" if ended else "a later train.stop_at or more train.steps"
         print(
-            f"{config.run.name} has finished step {done.step} already ({run.storage.location}/{done.name}).\n"
-            "To go on: a later train.stop_at or more train.steps. To begin anew: another run.name."
+            f"{config.run.name} has {'stopped early after' if ended else 'finished'} step {done.step} already "
+            f"({run.storage.location}/{done.name}).\nTo go on: {go_on}. To begin anew: another run.name."
         )
+        if config.export is not None and (ended or done.step == config.train.steps):
+            _export_what_is_missing(Exporter(config, run, search_path, _print), run, done.name)
         return 0
     try:
         run.storage.ensure(config.run.private)
@@ -94,7 +101,7 @@ def train(
     job = secrets.token_hex(8)
     run = RunDir(run.storage, job)
     live = slow is None and sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    context = JobContext(run, job, slow is None, tuple(search_path), operations, live)
+    context = JobContext(run, job, slow is None, tuple(search_path), operations, live, serving(config))
     # Until the cluster is closed: a second signal must not end the driver in the middle of that.
     with (
         ExitStack() as signals,
@@ -120,13 +127,15 @@ def train(
                 run.write_data(noted(config, sources))
                 leave_token(run.storage, context.submission)
                 readmit(run, config.cluster.use_again, _print)
+                exporter = None if config.export is None else Exporter(config, run, search_path, _print)
+                lease.enter_context(nullcontext() if exporter is None else exporter.beside())
             except RunInUse as error:
                 raise ConfigError("run.name", str(error)) from None
             except OSError as error:
                 raise ConfigError("run.storage_path", str(error)) from None
             try:
                 ending = Ending(run, config.on_end)
-                status = _drive(config, context, shown, requests, asked, ending)
+                status = _drive(config, context, shown, requests, asked, ending, exporter)
                 ending.tell()
                 return status
             except RunTaken as taken:
@@ -141,6 +150,7 @@ def _drive(
     requests: Requests,
     asked_to_stop: threading.Event,
     ending: Ending,
+    exporter: Exporter | None,
 ) -> int:
     run = context.run
     run.note("submitted", print, last_step=config.last_step, submission=context.submission)
@@ -176,8 +186,30 @@ def _drive(
         return 1
     if outcome["reason"] == "stop":
         return ending.interrupted()
-    status = "finished" if outcome["step"] == config.train.steps else "stopped"
-    return ending.finished(status, outcome)
+    early = outcome["reason"] == "early"
+    status = "finished" if early or outcome["step"] == config.train.steps else "stopped"
+    checkpoint = ending.finished(status, outcome)
+    if exporter is not None and status == "finished" and checkpoint is not None:
+        exporter.finish(checkpoint, asked_to_stop.is_set)
+    return 0
+
+
+def _export_what_is_missing(exporter: Exporter, run: RunDir, name: str) -> None:
+    """Make the exports of a finished run that were killed, or asked for since."""
+    if exporter.is_done(name):
+        return
+    try:
+        with hold_lease(run.storage, lambda: None, _print):
+            exporter.finish(name)
+    except RunInUse as error:
+        raise ConfigError("run.name", str(error)) from None
+
+
+def _stopped_early(config: Config, run: RunDir, step: int) -> bool:
+    """Whether the run has come to its end at this step by the rule of now: if that has changed, the workers decide."""
+    rule = config.eval.early_stopping
+    event = None if rule is None else run.newest(STOPPED_EARLY)
+    return rule is not None and event is not None and (event["step"], event.get("rule")) == (step, asdict(rule))
 
 
 def _lost_head(config: Config, run: RunDir, address: str) -> None:

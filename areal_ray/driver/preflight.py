@@ -16,8 +16,9 @@ from areal_ray.checkpoint import Catalog
 from areal_ray.config import Config, ConfigError, in_steps, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
-from areal_ray.data.splits import Splits, check_sizes, open_splits, own_splits
-from areal_ray.data.tokenizers import check_of_model
+from areal_ray.data.rendering.special import prompt_ids, trained_tokens
+from areal_ray.data.splits import Splits, check_sizes, open_sets, open_splits, own_splits
+from areal_ray.data.tokenizers import Tokenizer, check_of_model
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
 from areal_ray.driver.on_end import check_on_end
@@ -27,9 +28,11 @@ from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import MuonWithAdamW, build_optimizer, freeze, same_state
 from areal_ray.models import hf_weights, safetensors_files
 from areal_ray.models.adapters import quick_fingerprint
+from areal_ray.models.generation import source_generation
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage, Storage, storage_at
+from areal_ray.train.own_evaluation import build_evaluator
 from areal_ray.train.trackers import check_tracker
 
 Sources = dict[str, TokenSource]
@@ -43,11 +46,11 @@ def prepare(
     Args:
         config: as loaded.
         make: prepares data that are not prepared yet; the last thing before what needs them is checked.
-        look: called at the end with the model on the meta device, the rows, and what is returned of the sources.
+        look: called at the end with the model on the meta device, the rows, and the tokens to train on.
 
     Returns:
-        The run directory, the config with an absolute storage path and all lengths in steps, and the tokens to train on
-        by the name of their source; none for a source of one's own.
+        The run directory, the config with an absolute storage path and all lengths in steps, and the tokens to train
+        and evaluate on by the name of their corpus; none for a source of one's own.
 
     Raises:
         ConfigError: if the run could not start, or must not touch what it would find.
@@ -63,6 +66,9 @@ def prepare(
         check_of_model(config.data.tokenizer, tokenizer, config.model.path)
     model = _check_model(config, tokenizer.vocab_size)
     _check_plugins(config, model)
+    _check_evaluations(config, tokenizer)
+    if config.export is not None:
+        _check_export(config, tokenizer)
     run = RunDir(storage.sub(config.run.name))
     catalog = Catalog(run.storage)
     newest, goes_on = catalog.newest(), catalog.last_committed() is not None
@@ -72,23 +78,43 @@ def prepare(
         )
     if config.run.recover == "resume" and not goes_on:
         raise ConfigError("run.recover", f"`resume`, but {run.storage.location} holds no checkpoint")
-    sources: Sources = {}
+    sources = sources_of(config, run, tokenizer, goes_on, _print, make)
+    seq_len, batch = config.train.seq_len, config.train.global_batch_size
+    trained: Sources = {}
     if plugin.is_plugin(config.data.source):
-        splits = own_splits(config.data, tokenizer, config.train.seq_len)
+        splits = own_splits(config.data, tokenizer, seq_len)
     else:
-        sources = sources_of(config, run, tokenizer, goes_on, _print, make)
-        splits = open_splits(config.data, sources, config.train.seq_len)
+        trained = {name: sources[name] for name in config.data.sources}
+        splits = open_splits(config.data, trained, seq_len)
         if note := getattr(splits[0], "note", ""):
             _print(note)
-    check_sizes(splits, config.data, sources, config.train.seq_len, config.train.global_batch_size)
+    check_sizes(splits, config.data, trained, seq_len, batch)
+    open_sets(config.evaluation_sets, sources, tokenizer, seq_len, batch)
     given, config = config, in_steps(config, len(splits[0]))
     if not given.train.steps:
         _print(f"{given.length}: {config.length} of {config.train.global_batch_size:,} samples")
     if newest is not None and newest.manifest is not None:
         _check_continues(newest.manifest.info, config, splits[0])
         _check_same_batch(newest.manifest.info, given)
-    look(model, splits, sources)
+    look(model, splits, trained)
     return run, config, sources
+
+
+def serving(config: Config) -> dict[str, Any]:
+    """What checkpoints say for who uses the model later: the special tokens that it is trained with, how its source
+    generates, and for a factory's model that is one of transformers, its class and config.
+
+    Found here once, and not by every start of the workers, as a large tokenizer takes a second to load.
+
+    Raises:
+        ConfigError: if the tokenizer lacks what the data need.
+    """
+    tokens = trained_tokens(config.data, data.build_tokenizer(config.data.tokenizer))
+    return {
+        "tokens": tokens,
+        "generation": source_generation(config.model),
+        "factory": models.factory_architecture(config.model),
+    }
 
 
 def _print(text: str) -> None:
@@ -115,6 +141,43 @@ def _check_optimizer(config: Config, model: nn.Module) -> None:
     made = build_optimizer(model, optim)
     if isinstance(made, MuonWithAdamW):
         print(made.about(model), flush=True)
+
+
+def _check_evaluations(config: Config, tokenizer: Tokenizer) -> None:
+    """Find out whether prompts can be gone on with, and make the user's own evaluators once."""
+    if (generate := config.eval.generate) is not None:
+        prompts = prompt_ids(config.data, tokenizer, generate.prompts, generate.chat)
+        if not all(prompts):
+            raise ConfigError("eval.generate.prompts", "must each give a token at least")
+        longest = max(map(len, prompts)) + generate.max_new_tokens
+        try:
+            models.check_model(config.model, models.build_model(config.model), tokenizer.vocab_size, longest)
+        except ConfigError as error:
+            raise ConfigError("eval.generate.max_new_tokens", error.message) from None
+    for i, own in enumerate(config.eval.evaluators):
+        build_evaluator(own, f"eval.evaluators[{i}]")
+
+
+def _check_export(config: Config, tokenizer: Tokenizer) -> None:
+    """Find out whether exports can be made: a class for the model, and the tokens that they are to have."""
+    wanted = config.export
+    assert wanted is not None
+    if config.model.factory:
+        made = models.factory_architecture(config.model)
+        if made is None:
+            text = (
+                f"{config.model.factory} makes no transformers PreTrainedModel, of which alone there are such exports"
+            )
+            raise ConfigError("export", text)
+        if wanted.model_class is None and not made["class"].startswith("transformers."):
+            raise ConfigError("export.model_class", f"name the class of the factory's model, {made['class']}")
+        if wanted.model_class is not None:
+            models.build_of_class(wanted.model_class, made["config"], "export.model_class")
+    vocabulary = tokenizer.transformers().get_vocab()
+    for role in ("bos_token", "eos_token", "pad_token"):
+        text = getattr(wanted, role)
+        if text is not None and text not in vocabulary:
+            raise ConfigError(f"export.{role}", f"{config.data.tokenizer or 'bytes'} has no token {text!r}")
 
 
 def _check_model(config: Config, vocab_size: int) -> nn.Module:

@@ -173,6 +173,18 @@ class TrainEngine(Protocol):
         """Logits (B, S, vocabulary) of this rank's batch, without gradients."""
         ...
 
+    def next_logits(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Float32 logits (B, vocabulary) of the token after one position of each row, without gradients.
+
+        The same rows on every rank of a mesh, as each gathers the model for its own. With model.loss=chunked no other
+        logits are made.
+
+        Args:
+            input_ids: (B, S) of rows filled at their end.
+            last: (B) of the last position of each that is no filling.
+        """
+        ...
+
     def save(self, meta: SaveLoadMeta) -> None: ...
 
     def load(self, meta: SaveLoadMeta) -> None: ...

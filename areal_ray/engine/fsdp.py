@@ -72,6 +72,7 @@ class FSDPEngine:
         accumulate: accumulation.Accumulate | None = None,
         loss: hidden.Loss | None = None,
         base: str | None = None,
+        trains: bool = True,
     ) -> None:
         """Join the process group, build the model on the meta device, shard it, give it memory and first values.
 
@@ -81,6 +82,7 @@ class FSDPEngine:
             entering: told of the phase that begins: "connect ..." for each group of ranks, then "build".
             accumulate, loss: what the checkpoint says that is loaded next; None: there is none. See `choose` of both.
             base: fingerprint of the base beneath its adapter, if it must be the same now; None: it need not.
+            trains: False leaves the optimizer out, with two thirds of the memory: the model is only evaluated.
 
         Raises:
             RuntimeError: if ranks do not reach each other and are told so; says in which dimension of the mesh.
@@ -103,10 +105,11 @@ class FSDPEngine:
         else:
             self._sharded.init_buffers()
         adapters.check_base(config, self._sharded.base, base)
-        self.optimizer = build_optimizer(
-            self.model, config.optim, not weights, self.dims.mesh, config.engine.precision or "float32"
-        )
-        own = plugin.is_plugin(config.optim.name)
+        if trains:
+            self.optimizer = build_optimizer(
+                self.model, config.optim, not weights, self.dims.mesh, config.engine.precision or "float32"
+            )
+        own = trains and plugin.is_plugin(config.optim.name)
         self._averages = WeightAverages(self.model, config.optim.ema) if config.optim.ema is not None else None
         if weights and self._averages is not None:
             self._averages.reset()
@@ -160,6 +163,11 @@ class FSDPEngine:
     def state(self) -> DCPState:
         sharded, own = self._sharded, self._group_values
         return DCPState(sharded.module, self.optimizer, self._schedule, True, own, sharded.adapted, self._averages)
+
+    @property
+    def weights(self) -> DCPState:
+        """The model alone; beneath an adapter what is trained of it, as that is in checkpoints."""
+        return DCPState(self.model, adapted=self._sharded.adapted)
 
     @property
     def lr(self) -> float:
@@ -277,6 +285,20 @@ class FSDPEngine:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return torch.cat([self._sharded.frozen(text_inputs(micro)) for micro in self._split(batch)])
+
+    @torch.no_grad()
+    def next_logits(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        self.eval()
+        found = []
+        for micro in self._split({"input_ids": input_ids, "last": last}):
+            inputs, places = text_inputs(micro), micro["last"]
+            if self.loss == "chunked":
+                found.append(self._sharded.hidden(inputs).logits_at(places).float())
+            else:
+                logits = self._sharded(inputs)
+                found.append(logits[torch.arange(len(places), device=self.device), places].float())
+        self._sharded.reshard()
+        return torch.cat(found)
 
     def save(self, meta: SaveLoadMeta) -> None:
         """Save to a directory that all ranks see; its parents are made.

@@ -78,6 +78,34 @@ class Hidden:
         )
         return total
 
+    @torch.no_grad()
+    def logits_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """The logits (B, vocabulary) of one position of each row, which (B) says."""
+        states = self.states[torch.arange(len(positions), device=self.states.device), positions]
+        logits = torch.nn.functional.linear(states, self.weight, self.bias)
+        return logits if self.finish is None else self.finish(logits[None])[0]
+
+    @torch.no_grad()
+    def correct(self, labels: torch.Tensor, ignored: int = -100) -> torch.Tensor:
+        """How many of the tokens that are to be predicted have the largest logit, in chunks of rows.
+
+        A second product with the weight: it is for evaluation only.
+
+        Args:
+            labels: (B, S), `ignored` where nothing is predicted.
+            ignored: that label.
+        """
+        rows, targets = self.states.flatten(0, -2), labels.flatten()
+        count = torch.zeros((), dtype=torch.long, device=rows.device)
+        step = max(1, CHUNK_BYTES // (4 * len(self.weight)))
+        for first in range(0, len(rows), step):
+            logits = torch.nn.functional.linear(rows[first : first + step], self.weight, self.bias)
+            if self.finish is not None:
+                logits = self.finish(logits[None])[0]
+            wanted = targets[first : first + step]
+            count += ((logits.argmax(-1) == wanted) & (wanted != ignored)).sum()
+        return count
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forward and backward pass of one chunk of rows after the other, both in the forward pass.

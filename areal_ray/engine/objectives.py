@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from areal_ray.config import ConfigError, ObjectiveConfig, plugin
 from areal_ray.engine.hidden import Hidden
-from areal_ray.run.metric_names import RESERVED
+from areal_ray.run.metric_names import HELD_OUT, RESERVED
 
 Batch = dict[str, torch.Tensor]
 LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]
@@ -110,7 +110,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         raise ConfigError(
             "objective.name", f"{config.name} gave a {type(made).__name__}, no areal_ray.engine.Objective"
         )
-    if taken := [name for name in made.metrics if name in RESERVED or name.startswith("held_out_")]:
+    if taken := [name for name in made.metrics if name in RESERVED or name.startswith(HELD_OUT)]:
         raise ConfigError(
             "objective.name", f"{config.name}: `{taken[0]}` is the name of a metric that there is already"
         )

@@ -87,6 +87,44 @@ def architecture(config: ModelConfig) -> dict[str, Any] | None:
     return dict(json.loads(transformers_config.to_json_string()))
 
 
+def factory_architecture(config: ModelConfig) -> dict[str, Any] | None:
+    """Class and config of a factory's model that is a PreTrainedModel, for an export; None for any other.
+
+    Returns:
+        class: "package.module:Class". config: the content of its config.json.
+    """
+    if not config.factory:
+        return None
+    model = build_model(config)
+    kind = type(model)
+    own: Any = getattr(model, "config", None)
+    if not hasattr(own, "to_json_string") or "<locals>" in kind.__qualname__:
+        return None
+    values = dict(json.loads(own.to_json_string()))
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", "config": {**values, "architectures": [kind.__name__]}}
+
+
+def build_of_class(named: str, values: Mapping[str, Any], key: str) -> nn.Module:
+    """The model of a class of one's own, on the meta device; imports and runs its code.
+
+    Args:
+        named: "package.module:Class", a PreTrainedModel whose `config_class` takes the values.
+        values: of its config.json.
+        key: where it was named, for errors.
+
+    Raises:
+        ConfigError: if there is no such class, or it refuses them.
+    """
+    kind = plugin.resolve(named, key)
+    config_class = getattr(kind, "config_class", None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and config_class is not None):
+        raise ConfigError(key, f"{named} is no transformers PreTrainedModel with a config_class")
+    with torch.device("meta"):
+        model = plugin.call(lambda: kind(config_class.from_dict(dict(values))), named, key)
+    assert isinstance(model, nn.Module)
+    return model.train()
+
+
 def same_architecture(saved: dict[str, Any], config: ModelConfig) -> bool:
     """Whether the config of a directory, as `architecture` gives it, is that of this model."""
     from transformers import AutoConfig

@@ -23,6 +23,7 @@ CONFIG, METRICS, EVENTS, SAMPLES, RESULT = "config.yaml", "metrics", "events", "
 EVENT_INDEX, REPORT = "events.index.json", "report.html"
 DATA = "data.json"  # which prepared corpora the run trains on
 CHECKPOINTS = "checkpoints.json"  # index of the checkpoints, see checkpoint/catalog.py
+GENERATIONS = "generations"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
 _OTHERS = (DATA, REPORT, FENCE, TOKEN, STOP)  # files of which each is written whole
 _INDEX_EVERY = 4096  # events of one process: what a reader finds behind the index stays below a few megabytes
@@ -216,6 +217,14 @@ class RunDir:
     def write_result(self, result: dict[str, Any]) -> None:
         self.fence.check()
         self.storage.replace(RESULT, json.dumps(result, indent=2).encode() + b"\n")
+
+    def write_generations(self, step: int, made: list[dict[str, Any]]) -> None:
+        """Write what the model has made of prompts after a step; that of a step that is computed again is replaced."""
+        self.fence.check()
+        folder = self.storage.sub(GENERATIONS)
+        folder.ensure()
+        content = json.dumps({"step": step, "generations": made}, indent=2, ensure_ascii=False)
+        folder.replace(f"step-{step:08d}.json", content.encode(errors="replace") + b"\n")
 
     def write_report(self, text: str) -> None:
         self.storage.replace(REPORT, text.encode())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from areal_ray.run.directory import RunDir
 
@@ -18,6 +19,7 @@ class JobContext:
         search_path: folders with the user's own code, see `areal_ray.config.plugin`.
         operations_per_token: of the model, see `areal_ray.models.operations`; None: not known.
         live: whether the driver shows a line that changes in its place, and wants to hear of every step.
+        serving: what manifests say for who uses the model later, see `driver.preflight.serving`.
     """
 
     run: RunDir
@@ -26,3 +28,4 @@ class JobContext:
     search_path: tuple[str, ...] = ()
     operations_per_token: float | None = None
     live: bool = False
+    serving: dict[str, Any] = field(default_factory=dict)

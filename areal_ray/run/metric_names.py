@@ -15,3 +15,4 @@ TIMES = ("time", "step_time_s", "data_s", "compute_s", "evaluation_s", "save_s",
 SPEEDS = ("tokens_per_s", "tokens_per_s_per_worker", "padding_share", "mfu", "memory_peak_bytes", "memory_peak_rank")
 CLOCK = (*TIMES, *SPEEDS)
 RESERVED = ("step", "loss", "grad_norm", "lr", "epoch", "samples", "tokens", "skipped", *CLOCK)
+HELD_OUT = ("held_out_", "held_out/")  # how names of evaluations begin: of what is held out, and of sets by their names

@@ -76,6 +76,44 @@ class Cadence:
         self._last_time = self._clock() - state.get("elapsed_s", 0.0)
 
 
+class EverySteps(Cadence):
+    """Due after every step that a number divides, whatever was done before: it has no state."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self._every = steps
+
+    def due(self, step: int, epoch: int) -> bool:
+        return step % self._every == 0
+
+    def fired(self, step: int, epoch: int) -> None: ...
+
+
+class AlsoEvery(Cadence):
+    """Due when another cadence is, whose state it has, and after every step that a number divides.
+
+    Args:
+        other: asked every time, as its seconds are asked of one rank for all.
+        steps: the number.
+    """
+
+    def __init__(self, other: Cadence, steps: int) -> None:
+        super().__init__()
+        self._other, self._every = other, steps
+
+    def due(self, step: int, epoch: int) -> bool:
+        return self._other.due(step, epoch) | (step % self._every == 0)
+
+    def fired(self, step: int, epoch: int) -> None:
+        self._other.fired(step, epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._other.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._other.load_state_dict(state)
+
+
 def save_interval(cost_s: float, mtbf_s: float) -> float:
     """Seconds from one save to the next with which a run loses least, to saves and to steps that are computed again.
 

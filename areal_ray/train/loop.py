@@ -10,7 +10,8 @@ from areal_ray.data import GlobalBatches
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.train.bad_steps import BadStepPolicy
 from areal_ray.train.cadence import Cadence
-from areal_ray.train.evaluation import Evaluator
+from areal_ray.train.early_stopping import Stopping
+from areal_ray.train.evaluation import Evaluations
 from areal_ray.train.recovery import PendingSave, RecoverHandler
 from areal_ray.train.tracking import StepMetrics
 
@@ -66,7 +67,7 @@ class Job:
         engine, batches, objective: what is trained, on what, and to what end.
         bad_steps, roll_back: which steps count; restores the last checkpoint, and says False if there is none.
         progress, metrics: where the run stands, and what is seen of it.
-        evaluator, evaluate: how held-out loss is computed (None: never), and when.
+        evaluations, stopping: of the model, and when; whether the run is to end after one.
         recover, save, copy: how the run is saved, when to storage, and when only to memory.
         run: the job around the loop.
         last_step: where this invocation ends.
@@ -80,8 +81,8 @@ class Job:
     roll_back: Callable[[], bool]
     progress: Progress
     metrics: StepMetrics
-    evaluator: Evaluator | None
-    evaluate: Cadence
+    evaluations: Evaluations
+    stopping: Stopping
     recover: RecoverHandler
     save: Cadence
     copy: Cadence
@@ -97,11 +98,12 @@ def train(job: Job) -> None:
     same run as not having stopped.
     """
     progress, metrics = job.progress, job.metrics
-    if job.evaluator and progress.step == 0:
-        progress.metrics = job.evaluator.run()
+    if progress.step == 0 and job.evaluations.due(0, 0):
+        progress.metrics = job.evaluations.run(0, 0)
         metrics.evaluated(progress.metrics)
+        job.stopping.see(0, progress.metrics)
         metrics.write(0)
-    while progress.step < job.last_step:
+    while progress.step < job.last_step and not job.stopping.reached:
         job.run.before_step(progress.step + 1)
         metrics.begin_step()
         lr = job.engine.lr
@@ -109,26 +111,27 @@ def train(job: Job) -> None:
         progress.step += 1
         progress.samples = job.batches.next_sample
         at = progress.step, job.batches.epoch
-        evaluating = job.evaluator is not None and (job.evaluate.due(*at) or progress.step == job.total_steps)
+        evaluating = job.evaluations.due(*at)
         saving, copying = job.save.due(*at) or progress.step == job.last_step, job.copy.due(*at)
         if _went_back(job, now=evaluating or saving or copying or metrics.due(*at)):
             continue
         metrics.end_step(*at, lr)
         progress.metrics = {}
-        if evaluating and job.evaluator:
-            job.evaluate.fired(*at)
-            progress.metrics = job.evaluator.run()
+        if evaluating:
+            progress.metrics = job.evaluations.run(*at)
             metrics.evaluated(progress.metrics)
+            job.stopping.see(progress.step, progress.metrics)
         metrics.write(progress.step)
+        ending = progress.step == job.last_step or job.stopping.reached
         leaving = job.run.leaving()
         if leaving and _went_back(job, now=True):
             continue  # asked again after the next step
-        if saving or leaving:
+        if saving or leaving or ending:
             job.save.fired(*at)
             job.run.enter("save")
             if metrics.loss is not None:
                 progress.metrics["loss"] = metrics.loss
-            save = job.recover.save(progress.step, progress.metrics, must=leaving or progress.step == job.last_step)
+            save = job.recover.save(progress.step, progress.metrics, must=leaving or ending)
             if save is not None:
                 job.run.saving(save, progress.metrics)
         elif copying:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from areal_ray.run import RunDir
-from areal_ray.run.metric_names import RESERVED
+from areal_ray.run.metric_names import HELD_OUT, RESERVED
 from areal_ray.run.units import span_text
 
 _SLOW_DATA = 0.1  # of a step's time: from which on waiting for data is shown
@@ -50,7 +50,7 @@ class Console:
         self._say, self._total_steps = say, total_steps
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        held_out = {name: value for name, value in values.items() if name.startswith("held_out_")}
+        held_out = {name: value for name, value in values.items() if name.startswith(HELD_OUT)}
         if "lr" in values:
             own = {name: value for name, value in values.items() if name not in RESERVED and name not in held_out}
             parts = [f"loss {values['loss']:.4f}", f"grad norm {values['grad_norm']:.2f}"] if "loss" in values else []
@@ -64,7 +64,8 @@ class Console:
             parts += [f"{values['skipped']} skipped"] if "skipped" in values else []
             self._line(step, parts)
         if held_out:
-            self._line(step, [f"{name.replace('_', ' ')} {value:.4f}" for name, value in held_out.items()])
+            texts = [f"{name.replace('_', ' ').replace('/', ' ')} {value:.4f}" for name, value in held_out.items()]
+            self._line(step, texts)
 
     def _line(self, step: int, parts: list[str]) -> None:
         self._say(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  {'  '.join(parts)}")

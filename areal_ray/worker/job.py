@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from areal_ray.config import Config, ConfigError, plugin
 from areal_ray.data import GlobalBatches, TokenDataset, build_tokenizer
-from areal_ray.data.corpus.corpus import Corpus
-from areal_ray.data.splits import open_source, open_splits, own_splits
+from areal_ray.data.corpus.corpus import Corpus, TokenSource
+from areal_ray.data.splits import open_sets, open_source, open_splits, own_splits
 from areal_ray.distributed import Ranks
 from areal_ray.distributed.peak import peak_bytes, peak_tflops
 from areal_ray.engine import Objective, TrainEngine
 from areal_ray.run import RunDir
 from areal_ray.storage import storage_at
 from areal_ray.train import loop
-from areal_ray.train.averaged_evaluation import AveragingEvaluator
 from areal_ray.train.bad_steps import BadStepPolicy
-from areal_ray.train.cadence import AutoCadence, Cadence
-from areal_ray.train.evaluation import Evaluator
+from areal_ray.train.cadence import AlsoEvery, AutoCadence, Cadence
+from areal_ray.train.early_stopping import NeverStops, Stopping
 from areal_ray.train.journal import Journal
 from areal_ray.train.recovery import RecoverHandler
 from areal_ray.train.restore import Restore
@@ -29,16 +28,26 @@ from areal_ray.train.sinks import Console, MetricsFile, MetricsSink
 from areal_ray.train.trackers import build_tracker
 from areal_ray.train.tracking import StepMetrics
 from areal_ray.train.worker_numbers import CountedTime, WorkerNumbers
+from areal_ray.worker.evaluations import build_evaluations, early_stopping
 from areal_ray.worker.start import Start
 
 _MakeRecover = Callable[[Mapping[str, Stateful]], RecoverHandler]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows of a run: to train on, held out, and of the evaluation sets by their names."""
+
+    train: TokenDataset
+    held_out: TokenDataset
+    sets: Mapping[str, TokenDataset] = field(default_factory=dict)
 
 
 def build_job(
     config: Config,
     start: Start,
     engine: TrainEngine,
-    data: tuple[TokenDataset, TokenDataset],
+    data: Data,
     objective: Objective,
     context: loop.RunContext,
     make_recover: _MakeRecover,
@@ -55,7 +64,7 @@ def build_job(
         config: checked.
         start: of the workers.
         engine: initialised.
-        data: to train on, and held out.
+        data: to train and evaluate on.
         objective: what is minimised.
         context: the job around the loop.
         make_recover: of everything that makes the run resumable, by name.
@@ -82,19 +91,15 @@ def build_job(
         change, ahead = config.run.allow_changes, config.data.prefetch_batches
         return GlobalBatches(of, config.run.seed, *sizes, engine.device, change, record, ahead)
 
-    sequences, held_out = data
     record = start.record_samples if start.first and config.logging.sample_ids else None
-    cursor, progress = batches(sequences, record), loop.Progress()
-    evaluator = None
-    if config.eval.every_steps and len(held_out):
-        args = engine, lambda: batches(held_out), config.eval.batches, objective, lambda: context.enter("evaluate")
-        evaluator = Evaluator(*args)
-        if config.eval.ema:
+    cursor, progress = batches(data.train, record), loop.Progress()
+    evaluate = Cadence(config.eval.every_steps)
 
-            def wait() -> None:
-                recover.wait_for_copy()
+    def wait() -> None:
+        recover.wait_for_copy()
 
-            evaluator = AveragingEvaluator(*args, averaged=engine.averaged, wait_for_copy=wait)
+    rows = data.held_out, data.sets
+    evaluations = build_evaluations(config, start, engine, objective, *rows, batches, evaluate, context, wait)
     log = Cadence(config.logging.every_steps)
     ranks, device_s = start.ranks, _device_seconds(config, operations)
     numbers = WorkerNumbers(ranks.gather_numbers, engine.dp_size, cursor, lambda: peak_bytes(engine.device), device_s)
@@ -111,8 +116,9 @@ def build_job(
         pulse,
     )
     save = auto or Cadence(every.every_steps, every.every_epochs, every.every_seconds, agree=start.ranks.agree)
+    if config.export is not None and config.export.every_steps is not None:
+        save = AlsoEvery(save, config.export.every_steps)  # exports are made from checkpoints
     copy = Cadence(every.memory_every_steps)
-    evaluate = Cadence(config.eval.every_steps)
     bad_steps = BadStepPolicy(
         train.bad_step,
         start.ranks.on_rank_zero(start.left_out_steps),
@@ -127,6 +133,9 @@ def build_job(
         "save": save,
         "guard": bad_steps,
     }
+    stopping: Stopping = NeverStops()
+    if config.eval.early_stopping is not None:
+        state["early_stopping"] = stopping = early_stopping(config.eval.early_stopping, start)
     recover: RecoverHandler = make_recover(state)
     restore = Restore(run, start.attempt, recover, progress, metrics, start.ranks, start.say, planned_restart)
 
@@ -144,8 +153,8 @@ def build_job(
         roll_back=roll_back,
         progress=progress,
         metrics=metrics,
-        evaluator=evaluator,
-        evaluate=evaluate,
+        evaluations=evaluations,
+        stopping=stopping,
         recover=recover,
         save=save,
         copy=copy,
@@ -156,8 +165,8 @@ def build_job(
     return job, restore
 
 
-def load_data(config: Config, run: RunDir, ranks: Ranks) -> tuple[TokenDataset, TokenDataset]:
-    """The data to train on and the held-out data, the same on all ranks. A collective.
+def load_data(config: Config, run: RunDir, ranks: Ranks) -> Data:
+    """The data to train and evaluate on, the same on all ranks. A collective.
 
     A prepared corpus is opened, which reads its manifest; the driver has noted in the run directory which one.
 
@@ -166,23 +175,28 @@ def load_data(config: Config, run: RunDir, ranks: Ranks) -> tuple[TokenDataset, 
         ValueError: if ranks read different files: they would train on something that no seed names, or wait for each
             other for ever.
     """
-    if plugin.is_plugin(config.data.source):
-        data = own_splits(config.data, build_tokenizer(config.data.tokenizer), config.train.seq_len)
-    else:
+    seq_len, sources = config.train.seq_len, dict[str, TokenSource]()
+    if config.corpora:
         noted = ranks.on_rank_zero(run.data)
-        assert noted is not None, "the driver notes the corpus before it starts workers"
+        assert noted is not None, "the driver notes the corpora before it starts workers"
         s3 = asdict(config.run.s3)
         sources = {
             name: open_source(each, s3) or Corpus(storage_at(noted[name]["path"], s3))
-            for name, each in config.data.sources.items()
+            for name, each in config.corpora.items()
         }
-        data = open_splits(config.data, sources, config.train.seq_len)
-    mine = [split.fingerprint for split in data]
+    own = [each for each in (config.data, *config.evaluation_sets.values()) if plugin.is_plugin(each.source)]
+    tokenizer = build_tokenizer(config.data.tokenizer if own else None)  # which nothing else needs
+    if plugin.is_plugin(config.data.source):
+        splits = own_splits(config.data, tokenizer, seq_len)
+    else:
+        splits = open_splits(config.data, sources, seq_len)
+    sets = open_sets(config.evaluation_sets, sources, tokenizer, seq_len, config.train.global_batch_size)
+    mine = [split.fingerprint for split in (*splits, *sets.values())]
     same = mine == ranks.broadcast(mine)
     if not ranks.all_reduce_min(same):
         different = [rank for rank, as_rank_0 in enumerate(ranks.gather(same)) if not as_rank_0]
         raise ValueError(f"ranks {different} read other data than rank 0: the files, or their Python, are not the same")
-    return data
+    return Data(*splits, sets)
 
 
 def _device_seconds(config: Config, operations: float | None) -> float | None:

@@ -38,7 +38,7 @@ def main(config: Config, context: JobContext) -> dict[str, Any]:
 
     Returns:
         step, loss (None if the last step was left out) and world_size at the end, for the driver; reason, "stop" if it
-        was asked to.
+        was asked to, "early" if early stopping has ended it.
 
     Raises:
         PlannedRestart: when the workers are to be started again, in another number or elsewhere.
@@ -100,13 +100,14 @@ def _train_watched(
     finally:
         job.metrics.close()
     # What is finished is not interrupted.
-    reason = session.reason if job.progress.step < config.last_step else None
+    reason = session.reason if job.progress.step < config.last_step and not job.stopping.reached else None
     # All wait for rank 0's last lines: the first worker that ends has the others ended.
     ranks.on_rank_zero(lambda: _leave(run, reason, job.progress.step))
     if reason in ("resize", "preempted"):
         raise PlannedRestart(f"{reason} at step {job.progress.step}")
     loss = job.progress.metrics.get("loss")
-    return {"step": job.progress.step, "loss": loss, "world_size": ranks.size, "reason": reason}
+    ending = "early" if job.stopping.reached else reason
+    return {"step": job.progress.step, "loss": loss, "world_size": ranks.size, "reason": ending}
 
 
 def _workers(engine: FSDPEngine, ranks: Ranks) -> str:

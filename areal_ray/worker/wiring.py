@@ -111,7 +111,7 @@ def wire(
     heard: SaveListener = journal if auto is None else TunedSaves(auto, journal, ranks)
     memory = memory_copies(config, ranks, context, say)
     pulse = Pulse(tell, config.train.steps) if context.live and start.first else None
-    info = {**engine.describe(), "data": data[0].fingerprint}
+    info = {**engine.describe(), "data": data.train.fingerprint, "serving": context.serving}
     job, restore = build_job(
         config,
         start,

@@ -51,7 +51,7 @@ class Run:
         from areal_ray.train.faults import Faults
         from areal_ray.train.journal import Journal, TunedSaves, retention
         from areal_ray.train.recovery import RecoverHandler, SavePolicy
-        from areal_ray.worker.job import build_job
+        from areal_ray.worker.job import Data, build_job
         from areal_ray.worker.start import Start
 
         config = small_config(
@@ -80,7 +80,7 @@ class Run:
             config,
             start,
             self.engine,
-            (data, data),
+            Data(data, data),
             self.faults.spoiling(LanguageModeling()),
             self,
             lambda state: RecoverHandler(start.catalog, state, writer, heard, attempt, info, self.ranks, SavePolicy()),

@@ -34,6 +34,7 @@ _INFO: dict[str, tuple[type, ...]] = {  # types of what is read of a manifest's 
     "versions": _TABLE,
     "hf_config": (dict, type(None)),
     "tokenizer": (str, type(None)),
+    "serving": _TABLE,
     "accumulate": (str,),
 }
 _MOST_BYTES = 1 << 30  # of a file that is read at once; the largest, a table of checksums, has 20 bytes for every MiB

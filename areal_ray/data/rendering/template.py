@@ -57,6 +57,23 @@ class ChatTemplate:
         self.marks_answers = _MARK.search(template) is not None
         self.fingerprint = f"{tokenizer.fingerprint} {xxhash.xxh3_128_hexdigest(template.encode())}"
 
+    @property
+    def text(self) -> str:
+        """The template as it was given, or as the tokenizer came with it."""
+        text: str = self._tokenizer.get_chat_template()
+        return text
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids of the tokenizer's special tokens."""
+        return {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of what a user says, up to where the answer begins (NotRendered)."""
+        messages = [{"role": "user", "content": text}]
+        rendered = self._apply(messages, None, tokenize=False, add_generation_prompt=True)
+        return [int(each) for each in self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]]
+
     def tokens(self, messages: list[Any], tools: list[Any] | None, answers: Sequence[int] | None = None) -> Tokens:
         """A conversation, of which what the assistant says is predicted, with the token that ends it.
 

@@ -25,7 +25,11 @@ HISTORY = (
     "restore_died",
 )
 # Kinds of which the newest event counts; of `stuck` those of the newest attempt.
-NEWEST = ("submitted", "group", "attempt", "started", "restoring", "restored", "training", "failure", "save_interval")
+STOPPED_EARLY = "stopped_early"
+NEWEST = (
+    *("submitted", "group", "attempt", "started", "restoring", "restored", "training", "failure", "save_interval"),
+    STOPPED_EARLY,
+)
 _WANTED = re.compile(rb'"event": ?"(?:%s)"' % "|".join((*HISTORY, *NEWEST, "stuck")).encode())
 
 

@@ -71,6 +71,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "spare_standbys": ("node_id", "job"),
     "save_interval": ("time", "failures", "observed_s", "cost_s"),
     "left": ("reason",),
+    "stopped_early": ("step",),
 }
 _NEVER_NONE = {
     **dict.fromkeys(("bad_step", "poison_step", "restored", "started"), "step"),

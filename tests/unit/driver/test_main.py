@@ -4,15 +4,19 @@ import json
 import re
 import subprocess
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from areal_ray.config import ConfigError, load
-from areal_ray.data.splits import open_splits
+from areal_ray.data.splits import open_sets, open_splits
+from areal_ray.data.tokenizers import ByteTokenizer
 from areal_ray.driver import main as driver_main
 from areal_ray.driver import preflight
+from areal_ray.driver.data import noted
 from areal_ray.driver.main import _record, prepare
 from areal_ray.storage import s3
 from areal_ray.storage.s3_client import S3Client
@@ -94,6 +98,34 @@ def test_a_mixture_is_prepared_by_its_sources_and_what_is_cut_is_said(config, tm
     order = train.order(0)
     assert sum(order[n] >= notes for n in range(400)) == 100
     assert "40 of 40 documents are longer than train.seq_len=64 tokens: without their end" in capsys.readouterr().out
+
+
+def test_evaluation_sets_are_prepared_whole_beside_what_is_trained_on(config, tmp_path):
+    line = '{"prompt": "a", "completion": "' + "b" * 90 + '"}\n'
+    (tmp_path / "chats.jsonl").write_text(line * 40)
+    a_set = f"{{source: jsonl, format: completion, paths: [{tmp_path}/chats.jsonl]}}"
+    small = ["train.global_batch_size=2", "data.packing=none", "data.truncation=right", "data.held_out=0"]
+    checked = config(*small, f"eval.sets={{chats: {a_set}}}")
+    run, fixed, sources = prepare(checked)
+    assert list(sources) == ["", "eval/chats"]
+    rows = open_sets(fixed.evaluation_sets, sources, ByteTokenizer(), 64, 2)["chats"]
+    assert len(rows) == 40  # nothing of it is held out
+    assert (rows[np.asarray([0])]["labels"][0, :1] == ord("b")).all()
+    notes = noted(fixed, sources)
+    assert notes["eval/chats"]["settings"]["format"] == "completion"
+    (tmp_path / "tiny").mkdir()
+    run.write_data(notes)
+    assert run.data() == notes
+    # A single corpus as data.prepared_path is the one to train on; the set lies where corpora lie.
+    single = replace(checked, data=replace(checked.data, prepared_path=sources[""].location))
+    again = prepare(single)[2]
+    assert {name: source.location for name, source in again.items()} == {
+        name: source.location for name, source in sources.items()
+    }
+    with pytest.raises(ConfigError, match=r"40 documents give 40 sequences .* a global batch takes 41") as caught:
+        open_sets(fixed.evaluation_sets, sources, ByteTokenizer(), 64, 41)
+    assert caught.value.key == "eval.sets.chats.paths"
+    assert key_of(config("eval.sets={a: {source: text, paths: [/nowhere]}}")) == "eval.sets.a.paths"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
 from areal_ray.train.loop import train
-from areal_ray.worker.job import build_job
+from areal_ray.worker.job import Data, build_job
 from areal_ray.worker.start import Start
 from tests.unit.config.test_config import TINY
 
@@ -60,6 +60,8 @@ def start(tmp_path, request):
         every=7,
         log=4,
         engine=Engine,
+        sets=None,
+        evaluation=None,
     ):
         bad_step = replace(CONFIG.train.bad_step, on_bad=on_bad, lag=lag)
         config = replace(
@@ -67,7 +69,7 @@ def start(tmp_path, request):
             train=replace(CONFIG.train, stop_at=last_step, bad_step=bad_step),
             logging=replace(CONFIG.logging, every_steps=log),
             checkpoint=replace(CONFIG.checkpoint, memory_every_steps=copy, every_steps=every),
-            eval=replace(CONFIG.eval, every_steps=evaluate),
+            eval=evaluation or replace(CONFIG.eval, every_steps=evaluate),
         )
         storage = LocalStorage(tmp_path / name)
         storage.ensure()
@@ -80,7 +82,7 @@ def start(tmp_path, request):
             config,
             here,
             engine(spoiled),
-            (SEQUENCES, SEQUENCES),
+            Data(SEQUENCES, SEQUENCES, sets or {}),
             NoObjective(),
             Run(dies_at, leaves_at),
             lambda state: Recover(state, run, states),

@@ -89,8 +89,9 @@ class Recover:
     def load(self):
         if not self.kept:
             return None
-        for name, values in json.loads(self.kept[max(self.kept)]).items():
-            self.state[name].load_state_dict(values)
+        saved = json.loads(self.kept[max(self.kept)])
+        for name, part in self.state.items():  # one that is new goes on from what it has, as in checkpoint/reader.py
+            part.load_state_dict(saved.get(name, part.state_dict()))
         return self.newest()
 
     def save(self, step, metrics, must=False):
