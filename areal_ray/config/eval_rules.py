@@ -20,8 +20,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 def check_eval(config: Config) -> None:
     """Raise ConfigError for the first rule that evaluation or exports break."""
     evaluation = config.eval
-    if evaluation.metrics and config.objective.name != "language_modeling":
-        text = "are of the next token, with the objective language_modeling; an objective of your own has its `metrics`"
+    if evaluation.metrics and config.objective.name not in ("language_modeling", "sft"):
+        text = "are of the next token, with language_modeling or sft; an objective of your own has its `metrics`"
         raise ConfigError("eval.metrics", text)
     if other := [name for name in evaluation.metrics if name not in NEXT_TOKEN]:
         raise ConfigError("eval.metrics", f"knows {', '.join(NEXT_TOKEN)}; not {other[0]!r}")

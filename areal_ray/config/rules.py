@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from areal_ray.config.data_rules import check_data
 from areal_ray.config.errors import ConfigError
 from areal_ray.config.eval_rules import check_eval, check_metric
 from areal_ray.config.lengths import check_lengths
 from areal_ray.config.numbers import check_numbers
+from areal_ray.config.objective_rules import OBJECTIVES, check_objective
 from areal_ray.config.plugin import check_form, is_plugin
 from areal_ray.config.types import StandbyCount, WorkerRange
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What a run cannot go on with if it is not what the checkpoint says, unless the user says so.
-ALLOWABLE = ("data", "run.seed", "model.config", "model.path", "model.factory")
+ALLOWABLE = ("data", "run.seed", "model.config", "model.path", "model.factory", "objective")
 # Variables that Ray, torch or the driver set, for each process or for all.
 _OWNED = re.compile(
     r"RAY_.*|AREAL_RAY_.*|(CUDA|HIP|ROCR)_VISIBLE_DEVICES|(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
@@ -39,6 +40,7 @@ def check(config: Config) -> None:
     _check_env(config)
     _check_plugins(config)
     check_data(config)
+    check_objective(config)
     check_eval(config)
     _check_train(config)
     _check_sizes(config)
@@ -96,10 +98,10 @@ def _check_env(config: Config) -> None:
 
 
 def _check_plugins(config: Config) -> None:
-    """Parts are named: this package's by a short name, the user's, which all take args, as package.module:name."""
-    parts = (
+    """Parts are named: this package's by a short name, the user's as package.module:name."""
+    parts: tuple[tuple[str, str, tuple[str, ...], str, dict[str, Any]], ...] = (
         ("optim.name", config.optim.name, OPTIMIZERS, "optim.args", config.optim.args),
-        ("objective.name", config.objective.name, ("language_modeling",), "objective.args", config.objective.args),
+        ("objective.name", config.objective.name, OBJECTIVES, "objective.args", {}),  # it checks its args itself
     )
     for key, name, builtin, args_key, args in parts:
         if is_plugin(name):

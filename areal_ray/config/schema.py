@@ -33,7 +33,8 @@ class RunConfig:
     private: bool = False  # the run directory is closed to other users (mode 0700); not for s3://
     seed: int = 0  # weights, order of the data and all randomness follow from it
     recover: Literal["auto", "resume", "fresh"] = "auto"  # if there is something · insist · refuse a used directory
-    allow_changes: list[str] = field(default_factory=list)  # data, run.seed, model.config, model.path, model.factory
+    # Of data, run.seed, model.config, model.path, model.factory, objective (its frozen models).
+    allow_changes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    # language_modeling · sft: of answers alone · dpo: of preference pairs · distillation: from a teacher
     name: str = "language_modeling"  # or package.module:Class, an areal_ray.engine.Objective
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(
+        default_factory=dict
+    )  # of its class; areal_ray/engine/objectives has those named above
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,14 @@ def evaluate(asked: Asked) -> dict[str, dict[str, float]]:
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     loss = info.get("loss") if config.model.loss == "auto" else None
     base = ((info.get("adapter") or {}).get("base") or {}).get("fingerprint")
-    engine.initialize(weights=False, references=objective.references, loss=loss, base=base, trains=False)
+    engine.initialize(
+        weights=False,
+        references=objective.references,
+        reference_models=objective.reference_models,
+        loss=loss,
+        base=base,
+        trains=False,
+    )
     ranks = Ranks()
     try:
         reader.load(checkpoint, {"engine": engine.weights}, ranks, part=True)

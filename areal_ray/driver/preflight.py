@@ -13,7 +13,7 @@ from torch import nn
 
 from areal_ray import data, models
 from areal_ray.checkpoint import Catalog
-from areal_ray.config import Config, ConfigError, in_steps, plugin, redact
+from areal_ray.config import Config, ConfigError, ModelConfig, in_steps, plugin, redact
 from areal_ray.data.corpus.corpus import TokenSource
 from areal_ray.data.dataset import is_same
 from areal_ray.data.rendering.special import prompt_ids, trained_tokens
@@ -65,7 +65,7 @@ def prepare(
     if config.model.path and not config.data.allow_other_tokenizer:
         check_of_model(config.data.tokenizer, tokenizer, config.model.path)
     model = _check_model(config, tokenizer.vocab_size)
-    _check_plugins(config, model)
+    _check_plugins(config, model, tokenizer)
     _check_evaluations(config, tokenizer)
     if config.export is not None:
         _check_export(config, tokenizer)
@@ -121,9 +121,11 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _check_plugins(config: Config, model: nn.Module) -> None:
-    """Resolve the user's own code that the configuration names, and check its arguments as far as that is possible."""
-    build_objective(config.objective)
+def _check_plugins(config: Config, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Resolve the code that the configuration names, and check its arguments as far as that is possible."""
+    objective = build_objective(config.objective)
+    for name, given in objective.reference_models.items():
+        _check_reference(config, name, given, tokenizer)
     _check_optimizer(config, model)
     for i, tracker in enumerate(config.trackers):
         check_tracker(tracker, f"trackers[{i}]")
@@ -207,14 +209,30 @@ def _check_model(config: Config, vocab_size: int) -> nn.Module:
             flush=True,
         )
     if config.model.path:
-        _check_weights(config, model)
+        _check_weights(config.model, model)
     return trained
 
 
-def _check_weights(config: Config, model: nn.Module) -> None:
-    assert config.model.path
+def _check_reference(config: Config, name: str, given: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Find out whether a frozen model of the objective can be built and read, and knows the same tokens."""
     try:
-        path = hf_weights.resolve(config.model.path)
+        model = models.build_model(given)
+        models.check_model(given, model, tokenizer.vocab_size, config.train.seq_len)
+        models.shard_units(model, given.shard_units)
+        if config.engine.mesh.tensor > 1:
+            tensor_plan(model, config.engine.mesh.tensor)
+        if given.path:
+            if not config.data.allow_other_tokenizer:
+                check_of_model(config.data.tokenizer, tokenizer, given.path)
+            _check_weights(given, model)
+    except ConfigError as error:
+        raise ConfigError("objective.args", f"{name}: {error.message}") from None
+
+
+def _check_weights(config: ModelConfig, model: nn.Module) -> None:
+    assert config.path
+    try:
+        path = hf_weights.resolve(config.path)
         hf_weights.stored_weights(path, model, safetensors_files.opened(path))
     except ConfigError:
         raise

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from areal_ray.config import Config, plugin
+from areal_ray import models
+from areal_ray.config import Config, ModelConfig, plugin
 from areal_ray.distributed import Ranks, accumulation
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
 from areal_ray.engine import adapters, hidden, save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
+from areal_ray.engine.frozen import FrozenShards
 from areal_ray.engine.metric_sums import MetricSums
 from areal_ray.engine.objectives import (
     Batch,
@@ -71,6 +75,7 @@ class FSDPEngine:
         entering: Callable[[str], None] = lambda _: None,
         accumulate: accumulation.Accumulate | None = None,
         loss: hidden.Loss | None = None,
+        reference_models: Mapping[str, ModelConfig] = MappingProxyType({}),
         base: str | None = None,
         trains: bool = True,
     ) -> None:
@@ -81,6 +86,7 @@ class FSDPEngine:
             references: names of frozen models beside it, each with the first weights; see `Objective.references`.
             entering: told of the phase that begins: "connect ..." for each group of ranks, then "build".
             accumulate, loss: what the checkpoint says that is loaded next; None: there is none. See `choose` of both.
+            reference_models: those of the frozen models that are another one; see `Objective.reference_models`.
             base: fingerprint of the base beneath its adapter, if it must be the same now; None: it need not.
             trains: False leaves the optimizer out, with two thirds of the memory: the model is only evaluated.
 
@@ -114,19 +120,28 @@ class FSDPEngine:
         if weights and self._averages is not None:
             self._averages.reset()
         self._group_values = plain_group_values(self.optimizer) if own else None
-        self._references = {name: self._reference() for name in references}
+        self._fingerprints: dict[str, str] = {}  # of the frozen models
+        self._references = {name: self._reference(name, reference_models.get(name)) for name in references}
 
     def _build(self) -> ShardedModel:
         return ShardedModel(self._config, self.dims, self.device, self._ranks)
 
-    def _reference(self) -> FrozenModel:
-        """The model with its first weights. Beneath an adapter these are still there, and nothing is held twice."""
-        if self._sharded.adapted is not None:
-            return self._sharded.without_adapter
-        reference = self._build()
+    def _reference(self, name: str, model: ModelConfig | None) -> FrozenModel:
+        """The run's model with its first weights, or another one with its own.
+
+        Beneath an adapter the first weights are still there, and nothing is held twice.
+        """
+        chunked = self.loss == "chunked"
+        if model is None and self._sharded.base is not None:
+            self._fingerprints[name] = self._sharded.base["fingerprint"]
+            return FrozenShards(self._sharded, chunked, self._sharded.base_alone)
+        optim = replace(self._config.optim, groups=[])  # nothing of it is trained
+        config = replace(self._config, model=model or self._config.model, adapter=None, optim=optim)
+        reference = ShardedModel(config, self.dims, self.device, self._ranks)
         reference.init_weights()
         reference.module.requires_grad_(False)
-        return reference.frozen
+        self._fingerprints[name] = models.fingerprint(reference.module)
+        return FrozenShards(reference, chunked)
 
     def destroy(self) -> None:
         """Give back model, optimizer and the process group, if this engine made it; it cannot be used afterwards."""
@@ -177,12 +192,20 @@ class FSDPEngine:
     def skips_on_device(self) -> bool:
         return skips_on_device(self.optimizer)
 
+    @property
+    def references(self) -> dict[str, str]:
+        """Fingerprints of the frozen models, by name, also of those that were let go."""
+        return dict(self._fingerprints)
+
     def describe(self) -> dict[str, Any]:
         mesh = self.dims.sizes()
-        said = {"world_size": self._ranks.size, "mesh": mesh, "accumulate": self.accumulate, "loss": self.loss}
-        if self._sharded.base is None:
-            return said
-        return {**said, "adapter": adapters.described(self._config, self._sharded.base, *self.parameters)}
+        said: dict[str, Any] = {"world_size": self._ranks.size, "mesh": mesh}
+        said |= {"accumulate": self.accumulate, "loss": self.loss}
+        if self._fingerprints:
+            said["references"] = self.references
+        if self._sharded.base is not None:
+            said["adapter"] = adapters.described(self._config, self._sharded.base, *self.parameters)
+        return said
 
     def train(self) -> None:
         """Put the model into training mode; `forward_backward` does so itself."""
@@ -206,7 +229,7 @@ class FSDPEngine:
         for micro, weight in zip(micro_batches, weights, strict=True):
             first, last = micro is micro_batches[0], micro is micro_batches[-1]
             accumulation.reduce_after(self.model, self._sharded.late, self.accumulate, first, last)
-            prepared = self._prepared(objective, micro)
+            prepared = self.ask(micro, objective)
             output = self._output(objective, prepared)
             summed.wait()
             mean, values = objective.loss(output, prepared)
@@ -271,7 +294,7 @@ class FSDPEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         metrics = MetricSums(objective.metrics, self.device)
         for micro in self._split(batch):
-            weight, prepared = self._weight(objective, micro), self._prepared(objective, micro)
+            weight, prepared = self._weight(objective, micro), self.ask(micro, objective)
             mean, values = objective.loss(self._output(objective, prepared), prepared)
             sums += torch.stack([mean.double() * weight, weight.double()])
             metrics.add(values, weight)
@@ -300,6 +323,17 @@ class FSDPEngine:
         self._sharded.reshard()
         return torch.cat(found)
 
+    @torch.no_grad()
+    def ask(self, batch: Batch, objective: Objective) -> Batch:
+        """A micro-batch with what the frozen models say of it; a collective."""
+        return objective.prepare(batch, self._references)
+
+    def release_references(self) -> None:
+        """Let go of the frozen models, and of their memory, when nobody asks them any more."""
+        self._references = {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def save(self, meta: SaveLoadMeta) -> None:
         """Save to a directory that all ranks see; its parents are made.
 
@@ -320,10 +354,6 @@ class FSDPEngine:
 
     def _split(self, batch: Batch) -> list[Batch]:
         return split(batch, self._config.train.micro_batch_size, self.device)
-
-    @torch.no_grad()
-    def _prepared(self, objective: Objective, micro: Batch) -> Batch:
-        return objective.prepare(micro, self._references)
 
     def _output(self, objective: Objective, prepared: Batch) -> torch.Tensor | hidden.Hidden:
         forward = self._sharded.hidden if self.loss == "chunked" and objective.takes_hidden else self._sharded

@@ -1,14 +1,18 @@
-"""A loss without the logits: of what a model computes before its output layer, some rows at a time."""
+"""A loss without the logits: of what a model computes before its output layer, some rows at a time.
+
+What is computed of a chunk of logits, and how, stands in chunked/.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from areal_ray.config import Config, ConfigError
+from areal_ray.engine.chunked import ChunkedLogProbs, ChunkedSums, CrossEntropyRows, DistilledRows, RowLoss
 
 Loss = Literal["logits", "chunked"]
 
@@ -72,11 +76,7 @@ class Hidden:
             labels: (B, S), `ignored` where nothing is predicted.
             ignored: that label.
         """
-        rows = self.states.flatten(0, -2)
-        total: torch.Tensor = _ChunkedCrossEntropy.apply(
-            rows, self.weight, self.bias, self.finish, labels.flatten(), ignored, torch.is_grad_enabled()
-        )
-        return total
+        return self._sums(CrossEntropyRows(labels.flatten(), ignored))[0]
 
     @torch.no_grad()
     def logits_at(self, positions: torch.Tensor) -> torch.Tensor:
@@ -106,68 +106,66 @@ class Hidden:
             count += ((logits.argmax(-1) == wanted) & (wanted != ignored)).sum()
         return count
 
+    def regularised(
+        self, labels: torch.Tensor, ignored: int, z_loss: float, label_smoothing: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of what regularised cross entropies are, see `CrossEntropyRows`, and without gradients the plain sum.
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forward and backward pass of one chunk of rows after the other, both in the forward pass.
+        As `cross_entropy` in memory and precision, with z_loss and label_smoothing 0 in every bit.
+        """
+        sums = self._sums(CrossEntropyRows(labels.flatten(), ignored, z_loss, label_smoothing))
+        return sums[0], sums[-1].detach()
 
-    The gradient of a sum is linear in that of the sum itself, a number, with which the backward pass multiplies. That
-    saves computing the logits twice: it is as many matrix products as with all logits at once.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        finish: Callable[[torch.Tensor], torch.Tensor] | None,
+    def distilled(
+        self,
+        teacher: torch.Tensor | Hidden,
         labels: torch.Tensor,
         ignored: int,
-        backward: bool,
-    ) -> torch.Tensor:
-        wanted = [backward and each for each in ctx.needs_input_grad[:3]]
-        d_rows = torch.empty_like(rows) if wanted[0] else None
-        d_weight = torch.zeros_like(weight) if wanted[1] else None
-        d_bias = torch.zeros_like(bias) if wanted[2] and bias is not None else None
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        step = max(1, CHUNK_BYTES // (4 * len(weight)))
-        for first in range(0, len(rows), step):
-            chunk, targets = rows[first : first + step], labels[first : first + step]
-            predicted = targets != ignored
-            index = targets.masked_fill(~predicted, 0)[:, None]
-            plain = torch.nn.functional.linear(chunk, weight, bias)
-            finished = plain
-            if finish is not None:
-                with torch.set_grad_enabled(any(wanted)):
-                    finished = finish(plain.requires_grad_(any(wanted))[None])[0]
-            # A copy, where the backward pass of `finish` may need what it has given.
-            logits = finished.detach().to(torch.float32, copy=finish is not None)
-            chosen = logits.gather(1, index)
-            norm = logits.logsumexp(1, keepdim=True)
-            total += ((norm - chosen)[:, 0] * predicted).sum()
-            if not any(wanted):
-                continue
-            # softmax minus one at the target, without another tensor of that size; nothing where nothing is predicted.
-            d_logits = logits.sub_(norm).exp_()
-            d_logits.scatter_add_(1, index, torch.full_like(chosen, -1.0))
-            d_logits.mul_(predicted[:, None])
-            d_logits = d_logits.to(finished.dtype)
-            if finish is not None:
-                (d_logits,) = torch.autograd.grad(finished, plain, d_logits)
-            if d_rows is not None:
-                torch.mm(d_logits, weight, out=d_rows[first : first + step])
-            if d_weight is not None:
-                d_weight.addmm_(d_logits.T, chunk)
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-        ctx.gradients = d_rows, d_weight, d_bias
-        return total
+        temperature: float,
+        share: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sum of what distillation costs, see `DistilledRows`, and the sums of its two parts, without gradients.
 
-    @staticmethod
-    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[Any, ...]:
-        assert ctx.gradients is not None, "a backward pass uses the gradients up"
-        gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(d_total)
-        return *gradients, None, None, None, None
+        As `cross_entropy` in memory; of the teacher, too, there are some rows of logits at a time.
+
+        Args:
+            teacher: logits (B, S, vocabulary), or what they are made of; columns beyond those of both are left out.
+            labels, ignored: as for `cross_entropy`.
+            temperature, share: see `DistilledRows`.
+        """
+        logits = teacher.rows if isinstance(teacher, Hidden) else teacher.flatten(0, -2).__getitem__
+        total, nll, divergence = self._sums(DistilledRows(labels.flatten(), ignored, logits, temperature, share))
+        return total, nll.detach(), divergence.detach()
+
+    def log_probs(self, labels: torch.Tensor, ignored: int = -100) -> torch.Tensor:
+        """The log-probability of each label, (B, S) in float32, 0 where nothing is predicted.
+
+        Memory as for `cross_entropy`. What becomes of them is not known yet, so the backward pass computes the logits
+        again: one matrix product of rows times width times vocabulary more than with all logits at once.
+
+        Args:
+            labels: (B, S), `ignored` where nothing is predicted.
+            ignored: that label.
+        """
+        found: torch.Tensor = ChunkedLogProbs.apply(
+            self.states.flatten(0, -2), self.weight, self.bias, self.finish, labels.flatten(), ignored, self._chunk
+        )
+        return found.view_as(labels)
+
+    @torch.no_grad()
+    def rows(self, chosen: slice) -> torch.Tensor:
+        """The logits of some of the B * S rows, (rows, vocabulary), without gradients."""
+        logits = torch.nn.functional.linear(self.states.flatten(0, -2)[chosen], self.weight, self.bias)
+        return logits if self.finish is None else self.finish(logits[None])[0]
+
+    @property
+    def _chunk(self) -> int:
+        """Rows of which there are logits at a time."""
+        return max(1, CHUNK_BYTES // (4 * len(self.weight)))
+
+    def _sums(self, row_loss: RowLoss) -> torch.Tensor:
+        rows = self.states.flatten(0, -2)
+        sums: torch.Tensor = ChunkedSums.apply(
+            rows, self.weight, self.bias, self.finish, row_loss, self._chunk, torch.is_grad_enabled()
+        )
+        return sums

@@ -59,8 +59,9 @@ class NextToken(Objective):
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
         """What is told of the means over all tokens of an evaluation, `loss` among them."""
         told = {name: value for name, value in means.items() if name != BYTES}
+        nll = means.get("nll", means["loss"])  # of a regularised loss the cross entropy alone
         if "perplexity" in self._wanted:
-            told["perplexity"] = math.exp(min(means["loss"], _MOST_NATS))
+            told["perplexity"] = math.exp(min(nll, _MOST_NATS))
         if means.get(BYTES):  # 0: nothing that is predicted stands for text
-            told["bits_per_byte"] = means["loss"] / math.log(2) / means[BYTES]
+            told["bits_per_byte"] = nll / math.log(2) / means[BYTES]
         return told

@@ -127,15 +127,6 @@ class ShardedModel:
         assert self.adapted is not None
         return self.adapted.adapter.disabled(self.module)
 
-    @torch.no_grad()
-    def without_adapter(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """As `frozen`, computed by the base alone; in training mode again afterwards, if it was."""
-        training = self.module.training
-        with self.base_alone():
-            output = self.frozen(inputs)
-        self.module.train(training)
-        return output
-
     def reshard(self) -> None:
         """Without a backward pass FSDP may leave parameters gathered, and a save would find these in their place."""
         for module in self.module.modules():

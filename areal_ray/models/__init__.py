@@ -15,6 +15,7 @@ from areal_ray.models.build import (
     same_architecture,
     table_sizes,
 )
+from areal_ray.models.fingerprint import fingerprint
 from areal_ray.models.init import init_adapter, init_buffers, init_weights, materialise
 from areal_ray.models.output_layer import NoOutputLayer, output_layer
 from areal_ray.models.shard_units import shard_units
@@ -32,6 +33,7 @@ __all__ = [
     "build_saved",
     "check_model",
     "factory_architecture",
+    "fingerprint",
     "init_adapter",
     "init_buffers",
     "init_weights",

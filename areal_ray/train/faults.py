@@ -63,7 +63,8 @@ class _Spoiled(Objective):
     def __init__(self, objective: Objective, spoil: Callable[[], bool]) -> None:
         self._objective, self._spoil = objective, spoil
         self.references, self.metrics = objective.references, objective.metrics
-        self.takes_hidden = objective.takes_hidden
+        self.reference_models, self.takes_hidden = objective.reference_models, objective.takes_hidden
+        self.once = objective.once
 
     def prepare(self, batch: Batch, models: Mapping[str, FrozenModel]) -> Batch:
         return self._objective.prepare(batch, models)

@@ -32,7 +32,8 @@ from areal_ray.train.recovery import RecoverHandler, SaveListener, SavePolicy
 from areal_ray.train.restore import Restore, WatchedCatalog
 from areal_ray.train.sinks import Pulse
 from areal_ray.worker import device_check, sidecars
-from areal_ray.worker.job import build_job, load_data
+from areal_ray.worker.frozen import FrozenModels, recorded_references
+from areal_ray.worker.job import build_job
 from areal_ray.worker.provenance import provenance
 from areal_ray.worker.ray_metrics import RayMetrics
 from areal_ray.worker.session import RaySession
@@ -90,7 +91,16 @@ def wire(
         if watchdog is not None:
             watchdog.beat(phase)
 
-    engine.initialize(weights=fresh, references=objective.references, entering=entering, **recorded)
+    before = ranks.on_rank_zero(lambda: recorded_references(catalog))
+    frozen = FrozenModels(config, run, ranks, objective, before)
+    engine.initialize(
+        weights=fresh,
+        references=frozen.wanted,
+        reference_models=objective.reference_models,
+        entering=entering,
+        **recorded,
+    )
+    frozen.check(engine)
     attempt = ranks.on_rank_zero(lambda: run.next_attempt(catalog.last_attempt(), say))
     if watchdog is not None:
         watchdog.attempt = attempt
@@ -104,14 +114,14 @@ def wire(
     standbys = sidecars.standbys(config, run, ranks, nodes) if context.fast_restarts else []
     requests = requests_to(context.submission, context.fast_restarts)
     session = RaySession(faults, ranks, requests, run.storage, standbys, watchdog, context.fast_restarts)
-    data = load_data(config, run, ranks)
+    data = frozen.data(engine, lambda: watchdog.beat("ask") if watchdog else None, start.say)
     kept = retention(run, attempt, start.say, catalog, config.checkpoint.keep)
     journal = Journal(run if start.first else None, attempt, start.say, kept)
     auto = auto_cadence(config, start, len(set(nodes)))
     heard: SaveListener = journal if auto is None else TunedSaves(auto, journal, ranks)
     memory = memory_copies(config, ranks, context, say)
     pulse = Pulse(tell, config.train.steps) if context.live and start.first else None
-    info = {**engine.describe(), "data": data.train.fingerprint, "serving": context.serving}
+    info = {**engine.describe(), **frozen.described(engine), "data": data.train.fingerprint, "serving": context.serving}
     job, restore = build_job(
         config,
         start,

@@ -134,6 +134,8 @@ def test_evaluation_sets_are_prepared_whole_beside_what_is_trained_on(config, tm
         (["optim.name=torch.optim:SGD", "optim.args={momentm: 0.9}"], "optim.args", "unexpected keyword argument"),
         (["trackers=[{name: 'json:JSONEncoder', args: {a: 1}}]"], "trackers[0].args", "unexpected keyword argument"),
         (["objective.name=json:JSONEncoder"], "objective.name", "no areal_ray.engine.Objective"),
+        (["objective.args={z_loss: -1}"], "objective.args.z_loss", "0 or more"),
+        (["objective={name: distillation, args: {teacher: /no}}"], "objective.args", "teacher: no Hugging Face model"),
         (["optim.groups=[{pattern: nowhere}]"], "optim.groups[0].pattern", "found in no parameter's name"),
         (["optim.name=muon", "optim.args={rank: 3}"], "optim.args", "unexpected keyword argument 'rank'"),
     ],

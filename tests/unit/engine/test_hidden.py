@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 from areal_ray.config import ConfigError, load
 from areal_ray.engine import hidden
 from areal_ray.engine.hidden import Hidden, choose
-from areal_ray.engine.objectives import next_token_loss
+from areal_ray.engine.objectives import next_token_loss, regularised_loss, token_log_probs
+from areal_ray.engine.objectives.distillation import TEACHER, Distillation
 
 pytestmark = pytest.mark.unit
 
@@ -79,6 +80,67 @@ def test_the_loss_of_bfloat16_states_is_float32():
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("finish", [None, capped])
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.1, 0.0), (0.0, 0.2), (0.1, 0.2)])
+def test_regularised_losses_are_those_of_the_logits_and_of_their_definition(z_loss, smoothing, finish):
+    tensors, labels = made()
+    outcomes = []
+    for make in (with_logits, Hidden):
+        loss, nll = regularised_loss(make(*tensors, finish), {"labels": labels}, z_loss, smoothing)
+        assert not nll.requires_grad
+        outcomes.append([loss, nll, *torch.autograd.grad(3 * loss, tensors)])
+    logits, predicted = with_logits(*tensors, finish)[labels != -100], labels[labels != -100]
+    plain = F.cross_entropy(logits, predicted)
+    even = (logits.logsumexp(1) - logits.mean(1)).mean()
+    loss = (1 - smoothing) * plain + smoothing * even + z_loss * logits.logsumexp(1).square().mean()
+    outcomes.append([loss, plain, *torch.autograd.grad(3 * loss, tensors)])
+    for got in outcomes[:2]:
+        for want, each in zip(outcomes[2], got, strict=True):
+            torch.testing.assert_close(each, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("finish", [None, capped])
+def test_log_probabilities_and_their_gradients_are_those_of_the_logits(finish):
+    tensors, labels = made()
+    factors = torch.linspace(-1, 2, labels.numel()).view_as(labels)  # what a loss makes of each token
+    outcomes = []
+    for make in (with_logits, Hidden):
+        found = token_log_probs(make(*tensors, finish), labels)
+        assert found.shape == labels.shape
+        assert not found[labels == -100].any()
+        outcomes.append([found, *torch.autograd.grad((factors * found).sum(), tensors)])
+    want = with_logits(*tensors, finish).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(outcomes[0][0], want * (labels != -100))
+    for want, got in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("theirs", [VOCABULARY - 6, VOCABULARY + 6])  # columns of the teacher's logits
+@pytest.mark.parametrize("of_states", [False, True])
+def test_distillation_is_that_of_the_logits_and_of_its_definition(theirs, of_states):
+    tensors, labels = made()
+    labels.clamp_(max=VOCABULARY - 7)
+    generator = torch.Generator().manual_seed(1)
+    teacher = Hidden(tensors[0].detach() + 1, torch.randn(theirs, WIDTH, generator=generator), None, capped)
+    logits = capped(F.linear(teacher.states, teacher.weight))
+    objective = Distillation("somewhere", temperature=2.0, share=0.3)
+    chunked, values = objective.loss(Hidden(*tensors), {"labels": labels, TEACHER: teacher if of_states else logits})
+    whole, same = objective.loss(with_logits(*tensors), {"labels": labels, TEACHER: logits})
+    columns, predicted = min(theirs, VOCABULARY), labels != -100
+    student = (with_logits(*tensors)[predicted][:, :columns] / 2).softmax(1)
+    soft = (logits[predicted][:, :columns] / 2).softmax(1)
+    divergence = 4 * (soft * (soft.log() - student.log())).sum(1).mean()
+    nll = F.cross_entropy(with_logits(*tensors)[predicted], labels[predicted])
+    want = 0.7 * nll + 0.3 * divergence
+    for loss, parts in ((chunked, values), (whole, same)):
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parts["divergence"], divergence.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parts["cross_entropy"], nll.detach(), rtol=1e-5, atol=1e-6)
+        gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
+        for got, expected in zip(gradients, torch.autograd.grad(want, tensors, retain_graph=True), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation has made."""
 
@@ -94,11 +156,19 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_there_are_never_more_logits_than_a_chunk(gradients):
     tensors, labels = made(bias=False)
+    objective = Distillation("somewhere")
     with Largest() as largest, torch.set_grad_enabled(gradients):
-        loss = Hidden(*tensors).cross_entropy(labels)
+        made_of = Hidden(*tensors)
+        losses = [
+            made_of.cross_entropy(labels),
+            made_of.regularised(labels, -100, 0.1, 0.1)[0],
+            made_of.log_probs(labels).sum(),
+            objective.loss(made_of, {"labels": labels, TEACHER: made_of})[0],
+        ]
+        if gradients:
+            for loss in losses:
+                loss.backward()
     assert largest.elements <= VOCABULARY * max(WIDTH, 3) < ROWS * VOCABULARY
-    if gradients:
-        loss.backward()
 
 
 def chosen(*overrides, vocabulary=131072, why_not=None, recorded=None):

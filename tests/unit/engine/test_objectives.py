@@ -25,6 +25,17 @@ def test_the_objective_is_the_one_that_is_named():
     assert build_objective(ObjectiveConfig(f"{__name__}:make", {"metric": "accuracy"})).metrics == ("accuracy",)
 
 
+def test_a_regularised_loss_says_the_plain_one_beside_other_metrics():
+    class Own(LanguageModeling):
+        metrics = ("accuracy",)
+
+    assert (Own().metrics, Own(z_loss=0.1).metrics) == (("accuracy",), ("accuracy", "nll"))
+    batch = {"input_ids": torch.tensor([[1, 2, 3]])}
+    loss, values = LanguageModeling(label_smoothing=0.5).loss(torch.zeros(1, 3, 4), batch)
+    assert float(values["nll"]) == pytest.approx(float(torch.tensor(4.0).log()))
+    assert LanguageModeling().loss(torch.zeros(1, 3, 4), batch) == (loss, {})  # of even logits all of them are the same
+
+
 @pytest.mark.parametrize("metric", ["loss", "step", "grad_norm", "held_out_loss", "held_out_accuracy"])
 def test_a_metric_that_every_run_has_is_refused(metric):
     with pytest.raises(ConfigError, match=f"`{metric}` is the name of a metric that there is already"):
