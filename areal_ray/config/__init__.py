@@ -3,6 +3,7 @@
 from areal_ray.config.data_schema import DataConfig, MixtureConfig, SourceConfig
 from areal_ray.config.errors import ConfigError
 from areal_ray.config.load import config_hash, dump, load
+from areal_ray.config.model_schema import ModelConfig, NameConfig
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
     AdapterConfig,
@@ -16,7 +17,6 @@ from areal_ray.config.schema import (
     KeepConfig,
     LoggingConfig,
     MeshConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     ParameterGroupConfig,
@@ -43,6 +43,7 @@ __all__ = [
     "MeshConfig",
     "MixtureConfig",
     "ModelConfig",
+    "NameConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "ParameterGroupConfig",

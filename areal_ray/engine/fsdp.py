@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from areal_ray.config import Config, plugin
 from areal_ray.distributed import Ranks, accumulation
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
-from areal_ray.engine import adapters, hidden, save_load
+from areal_ray.engine import adapters, first_weights, hidden, save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
 from areal_ray.engine.metric_sums import MetricSums
 from areal_ray.engine.objectives import (
@@ -81,6 +82,8 @@ class FSDPEngine:
         self.dims = ParallelDims.build(config.engine.mesh, self.device, limit_s, entering)
         self._ranks = Ranks()
         entering("build")
+        model = first_weights.settle(config.model, weights or bool(references or config.adapter), self._ranks)
+        config = self._config = replace(config, model=model)
         self._sharded = self._build()
         self.accumulate = accumulation.choose(config, self.model.parameters(), accumulate)
         self.loss = hidden.choose(config, self._sharded.vocabulary, self._sharded.needs_logits, loss)

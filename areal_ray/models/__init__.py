@@ -10,6 +10,7 @@ from areal_ray.models.build import (
     build_model,
     build_saved,
     check_model,
+    is_tied,
     same_architecture,
     table_sizes,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "init_adapter",
     "init_buffers",
     "init_weights",
+    "is_tied",
     "materialise",
     "output_layer",
     "same_architecture",
