@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from areal_ray.checkpoint.format.layout import LAYOUT, Layout
+from areal_ray.checkpoint.described import LayoutFiles, Names
+from areal_ray.checkpoint.format.layout import LAYOUT
 from areal_ray.checkpoint.format.manifest import MANIFEST, METADATA, STATE, FileRecord, Manifest
 from areal_ray.checkpoint.format.shard_file import ShardImage
 from areal_ray.checkpoint.format.sums import shard_name
-from areal_ray.checkpoint.plan import Places, SavePlan
+from areal_ray.checkpoint.plan import SavePlan
 from areal_ray.checkpoint.tree import flatten, local, to_json
 from areal_ray.distributed import RankError, Ranks
 from areal_ray.distributed.device import device_thread, give_way
@@ -35,28 +35,6 @@ class FilesWriter(Protocol):
     def write_metadata(self, directory: Storage, name: str, parts: MetadataParts) -> Record:
         """Write DCP's `.metadata`; the manifest's record of it."""
         ...
-
-
-class LayoutFiles:
-    """Contents of the files that describe a layout: made once, when they are first asked for, in the background."""
-
-    def __init__(self, layout: Layout, places: Places) -> None:
-        self._layout, self._places = layout, places
-
-    @cached_property
-    def layout(self) -> bytes:
-        """layout.json."""
-        return self._layout.encode()
-
-    @cached_property
-    def parts(self) -> MetadataParts:
-        """For DCP's `.metadata`."""
-        cuts = {id(tensor.cut): tensor.cut for tensor in self._layout.tensors.values()}
-        numbers = {key: number for number, key in enumerate(cuts)}
-        tensors = [(name, t.dtype, t.shape, numbers[id(t.cut)]) for name, t in self._layout.tensors.items()]
-        files = [shard_name(number) for number in range(self._layout.shards)]
-        columns = [(cut.boxes, cut.shards) for cut in cuts.values()]
-        return MetadataParts(tensors, columns, files, self._places.offsets, self._places.sizes)
 
 
 class Capture:
@@ -86,9 +64,9 @@ class Capture:
 
         To make new memory, and for a GPU to pin it, takes several times as long as to copy into it.
         """
-        tensors, _ = flatten({name: part.state_dict() for name, part in state.items()})
+        trees = {name: part.state_dict() for name, part in state.items()}
         self._thread = device_thread("checkpoint memory")
-        self._lay_out(tensors)
+        self._lay_out(flatten(trees)[0], Names.of(state, trees))
 
     def take(self, directory: Storage, state: Mapping[str, Stateful], info: Mapping[str, Any]) -> Captured:
         """Make the directory and copy the state. A collective; arguments as for `CheckpointWriter.begin`.
@@ -96,7 +74,8 @@ class Capture:
         Raises:
             RankError: on every rank, if there is such a directory, or not enough memory on one of them.
         """
-        tensors, values = flatten({name: part.state_dict() for name, part in state.items()})
+        trees = {name: part.state_dict() for name, part in state.items()}
+        tensors, values = flatten(trees)
         text = to_json(values)
 
         def prepare() -> bool:
@@ -105,7 +84,7 @@ class Capture:
             return self._plan is not None and self._plan.fits(tensors)
 
         if not self._ranks.all_reduce_min(self._ranks.all_or_raise(prepare)):
-            self._lay_out(tensors)
+            self._lay_out(tensors, Names.of(state, trees))
         plan = self._plan
         assert plan is not None
         try:
@@ -130,7 +109,7 @@ class Capture:
             self._thread.shutdown()
             self._thread = None
 
-    def _lay_out(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _lay_out(self, tensors: dict[str, torch.Tensor], names: Names) -> None:
         thread, self._thread = self._thread, None
         self.close()
         plan = SavePlan(tensors, self._ranks)
@@ -142,7 +121,7 @@ class Capture:
             return ShardImage(shard_name(self._ranks.rank), mine) if mine else None
 
         self._plan, self._thread, self._new = plan, thread, True
-        self._described = LayoutFiles(*plan.planned) if plan.planned is not None else None
+        self._described = LayoutFiles(*plan.planned, names) if plan.planned is not None else None
         self._image = thread.submit(allocate) if thread is not None else _attempt(allocate)
 
     def _tell(self, not_pinned: str | None) -> None:

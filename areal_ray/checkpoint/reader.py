@@ -112,17 +112,27 @@ class StoredState:
 
     Args:
         directory: a committed checkpoint.
+        found: what `Contents.read` gives of it, if somebody has read that already.
 
     Raises:
         CheckpointDamaged: here and on reading, if the bytes are not those that were written.
     """
 
-    def __init__(self, directory: Storage) -> None:
+    def __init__(self, directory: Storage, found: list[bytes] | None = None) -> None:
         self._directory = directory
-        self._contents = Contents.decode(Contents.read(directory))
+        self._contents = Contents.decode(Contents.read(directory) if found is None else found)
         self.manifest, self.values = self._contents.manifest, self._contents.values
         self.info = self.manifest.info
         self.names = sorted(self._contents.layout.tensors)
+
+    @classmethod
+    def open(cls, directory: Storage, ranks: Ranks) -> StoredState:
+        """The contents of a checkpoint, of which rank 0 reads what it says of itself. A collective.
+
+        Raises:
+            RankError: on every rank, if it is damaged.
+        """
+        return cls(directory, ranks.on_rank_zero(lambda: Contents.read(directory)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._contents.layout.tensors[name].shape

@@ -24,6 +24,8 @@ class Retention:
             counts them, and they stay (OSError if that is not known now). Asked for once.
         on_deleted: told the name of each checkpoint that `apply` or `clean_up` deletes.
         say: prints a line for the user.
+        began: which of these names are of saves that this run has begun; nothing else is cleaned up. Asked for only
+            where there is something to clean up.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class Retention:
         distrusted: Callable[[], Collection[str]],
         on_deleted: Callable[[str], None],
         say: Callable[[str], None],
+        began: Callable[[Collection[str]], Collection[str]] = set,
     ) -> None:
-        self._catalog, self._keep = catalog, keep
+        self._catalog, self._keep, self._began = catalog, keep, began
         self._distrusted, self._on_deleted, self._say = distrusted, on_deleted, say
         self._passed_over, self._distrusted_read = set[str](), False
         self._known: dict[str, Summary] | None = None  # newest first; None: not looked at
@@ -82,13 +85,18 @@ class Retention:
     def clean_up(self, before_attempt: int) -> None:
         """Delete what saves of earlier attempts have left unfinished, and say it.
 
-        What holds files that no save writes was not left by one: it stays, and that is said.
+        What this run has not begun, or holds files that no save writes, was not left by one: it stays, and that is
+        said.
         """
         found = self._catalog.uncommitted(before_attempt)
-        if deleted := self._delete([name for name, own in found.items() if own]):
+        likely = [name for name, own in found.items() if own]
+        begun = self._began(likely) if likely else ()
+        if deleted := self._delete([name for name in likely if name in begun]):
             self._say(f"cleaned up saves of earlier attempts that were never finished: {_some(deleted)}")
         if foreign := [name for name, own in found.items() if not own]:
             self._say(f"left as it is, without a manifest and with files that no save writes: {_some(foreign)}")
+        if others := [name for name in likely if name not in begun]:
+            self._say(f"left as it is, without a manifest and begun by no save of this run: {_some(others)}")
 
     def discard(self, name: str) -> None:
         """Delete what a failed save has left, which may be what fills the disk.

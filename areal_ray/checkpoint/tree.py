@@ -50,6 +50,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, torch.
     return tensors, values
 
 
+def paths(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+    """The keys on the way to each tensor of a tree, by its dotted path, from which they cannot be told."""
+    found: dict[str, tuple[str, ...]] = {}
+    for key, value in tree.items():
+        path = (*above, key)
+        if isinstance(value, torch.Tensor):
+            found[".".join(path)] = path
+        elif isinstance(value, Mapping):
+            found.update(paths(value, path))
+    return found
+
+
 def merge(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with its tensors as they are and everything else taken from `values`."""
     tensors_only = {

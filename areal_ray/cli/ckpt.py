@@ -172,17 +172,22 @@ def _gc(arguments: argparse.Namespace) -> int:
     from areal_ray.checkpoint import Catalog
     from areal_ray.checkpoint.retention import remove
     from areal_ray.run import RunDir
+    from areal_ray.train.journal import begun_saves
 
     run = _at(arguments.run_dir)
     catalog = Catalog(run)
     # The last attempt may be saving just now; only what came before it is surely nobody's.
     newest = RunDir(run).newest("attempt")
     latest = max(newest["attempt"] if newest else 0, catalog.last_attempt())
-    names = [name for name in catalog.unfinished(latest) if remove(catalog, name)]
+    found = catalog.unfinished(latest)
+    begun = begun_saves(RunDir(run), found) if found else set[str]()
+    names = [name for name in found if name in begun and remove(catalog, name)]
+    others = [name for name in found if name not in begun]
     if arguments.json:
-        print(json.dumps({"deleted": names}))
+        print(json.dumps({"deleted": names, "left": others}))
     else:
-        print("\n".join(f"deleted {name}" for name in names) or "nothing to delete")
+        left = [f"left {name}: no save of this run began it" for name in others]
+        print("\n".join([*(f"deleted {name}" for name in names), *left]) or "nothing to delete")
     return 0
 
 

@@ -12,6 +12,7 @@ from areal_ray.config.eval_schema import (
 )
 from areal_ray.config.lengths import in_steps
 from areal_ray.config.load import config_hash, dump, load
+from areal_ray.config.model_schema import ModelConfig, NameConfig
 from areal_ray.config.redact import redact, redact_override
 from areal_ray.config.schema import (
     EVALUATION,
@@ -26,7 +27,6 @@ from areal_ray.config.schema import (
     KeepConfig,
     LoggingConfig,
     MeshConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     ParameterGroupConfig,
@@ -60,6 +60,7 @@ __all__ = [
     "MeshConfig",
     "MixtureConfig",
     "ModelConfig",
+    "NameConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "ParameterGroupConfig",

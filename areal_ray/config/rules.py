@@ -10,6 +10,7 @@ from areal_ray.config.data_rules import check_data
 from areal_ray.config.errors import ConfigError
 from areal_ray.config.eval_rules import check_eval, check_metric
 from areal_ray.config.lengths import check_lengths
+from areal_ray.config.model_rules import check_model
 from areal_ray.config.numbers import check_numbers
 from areal_ray.config.objective_rules import OBJECTIVES, check_objective
 from areal_ray.config.plugin import check_form, is_plugin
@@ -37,6 +38,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for the first rule that the config breaks."""
     check_numbers(config)
     _check_run(config)
+    check_model(config.model)
     _check_env(config)
     _check_plugins(config)
     check_data(config)
@@ -78,13 +80,6 @@ def _check_run(config: Config) -> None:
         raise ConfigError("cluster.fast_restarts", f"must be auto or off, not {fast!r}")
     if config.cluster.max_failures < -1:
         raise ConfigError("cluster.max_failures", "must be -1 (no limit), 0 or more")
-    ways = [bool(config.model.config), bool(config.model.path), bool(config.model.factory)]
-    if sum(ways) != 1:
-        text = "give either model.config (a transformers config), model.path (Hugging Face weights) or model.factory"
-        hint = "; model=pretrained picks a group without config" if config.model.path else ""
-        raise ConfigError("model.config", text + hint)
-    if config.model.config and "model_type" not in config.model.config:
-        raise ConfigError("model.config", "model_type is missing, for example model_type: qwen3")
 
 
 def _check_env(config: Config) -> None:
@@ -119,6 +114,8 @@ def _check_plugins(config: Config) -> None:
         if config.engine.mesh.tensor > 1:
             text = "with an adapter it must be 1: layers that it changes are not split"
             raise ConfigError("engine.mesh.tensor", text)
+        if config.model.allow_missing:
+            raise ConfigError("model.allow_missing", "with an adapter all of its base must be there")
     if config.model.factory:
         check_form(config.model.factory, "model.factory")
     elif config.model.args:

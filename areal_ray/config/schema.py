@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from areal_ray.config.data_schema import DataConfig, SourceConfig
 from areal_ray.config.eval_schema import EvalConfig, ExportConfig
+from areal_ray.config.model_schema import ModelConfig
 from areal_ray.config.plugin import is_plugin
 from areal_ray.config.types import StandbyCount, WorkerRange
 
@@ -60,19 +61,6 @@ class ClusterConfig:
     template: bool = True  # one process per node imports everything, the others are forked from it: quick starts
     env: dict[str, str] = field(default_factory=dict)  # variables of all processes of the job, set before they import
     collective_timeout_s: float = 600.0  # longest wait of a rank for the others before it counts as failed
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    config: dict[str, Any] = field(default_factory=dict)  # arguments of a transformers config, model_type among them
-    path: str | None = None  # instead: a Hugging Face directory or hub name, whose weights are the first ones
-    factory: str | None = None  # instead: "package.module:function", called with args, returns an nn.Module
-    args: dict[str, Any] = field(default_factory=dict)
-    # auto: sdpa (torch's scaled_dot_product_attention) where the model has it, and else eager
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
-    # logits: of all tokens at once · chunked: of some rows at a time, so that memory does not grow with the vocabulary
-    loss: Literal["auto", "logits", "chunked"] = "auto"  # auto: chunked from 256 MiB of float32 logits on
-    shard_units: list[str] = field(default_factory=list)  # class names sharded one by one; default: the model's own
 
 
 @dataclass(frozen=True)
@@ -247,7 +235,7 @@ class Config:
         self._leave_steps_open()
         gpu, watchdog = self.cluster.use_gpu, self.cluster.watchdog
         if self.data.tokenizer is None:
-            object.__setattr__(self, "data", replace(self.data, tokenizer=self.model.path or "bytes"))
+            object.__setattr__(self, "data", replace(self.data, tokenizer=self._tokenizer))
         if self.engine.precision is None:
             object.__setattr__(self, "engine", replace(self.engine, precision="bfloat16" if gpu else "float32"))
         if watchdog is not None and watchdog.floor_s is None:
@@ -263,6 +251,12 @@ class Config:
             object.__setattr__(self, "optim", replace(optim, warmup_steps=0))
         if optim.decay_steps and (optim.decay_samples, optim.decay_epochs) != (None, None):
             object.__setattr__(self, "optim", replace(self.optim, decay_steps=None))
+
+    @property
+    def _tokenizer(self) -> str:
+        """The one of the model, if it says which; the driver looks at what lies at that path."""
+        model = self.model
+        return model.path if model.path and not (model.config or model.factory) else "bytes"
 
     @cached_property
     def worker_range(self) -> WorkerRange:

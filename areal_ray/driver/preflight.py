@@ -19,14 +19,15 @@ from areal_ray.data.dataset import is_same
 from areal_ray.data.rendering.special import prompt_ids, trained_tokens
 from areal_ray.data.splits import Splits, check_sizes, open_sets, open_splits, own_splits
 from areal_ray.data.tokenizers import Tokenizer, check_of_model
+from areal_ray.distributed import Ranks
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
+from areal_ray.driver.first_weights import says_what_it_is, with_first_weights
 from areal_ray.driver.on_end import check_on_end
-from areal_ray.engine import hidden
+from areal_ray.engine import first_weights, hidden
 from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import MuonWithAdamW, build_optimizer, freeze, same_state
-from areal_ray.models import hf_weights, safetensors_files
 from areal_ray.models.adapters import quick_fingerprint
 from areal_ray.models.generation import source_generation
 from areal_ray.models.masking import keeps_no_documents_apart
@@ -61,17 +62,21 @@ def prepare(
         raise ConfigError("run.storage_path", str(error)) from None
     _check_writable(config, storage)
     config = replace(config, run=replace(config.run, storage_path=storage.location))
+    run = RunDir(storage.sub(config.run.name))
+    catalog = Catalog(run.storage)
+    newest, goes_on = catalog.newest(), catalog.last_committed() is not None
+    config = with_first_weights(config, newest.info if newest is not None else {})
     tokenizer = data.build_tokenizer(config.data.tokenizer)
-    if config.model.path and not config.data.allow_other_tokenizer:
+    if says_what_it_is(config.model) and not config.data.allow_other_tokenizer:
+        assert config.model.path
         check_of_model(config.data.tokenizer, tokenizer, config.model.path)
+    if config.model.path and not goes_on:  # afterwards nobody reads them but for references
+        config = replace(config, model=first_weights.examine(config.model, _print, Ranks()))
     model = _check_model(config, tokenizer.vocab_size)
     _check_plugins(config, model, tokenizer)
     _check_evaluations(config, tokenizer)
     if config.export is not None:
         _check_export(config, tokenizer)
-    run = RunDir(storage.sub(config.run.name))
-    catalog = Catalog(run.storage)
-    newest, goes_on = catalog.newest(), catalog.last_committed() is not None
     if config.run.recover == "fresh" and run.exists():
         raise ConfigError(
             "run.recover", f"`fresh`, but {run.storage.location} holds a run already; choose another run.name"
@@ -208,36 +213,27 @@ def _check_model(config: Config, vocab_size: int) -> nn.Module:
             f"adapter {config.adapter.name}: {count:,} parameters, {own:,} of them trained ({own / count:.2%})",
             flush=True,
         )
-    if config.model.path:
-        _check_weights(config.model, model)
     return trained
 
 
 def _check_reference(config: Config, name: str, given: ModelConfig, tokenizer: Tokenizer) -> None:
     """Find out whether a frozen model of the objective can be built and read, and knows the same tokens."""
     try:
-        model = models.build_model(given)
-        models.check_model(given, model, tokenizer.vocab_size, config.train.seq_len)
-        models.shard_units(model, given.shard_units)
+        wanted = first_weights.resolve(given, _print).model
+        if wanted.path != (given.path and os.path.expanduser(given.path)):
+            text = f"{given.path} is not one model for good: give a Hugging Face directory, or one checkpoint of a run"
+            raise ConfigError("model.path", text)
+        model = models.build_model(wanted)
+        models.check_model(wanted, model, tokenizer.vocab_size, config.train.seq_len)
+        models.shard_units(model, wanted.shard_units)
         if config.engine.mesh.tensor > 1:
             tensor_plan(model, config.engine.mesh.tensor)
-        if given.path:
-            if not config.data.allow_other_tokenizer:
-                check_of_model(config.data.tokenizer, tokenizer, given.path)
-            _check_weights(given, model)
+        if wanted.path:
+            if says_what_it_is(wanted) and not config.data.allow_other_tokenizer:
+                check_of_model(config.data.tokenizer, tokenizer, wanted.path)
+            first_weights.examine(wanted, _print, Ranks())
     except ConfigError as error:
         raise ConfigError("objective.args", f"{name}: {error.message}") from None
-
-
-def _check_weights(config: ModelConfig, model: nn.Module) -> None:
-    assert config.path
-    try:
-        path = hf_weights.resolve(config.path)
-        hf_weights.stored_weights(path, model, safetensors_files.opened(path))
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError("model.path", str(error)) from None
 
 
 def _check_continues(saved: dict[str, Any], config: Config, sequences: data.TokenDataset) -> None:
@@ -287,8 +283,7 @@ def _check_adapter_continues(saved: dict[str, Any] | None, config: Config) -> No
 def _check_base(saved: dict[str, Any], config: Config) -> None:
     """Look at some values of the base that an adapter was trained on; the workers look at all of them."""
     assert config.model.path
-    path = hf_weights.resolve(config.model.path)
-    weights = hf_weights.stored_weights(path, models.build_model(config.model), safetensors_files.opened(path))
+    weights = first_weights.fitted(config.model, Ranks()).weights
     if (was := saved.get("quick")) not in (None, now := quick_fingerprint(weights)):
         raise other_base(config, str(was), now)
 

@@ -16,7 +16,7 @@ from areal_ray import models
 from areal_ray.config import Config, ModelConfig, plugin
 from areal_ray.distributed import Ranks, accumulation
 from areal_ray.distributed.mesh import ParallelDims, init_distributed
-from areal_ray.engine import adapters, hidden, save_load
+from areal_ray.engine import adapters, first_weights, hidden, save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
 from areal_ray.engine.frozen import FrozenShards
 from areal_ray.engine.metric_sums import MetricSums
@@ -103,6 +103,8 @@ class FSDPEngine:
         self.dims = ParallelDims.build(config.engine.mesh, self.device, limit_s, entering)
         self._ranks = Ranks()
         entering("build")
+        model = first_weights.settle(config.model, weights or bool(references or config.adapter), self._ranks)
+        config = self._config = replace(config, model=model)
         self._sharded = self._build()
         self.accumulate = accumulation.choose(config, self.model.parameters(), accumulate)
         self.loss = hidden.choose(config, self._sharded.vocabulary, self._sharded.needs_logits, loss)
@@ -136,6 +138,8 @@ class FSDPEngine:
             self._fingerprints[name] = self._sharded.base["fingerprint"]
             return FrozenShards(self._sharded, chunked, self._sharded.base_alone)
         optim = replace(self._config.optim, groups=[])  # nothing of it is trained
+        if model is not None:
+            model = first_weights.settle(model, True, self._ranks)
         config = replace(self._config, model=model or self._config.model, adapter=None, optim=optim)
         reference = ShardedModel(config, self.dims, self.device, self._ranks)
         reference.init_weights()

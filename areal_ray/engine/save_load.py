@@ -18,6 +18,7 @@ from areal_ray.engine.state import DCPState
 from areal_ray.models import conversion, hf_weights, safetensors_files
 from areal_ray.models.adapters.files import read_adapter, write_adapter
 from areal_ray.models.lazy_tensor import stored_tensors
+from areal_ray.models.weight_source import of_directory
 from areal_ray.storage import LocalStorage
 
 _SHARD_BYTES = 5 << 30
@@ -100,7 +101,7 @@ def load_engine(meta: SaveLoadMeta, config: Config, state: DCPState, ranks: Rank
         blank, _ = models.build_adapted(config.model, config.adapter)
         read_adapter(directory.location, blank, state.adapted, hf_weights.weights_of(state.model), ranks)
     else:
-        hf_weights.load_weights(directory.location, state.model, models.build_model(config.model), ranks)
+        hf_weights.load_weights(of_directory(directory.location), state.model, models.build_model(config.model), ranks)
     if meta.with_optim:
         load(directory.sub("optim"), {"engine": state.without_weights()}, ranks)
     else:

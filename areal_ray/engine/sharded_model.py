@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -19,12 +18,14 @@ from areal_ray.distributed import Ranks
 from areal_ray.distributed.mesh import ParallelDims
 from areal_ray.distributed.overlap import overlap
 from areal_ray.distributed.parallelize import parallelize
+from areal_ray.engine import first_weights
 from areal_ray.engine.hidden import Hidden
 from areal_ray.engine.optim import freeze
-from areal_ray.models import hf_weights, safetensors_files
+from areal_ray.models import hf_weights
 from areal_ray.models.adapters import Fingerprint, quick_fingerprint
 from areal_ray.models.lazy_tensor import Box
 from areal_ray.models.masking import unasked, with_mask
+from areal_ray.models.weight_source import WeightSource
 
 
 class ShardedModel:
@@ -72,12 +73,17 @@ class ShardedModel:
             ValueError: on every rank, if they are those of another model.
         """
         path, seed = self._config.model.path, self._config.run.seed
-        if path and self.adapted is not None:
-            models.init_adapter(self.module, seed, self.adapted)
-            self._load_base(path, self.adapted)
-        elif path:
-            models.init_buffers(self.module)
-            self._load_pretrained(path)
+        if path:
+            source = first_weights.source_of(self._config.model)
+            if self.adapted is not None:
+                models.init_adapter(self.module, seed, self.adapted)
+                self._load_base(path, source, self.adapted)
+            else:
+                if source.allow_missing:  # what it lacks stays as drawn
+                    models.init_weights(self.module, seed)
+                else:
+                    models.init_buffers(self.module)
+                hf_weights.load_weights(source, self.module, models.build_model(self._config.model), self._ranks)
         else:
             models.init_weights(self.module, seed, self.adapted)
             if self.adapted is not None:
@@ -133,19 +139,15 @@ class ShardedModel:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _load_pretrained(self, path: str) -> None:
-        blank = models.build_model(self._config.model)
-        hf_weights.load_weights(self._resolved(path), self.module, blank, self._ranks)
-
-    def _load_base(self, path: str, adapted: models.Adapted) -> None:
+    def _load_base(self, path: str, source: WeightSource, adapted: models.Adapted) -> None:
         """Read the base, take its fingerprint on the way, and then what begins as a copy of some of it."""
-        here, found = self._resolved(path), Fingerprint()
+        found = Fingerprint()
         weights = hf_weights.weights_of(self.module)
 
         def load(names: Mapping[str, str], seen: hf_weights.Seen) -> None:
             blank = models.build_model(self._config.model)
             into = [(there, weights[name]) for name, there in names.items()]
-            hf_weights.load_weights(here, self.module, blank, self._ranks, into, seen)
+            hf_weights.load_weights(source, self.module, blank, self._ranks, into, seen)
 
         def seen(name: str, tensor: torch.Tensor, box: Box, values: torch.Tensor) -> None:
             if _counts(tensor):
@@ -155,12 +157,10 @@ class ShardedModel:
         if adapted.copies:
             load(adapted.copies, lambda *_: None)
 
-        def quick() -> str:
-            blank = models.build_model(self._config.model)
-            return quick_fingerprint(hf_weights.stored_weights(here, blank, safetensors_files.opened(here)))
-
+        stored = source.fit(models.build_model(self._config.model), self._ranks).weights
+        quick = self._ranks.on_rank_zero(lambda: quick_fingerprint(stored))
         whole = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
-        self.base = {"path": path, "fingerprint": whole, "quick": self._ranks.on_rank_zero(quick)}
+        self.base = {"path": path, "fingerprint": whole, "quick": quick}
 
     def _take_fingerprint(self, adapted: models.Adapted) -> None:
         """Take that of a base that was drawn."""
@@ -173,12 +173,6 @@ class ShardedModel:
                 found.add(there, tensor.shape, tuple((at, at + size) for at, size in ends), local)
         whole = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
         self.base = {"drawn_from_seed": self._config.run.seed, "fingerprint": whole}
-
-    def _resolved(self, path: str) -> str:
-        others = int(os.environ.get("LOCAL_RANK", "0")) > 0
-        # One download per machine; the others then find it.
-        self._ranks.all_or_raise(lambda: others or hf_weights.resolve(path))
-        return self._ranks.all_or_raise(lambda: hf_weights.resolve(path))
 
 
 def _counts(tensor: torch.Tensor) -> bool:

@@ -102,6 +102,21 @@ class DCPState(Stateful):
         if self._averages is not None:
             self._averages.reset()
 
+    def aliases(self) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """Other paths of weights that have several names (tied ones), each with the one in `state_dict`.
+
+        torch's `get_model_state_dict` has them all, and with them `.metadata`, so that it can be loaded into.
+        """
+        if not self._weights:
+            return {}
+        stored = weights_of(self.model).keys()
+        first = {id(weight): name for name, weight in _all_weights(self.model) if name in stored}
+        return {
+            ("model", name): ("model", first[id(weight)])
+            for name, weight in _all_weights(self.model)
+            if first.get(id(weight), name) != name
+        }
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state of the same shape; tensors that were filled in place already are left alone."""
@@ -133,6 +148,12 @@ class DCPState(Stateful):
         for i, (values, first) in enumerate(zip(now, self._group_values, strict=True)):
             if changed := {name: value for name, value in values.items() if value != first.get(name)}:
                 yield str(i), changed
+
+
+def _all_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under all of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def plain_group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from areal_ray.models.build import (
     build_saved,
     check_model,
     factory_architecture,
+    is_tied,
     same_architecture,
     table_sizes,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "init_adapter",
     "init_buffers",
     "init_weights",
+    "is_tied",
     "materialise",
     "output_layer",
     "same_architecture",

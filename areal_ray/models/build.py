@@ -75,6 +75,11 @@ def attention_of(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
+def is_tied(model: nn.Module) -> bool | None:
+    """Whether a model of transformers has one matrix for embedding and head; None if its config does not say."""
+    return getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+
+
 def architecture(config: ModelConfig) -> dict[str, Any] | None:
     """The content of config.json in a Hugging Face directory of the model; None for a factory's."""
     if config.factory:
@@ -135,11 +140,18 @@ def same_architecture(saved: dict[str, Any], config: ModelConfig) -> bool:
 
 
 def _transformers_config(config: ModelConfig) -> Any:
+    found = _config_of(config)
+    if config.tie is not None:
+        found.tie_word_embeddings = config.tie
+    return found
+
+
+def _config_of(config: ModelConfig) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if config.path:
+    if config.path and not config.config:
         try:
             found = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -172,7 +184,7 @@ def _from_transformers(config: ModelConfig) -> nn.Module:
             raise ConfigError(
                 "model.attention", f"{config.attention} is not for this model on this machine: {text}"
             ) from None
-        key = "model.path" if config.path else "model.config"
+        key = "model.config" if config.config else "model.path"
         raise ConfigError(key, text or type(error).__name__) from None
 
 

@@ -23,10 +23,12 @@ class Converted:
     Args:
         weights: by the names of the model's parameters and persistent buffers, tied ones under any of their names.
         problems: what does not fit, a clause each.
+        unknown: names of what the model does not take.
     """
 
     weights: dict[str, torch.Tensor]
     problems: list[str]
+    unknown: list[str]
 
 
 def to_module(blank: nn.Module, stored: Mapping[str, torch.Tensor]) -> Converted:
@@ -37,8 +39,8 @@ def to_module(blank: nn.Module, stored: Mapping[str, torch.Tensor]) -> Converted
         stored: by the names of the files; lazy ones are not read.
     """
     if not _of_transformers(blank):
-        names = blank.state_dict().keys()
-        return Converted({name: stored[name] for name in names if name in stored}, _unknown(set(stored) - set(names)))
+        names = names_of_module(blank)
+        return Converted({name: stored[name] for name in names if name in stored}, [], sorted(set(stored) - names))
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -53,7 +55,12 @@ def to_module(blank: nn.Module, stored: Mapping[str, torch.Tensor]) -> Converted
         problems.append(f"{name} cannot be put together: {str(text).strip().splitlines()[-1]}")
     blank._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]  # those that the model says to ignore
     known = _buffers_of_older_files(blank)
-    return Converted(weights, [*sorted(problems), *_unknown(set(info.unexpected_keys) - known)])
+    return Converted(weights, sorted(problems), sorted(set(info.unexpected_keys) - known))
+
+
+def names_of_module(model: nn.Module) -> set[str]:
+    """Names of parameters and persistent buffers, tied ones under all of their names."""
+    return set(model.state_dict().keys())
 
 
 def to_files(blank: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -74,10 +81,6 @@ def to_files(blank: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str,
 
 def _of_transformers(model: nn.Module) -> bool:
     return hasattr(model, "base_model_prefix") and hasattr(model, "_adjust_missing_and_unexpected_keys")
-
-
-def _unknown(names: set[str]) -> list[str]:
-    return [f"{name} is unknown here" for name in sorted(names)]
 
 
 def _buffers_of_older_files(model: nn.Module) -> set[str]:

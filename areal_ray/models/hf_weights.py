@@ -1,20 +1,23 @@
-"""Weights from a Hugging Face directory (safetensors with an index), each rank reading what it needs."""
+"""First weights into a sharded model, each rank reading what it needs; and Hugging Face directories, found."""
 
 from __future__ import annotations
 
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from areal_ray.distributed import Ranks
-from areal_ray.models.conversion import to_module
 from areal_ray.models.lazy_tensor import Box, part_of, windows
-from areal_ray.models.safetensors_files import opened
+
+if TYPE_CHECKING:
+    from areal_ray.models.weight_source import WeightSource
 
 _WINDOW = 64 << 20  # bytes of a parameter that are put together at a time
 
@@ -41,42 +44,8 @@ def resolve(path: str) -> str:
     return path
 
 
-def stored_weights(path: str, blank: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every weight of a model, by name, as it is put together from a directory's; not read yet.
-
-    Args:
-        path: for messages.
-        blank: the model on the meta device, unsharded. It must not be used for anything else afterwards.
-        stored: what the directory has, by name, see `safetensors_files.opened`.
-
-    Raises:
-        ValueError: if weights are missing, have other shapes, or are more than the model takes.
-    """
-    wanted = weights_of(blank)
-    names: dict[int, list[str]] = {}  # of each parameter; a tied one has several, and is stored under any of them
-    for name, parameter in blank.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    aliases = {group[0]: group for group in names.values()}
-    converted = to_module(blank, stored)
-    found, problems = dict[str, torch.Tensor](), list[str]()
-    for name, tensor in wanted.items():
-        there = [converted.weights[each] for each in aliases.get(name, [name]) if each in converted.weights]
-        if not there:
-            if not any(problem.startswith(f"{name} ") for problem in converted.problems):
-                problems.append(f"{name} is missing")
-        elif there[0].shape != tensor.shape:
-            problems.append(f"{name} is {tuple(there[0].shape)} in it and {tuple(tensor.shape)} here")
-        else:
-            found[name] = there[0]
-    problems += converted.problems
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"the weights in {path} do not fit this model: {'; '.join(problems[:8])}{more}")
-    return found
-
-
 def load_weights(
-    path: str,
+    source: WeightSource,
     model: nn.Module,
     blank: nn.Module,
     ranks: Ranks,
@@ -89,7 +58,7 @@ def load_weights(
     permuted. A collective.
 
     Args:
-        path: a directory of safetensors files.
+        source: of the weights; what it lacks, as it may, is left alone.
         model: with memory; its non-persistent buffers are left alone.
         blank: the same on the meta device, unsharded; it must not be used for anything else afterwards.
         ranks: all ranks.
@@ -100,14 +69,15 @@ def load_weights(
         RankError: on every rank, if one of them could not read.
         ValueError: on every rank, if the weights are those of another model.
     """
-    stored = ranks.all_or_raise(lambda: opened(path))
-    weights = stored_weights(path, blank, stored)
+    with source.lock() if ranks.rank == 0 else nullcontext():
+        weights = source.fit(blank, ranks).weights
+        ranks.all_or_raise(lambda: _read(weights, weights_of(model).items() if into is None else into, seen))
 
-    def read() -> None:
-        for name, tensor in weights_of(model).items() if into is None else into:
+
+def _read(weights: Mapping[str, torch.Tensor], into: Iterable[tuple[str, torch.Tensor]], seen: Seen) -> None:
+    for name, tensor in into:
+        if name in weights:
             fill([(weights[name], tensor)], partial(seen, name, tensor))
-
-    ranks.all_or_raise(read)
 
 
 def fill(

@@ -8,8 +8,8 @@ some 80 bytes that are written at once, about 2 microseconds, and what is equal 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -30,6 +30,7 @@ class MetadataParts:
             number of the file (parts,) of each part, as arrays.
         files: names of the files by their numbers.
         offsets, sizes: bytes of each part in its file, tensor after tensor, as arrays.
+        paths: keys on the way to a tensor in the nested state, by its name; from them torch's tools nest it again.
     """
 
     tensors: Sequence[tuple[str, str, tuple[int, ...], int]]
@@ -37,6 +38,7 @@ class MetadataParts:
     files: Sequence[str]
     offsets: Any
     sizes: Any
+    paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class _Pickle:
@@ -100,13 +102,29 @@ def encode(parts: MetadataParts) -> bytes:
     files = [pickle.text(name) for name in parts.files]
     tensors = _tensors(pickle, parts, chunks)
     stored = list(_stored(pickle, parts, boxes, files))
+    planner_data = _paths(pickle, parts.paths)
     pickle.out.append(pickle.name(_METADATA, "Metadata") + _NEW + _DICT + _MARK)
     pickle.out += [pickle.text("state_dict_metadata"), _DICT, *tensors, pickle.text("storage_data"), _DICT, *stored]
     empty = {"checkpoint_id": _NONE, "save_id": _NONE, "load_id": _NONE, "modules": _LIST}
-    rest = {"planner_data": _NONE, "storage_meta": pickle.instance(_METADATA, "StorageMeta", **empty), "version": _NONE}
+    rest = {
+        "planner_data": planner_data,
+        "storage_meta": pickle.instance(_METADATA, "StorageMeta", **empty),
+        "version": _NONE,
+    }
     pickle.out += [pickle.text(key) + value for key, value in rest.items()]
     pickle.out += [_ITEMS, _BUILD, _STOP]
     return b"".join(pickle.out)
+
+
+def _paths(pickle: _Pickle, paths: Mapping[str, tuple[str, ...]]) -> bytes:
+    """What DCP's planner keeps: the path of each tensor by its name, as flatten_state_dict gives it."""
+    if not paths:
+        return _NONE
+    items = []
+    for name, path in paths.items():
+        items += [pickle.text(name), _MARK, *map(pickle.text, path), _TUPLE]
+    # Ahead of its use, as texts are: what they define must not lie between the items of the dictionary.
+    return pickle.define(b"".join([_DICT, _MARK, *items, _ITEMS]))
 
 
 def _sizes(pickle: _Pickle, box: Sequence[Sequence[int]]) -> tuple[bytes, bytes]:

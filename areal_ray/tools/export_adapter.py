@@ -14,6 +14,7 @@ from areal_ray.config import AdapterConfig, ConfigError
 from areal_ray.models import adapters, hf_weights, safetensors_files
 from areal_ray.models.adapters.files import write_adapter
 from areal_ray.models.lazy_tensor import part_of, whole_box, windows
+from areal_ray.models.weight_source import fit, of_directory
 from areal_ray.storage import Storage
 
 _WINDOW = 64 << 20  # bytes of the base that are read at a time for its fingerprint
@@ -80,7 +81,7 @@ class SavedAdapter:
             raise ValueError(f"the adapter's base was {path!r}, {text}")
         here = hf_weights.resolve(given)
         blank = models.build_saved(self._architecture)
-        return hf_weights.stored_weights(here, blank, safetensors_files.opened(here))
+        return fit(of_directory(here), blank, safetensors_files.opened(here)).weights
 
     def _check(self, weights: Mapping[str, torch.Tensor], given: str | None) -> None:
         found = adapters.Fingerprint()

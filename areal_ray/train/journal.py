@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 
 from areal_ray.checkpoint import Catalog
 from areal_ray.checkpoint.retention import Retention
@@ -33,6 +34,9 @@ class Journal:
     ) -> None:
         self._run, self._attempt, self._say, self._retention = run, attempt, say, retention
 
+    def begins(self, checkpoint: str, step: int) -> None:
+        self._event("save_began", step=step, checkpoint=checkpoint)
+
     def saved(self, save: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
         if self._run is None or self._retention is None:
             return
@@ -49,7 +53,8 @@ class Journal:
             self._retention.committed(save.name, manifest)
         else:
             self._say(f"saving {save.name} failed: {error}")
-            self._retention.discard(save.name)
+            if not (isinstance(error, RankError) and error.only(FileExistsError)):  # it was there before: not ours
+                self._retention.discard(save.name)
             self._event("save_failed", step=save.step, checkpoint=save.name, error=str(error)[:500], **times)
 
     def skipped(self, step: int) -> None:
@@ -90,6 +95,9 @@ class TunedSaves:
     def __init__(self, cadence: AutoCadence, listener: SaveListener, ranks: Ranks) -> None:
         self._cadence, self._listener, self._first = cadence, listener, ranks.rank == 0
 
+    def begins(self, checkpoint: str, step: int) -> None:
+        self._listener.begins(checkpoint, step)
+
     def saved(self, save: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
         if self._first:
             self._cadence.ended(blocked_s - waited_s if save.manifest.exception() is None else None)
@@ -112,4 +120,16 @@ def retention(run: RunDir, attempt: int, say: Callable[[str], None], catalog: Ca
         distrusted=lambda: {event["checkpoint"] for event in run.events("passed_over")},
         on_deleted=lambda name: run.note("deleted", say, attempt=attempt, checkpoint=name),
         say=say,
+        began=partial(begun_saves, run),
     )
+
+
+def begun_saves(run: RunDir, names: Collection[str]) -> set[str]:
+    """Those of these names that a save of this run has begun, by its ledger. Looks through all of it.
+
+    Of an attempt of a version that did not write that down, every directory with its number counts.
+    """
+    events = run.events_of("save_began", "attempt")
+    begun = {event["checkpoint"] for event in events if event["event"] == "save_began"}
+    older = {event["attempt"] for event in events if event["event"] == "attempt" and not event.get("marks_saves")}
+    return {name for name in names if name in begun or Catalog.version(name)[0] in older}

@@ -44,7 +44,13 @@ class SavePolicy:
 
 
 class SaveListener(Protocol):
-    """Listener to saves and loads. `saved` is called on every rank, from another thread; the others as they say."""
+    """Listener to saves and loads. `begins` and `saved` are called on every rank, the latter from another thread; the
+    others as they say."""
+
+    def begins(self, checkpoint: str, step: int) -> None:
+        """Called before anything of a save is there: what it leaves, if it is cut off, can be told from what others
+        have left."""
+        ...
 
     def saved(self, save: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
         """Called when a save has ended, well or not: see its manifest."""
@@ -128,6 +134,7 @@ class RecoverHandler:
         name = self._catalog.name(step, self._attempt)
         place = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
         info = {**self.info, **place, "metrics": dict(metrics)}
+        self._journal.begins(name, step)
         manifest = self._writer.begin(self._catalog.directory(name), self._state, info)
         self._last = PendingSave(name, step, manifest)
         blocked = time.perf_counter() - began

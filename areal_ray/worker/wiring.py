@@ -109,7 +109,7 @@ def wire(
     nodes, pids = [node for node, _ in places], [pid for _, pid in places]
     clock.lap("build_s")
     if start.first:
-        run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids)
+        run.note("attempt", say, attempt=attempt, **engine.describe(), nodes=nodes, pids=pids, marks_saves=True)
     faults = Faults(config.faults, run, ranks)
     standbys = sidecars.standbys(config, run, ranks, nodes) if context.fast_restarts else []
     requests = requests_to(context.submission, context.fast_restarts)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from areal_ray import models
-from areal_ray.checkpoint.capture import LayoutFiles
+from areal_ray.checkpoint.described import LayoutFiles, Names
 from areal_ray.checkpoint.format.contents import Contents
 from areal_ray.checkpoint.format.layout import LAYOUT, Layout
 from areal_ray.checkpoint.format.manifest import MANIFEST, STATE, FileRecord, Manifest
@@ -162,7 +162,8 @@ def simulate(ranks: int, replicas: int) -> dict[str, float]:
     figures["first save: MB rank 0 receives"] = sum(map(len, gathered)) / 1e6
     figures["first save: MB rank 0 sends"] = len(scattered) / 1e6
     figures["first save, rank 0: MB held for planning"] = held_in_memory(on_rank_zero) / 1e6
-    index = LayoutFiles(layout, places)
+    names = Names({name: tuple(name.split(".", 2)) for name in layout.tensors}, {})
+    index = LayoutFiles(layout, places, names)
     text, layout_s = spent(lambda: index.layout)
     parts, parts_s = spent(lambda: index.parts)
     data, encode_s = spent(lambda: encode(parts))

@@ -26,6 +26,8 @@ class Heard:
         self.saves: list[tuple[str, bool]] = []
         self.passed: list[tuple[str, str]] = []
 
+    def begins(self, checkpoint: str, step: int) -> None: ...
+
     def saved(self, dump: PendingSave, blocked_s: float, waited_s: float, total_s: float) -> None:
         self.saves.append((dump.name, dump.manifest.exception() is None))
 

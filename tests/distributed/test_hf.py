@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dcp
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from areal_ray import models
@@ -20,7 +21,7 @@ from areal_ray.cli.main import main as run_cli
 from areal_ray.config import ModelConfig
 from areal_ray.data import build_tokenizer
 from areal_ray.distributed import Ranks
-from areal_ray.engine import FSDPEngine
+from areal_ray.engine import FSDPEngine, SaveLoadMeta
 from areal_ray.engine.state import DCPState
 from areal_ray.models import hf_weights, safetensors_files
 from areal_ray.storage import LocalStorage
@@ -187,6 +188,44 @@ def same_weights(rank: int, path: str) -> list[str]:
         for name, tensor in live.items()
         if not torch.equal(tensor.full_tensor(), stored[name])  # type: ignore[attr-defined]
     ]
+
+
+def warm_starts(rank: int, root: str) -> dict[str, tuple[list[str], int]]:
+    """By what it begins with: weights that differ from those that were read, bytes that this rank has read."""
+    files = Path(root, "given").glob("*.safetensors")
+    wanted = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    engine = start(f"model.path={root}/given")
+    dcp.save({"app": engine.state.state_dict()["model"]}, checkpoint_id=f"{root}/dcp")
+    engine.save(SaveLoadMeta(f"{root}/own"))
+    spent: list[int] = []
+    read = LocalStorage.read_range
+
+    def counting(self: LocalStorage, name: str, offset: int, length: int) -> bytes:
+        spent.append(length)
+        return read(self, name, offset, length)
+
+    LocalStorage.read_range = counting  # type: ignore[method-assign]
+    seen = {}
+    sizes = {"model_type": "qwen3", **SIZES["qwen3"], "vocab_size": VOCABULARY, "tie_word_embeddings": True}
+    for kind, names in (("dcp", [r"{pattern: '^app\.'}"]), ("own", [])):
+        spent.clear()
+        config = f"model.config={json.dumps(sizes)}"
+        engine = start(f"model.path={root}/{kind}", config, f"model.names=[{', '.join(names)}]")
+        live = {name: whole(tensor) for name, tensor in hf_weights.weights_of(engine.model).items()}
+        seen[kind] = [name for name in live if not torch.equal(live[name], wanted[name])], sum(spent)
+    return seen
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor()  # type: ignore[no-any-return]
+
+
+def test_each_rank_reads_its_parts_of_what_others_saved(tmp_path: Path) -> None:
+    write_model(tmp_path / "given", "tied")
+    total = sum(file.stat().st_size for file in (tmp_path / "given").glob("*.safetensors"))
+    for seen in run_ranks(warm_starts, 2, str(tmp_path)):
+        assert {kind: differing for kind, (differing, _) in seen.items()} == {"dcp": [], "own": []}
+        assert 0.5 * total < seen["dcp"][1] < 0.75 * total
 
 
 def refused(rank: int, root: str) -> list[Any]:

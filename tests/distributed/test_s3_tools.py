@@ -14,6 +14,7 @@ from areal_ray.checkpoint.read_lock import read_lock
 from areal_ray.checkpoint.retention import remove
 from areal_ray.cli.main import main as run_cli
 from areal_ray.distributed import RankError
+from areal_ray.run import RunDir
 from areal_ray.storage import Storage, s3
 from areal_ray.tools import checkpoints
 from tests.distributed.s3 import flip, save_box, write
@@ -121,12 +122,13 @@ def test_digest_and_diff_compare_states(storage: Storage, tool: Any) -> None:
 
 
 def test_gc_deletes_what_was_never_finished(storage: Storage, uri: str, tool: Any) -> None:
+    RunDir(storage).event("attempt", attempt=1)  # of a version that did not mark its saves
     save_box(storage, 1)
     write(storage.sub("step-00000002.a1"), "shard-00000.distcp", b"cut")
     save_box(storage, 2, attempt=2)
     write(storage.sub("step-00000003.a2"), "shard-00000.distcp", b"may be under way")
     assert tool("gc", uri) == (0, "deleted step-00000002.a1\n")
-    assert storage.names() == ["step-00000001.a1", "step-00000002.a2", "step-00000003.a2"]
+    assert storage.directories("step-") == ["step-00000001.a1", "step-00000002.a2", "step-00000003.a2"]
     assert tool("gc", uri) == (0, "nothing to delete\n")
 
 

@@ -41,10 +41,19 @@ _ALLOWED = {
 }
 
 
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")  # of the checkpoint when it was saved
+
+
+def _path(*parts: object) -> str:
+    return "/".join(map(str, parts))
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if module.partition(".")[0] == "pathlib" and name in _PATHS:
+            return _path
         if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
             return torch.__dict__[name]
         raise CheckpointDamaged(f"{METADATA}: refused, it wants to load {module}.{name}")
@@ -55,6 +64,21 @@ def decode_metadata(data: bytes) -> Metadata:
 
     Raises:
         CheckpointDamaged: if it is not metadata of tensors alone, or asks for code that has no place in it.
+    """
+    metadata = unpickle_metadata(data)
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            raise CheckpointDamaged(f"{METADATA}: {name!r} is a pickled object; only tensors are loaded")
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointDamaged(f"{METADATA}: {name!r} is of an unknown kind")
+    return metadata
+
+
+def unpickle_metadata(data: bytes) -> Metadata:
+    """DCP metadata from its bytes, whatever they describe: nothing but its own classes is made.
+
+    Raises:
+        CheckpointDamaged: if it is none, or asks for code that has no place in it.
     """
     try:
         check_pickle(data)
@@ -67,11 +91,6 @@ def decode_metadata(data: bytes) -> Metadata:
         raise CheckpointDamaged(f"{METADATA}: not readable ({type(error).__name__}: {error})") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointDamaged(f"{METADATA}: holds no DCP metadata")
-    for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata):
-            raise CheckpointDamaged(f"{METADATA}: {name!r} is a pickled object; only tensors are loaded")
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointDamaged(f"{METADATA}: {name!r} is of an unknown kind")
     return metadata
 
 

@@ -19,7 +19,7 @@ _LEAVES = {
     "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES",
     "SHORT_BINBYTES", "BINBYTES8", "GLOBAL", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET",
 }  # fmt: skip
-_WHOLE = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2}
+_WHOLE = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2, "BINPERSID": 1}
 _INTO = {"BUILD": 1, "APPEND": 1, "SETITEM": 2}  # so many objects become part of the one below
 _MARKED = {"TUPLE", "LIST", "DICT"}  # all down to the mark become one
 _MARKED_INTO = {"APPENDS", "SETITEMS"}  # all down to the mark become part of the one below it

@@ -72,10 +72,11 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "save_interval": ("time", "failures", "observed_s", "cost_s"),
     "left": ("reason",),
     "stopped_early": ("step",),
+    "save_began": ("checkpoint",),
 }
 _NEVER_NONE = {
     **dict.fromkeys(("bad_step", "poison_step", "restored", "started"), "step"),
-    **dict.fromkeys(("restoring", "restore_died", "passed_over", "saved"), "checkpoint"),
+    **dict.fromkeys(("restoring", "restore_died", "passed_over", "saved", "save_began"), "checkpoint"),
     "stuck": "rank",
 }
 

@@ -31,6 +31,8 @@ class Warnings:
     def __init__(self):
         self.of = []
 
+    def begins(self, checkpoint, step): ...
+
     def saved(self, dump, blocked_s, waited_s, total_s): ...
 
     def passed_over(self, checkpoint, reason):

@@ -10,15 +10,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from areal_ray.checkpoint import Catalog, save
 from areal_ray.config import ConfigError, load
 from areal_ray.data.splits import open_sets, open_splits
 from areal_ray.data.tokenizers import ByteTokenizer
+from areal_ray.distributed import Ranks
 from areal_ray.driver import main as driver_main
 from areal_ray.driver import preflight
 from areal_ray.driver.data import noted
+from areal_ray.driver.first_weights import with_first_weights
 from areal_ray.driver.main import _record, prepare
-from areal_ray.storage import s3
+from areal_ray.engine.state import DCPState
+from areal_ray.models import architecture, build_model, init_weights, materialise
+from areal_ray.storage import LocalStorage, s3
 from areal_ray.storage.s3_client import S3Client
 from tests.unit.checkpoint.boxes import save_box
 from tests.unit.data.tokenizer_files import save_tokenizer
@@ -394,3 +400,34 @@ def test_a_head_node_that_is_lost_after_the_last_commit_is_no_failure(config, tm
         driver_main._lost_head(checked, run, "10.0.0.1:6379")
     assert caught.value.args == (status,)
     assert run.result()["status"] == ("failed" if status else "finished")
+
+
+def test_first_weights_and_their_tokenizer_are_settled_before_anything_starts(config, tmp_path, capsys):
+    of = config("model.config.hidden_size=32", "model.config.num_hidden_layers=1").model
+    model = build_model(of)
+    materialise(model, torch.device("cpu"))
+    init_weights(model, seed=0)
+    for run, tokenizer in (("mine", "bytes"), ("theirs", "org/name")):
+        info = {"step": 1, "attempt": 1, "hf_config": architecture(of), "tokenizer": tokenizer}
+        directory = LocalStorage(tmp_path / run)
+        directory.ensure()
+        save(directory.sub(Catalog.name(1, 1)), {"engine": DCPState(model)}, info, Ranks())
+    _, fixed, _ = prepare(config("model=pretrained", f"model.path={tmp_path}/mine"))
+    assert fixed.model.path == f"{tmp_path}/mine/{Catalog.name(1, 1)}"
+    assert (fixed.model.config["hidden_size"], fixed.model.tie, fixed.data.tokenizer) == (32, True, "bytes")
+    assert f"first weights: those of {Catalog.name(1, 1)} in {tmp_path}/mine" in capsys.readouterr().out
+    theirs = ("model=pretrained", f"model.path={tmp_path}/theirs")
+    with pytest.raises(ConfigError, match=r"not loaded unasked: say data\.tokenizer=org/name"):
+        prepare(config(*theirs))
+    with pytest.raises(ConfigError, match="bytes is not the tokenizer of"):
+        prepare(config(*theirs, "data.tokenizer=bytes"))
+    prepare(config(*theirs, "data.tokenizer=bytes", "data.allow_other_tokenizer=true"))
+    assert key_of(config("model=pretrained", f"model.path={tmp_path}/corpus")) == "model.path"
+
+
+def test_a_run_that_goes_on_needs_its_first_weights_no_more(config, tmp_path):
+    cli = config("model=pretrained", "model.path=/runs/gone")
+    saved = {"path": "/runs/gone/step-00000001.a1", "config": {"model_type": "llama"}, "tie": True}
+    found = with_first_weights(cli, {"config": {"model": saved}, "tokenizer": "bytes"})
+    assert (found.model.path, found.model.config, found.model.tie) == (saved["path"], saved["config"], True)
+    assert found.data.tokenizer == "bytes"

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,12 @@ def test_it_is_what_torch_would_pickle():
     assert repr(found) == repr(should)  # types of all values, too
 
 
+def test_the_paths_of_tensors_are_what_a_planner_keeps():
+    paths = {name: tuple(name.split(".")) for name in TENSORS}
+    found = pickle.loads(encode(replace(parts(TENSORS), paths=paths)))  # noqa: S301
+    assert (found.planner_data, found.state_dict_metadata) == (paths, expected(TENSORS).state_dict_metadata)
+
+
 def test_of_no_tensors():
     assert pickle.loads(encode(MetadataParts([], [], [], np.zeros(0), np.zeros(0)))) == expected({})  # noqa: S301
 
@@ -73,6 +80,7 @@ def test_of_no_tensors():
 def test_it_needs_no_torch_and_little_for_each_part():
     code = """
 import sys
+from dataclasses import replace
 import numpy as np
 from areal_ray.processes.dcp_pickle import MetadataParts, encode
 ranks, tensors = 200, 100

@@ -64,3 +64,24 @@ def test_a_ledger_that_cannot_be_written_is_said_and_made_up_for(journal, run, s
     assert any("could not write to the ledger" in line for line in said)
     journal.skipped(12)
     assert [event["step"] for event in run.events("save_skipped")] == [8, 12]
+
+
+def test_only_what_a_save_of_this_run_began_is_cleaned_up(journal, run, said):
+    run.event("attempt", attempt=1, marks_saves=True)
+    run.event("attempt", attempt=2)  # of a version that did not mark its saves
+    journal.begins("step-00000004.a1", 4)
+    left = ["step-00000008.a1", "step-00000004.a3"]  # copied here by hand: the one marks, the other is of no attempt
+    for name in ("step-00000004.a1", "step-00000006.a2", *left):
+        run.storage.sub(name).make()
+    retention(run, 9, said.append, Catalog(run.storage), KeepConfig()).clean_up(9)
+    assert sorted(run.storage.directories("step-")) == sorted(left)
+    assert said == [
+        "cleaned up saves of earlier attempts that were never finished: step-00000006.a2, step-00000004.a1",
+        "left as it is, without a manifest and begun by no save of this run: step-00000004.a3, step-00000008.a1",
+    ]
+
+
+def test_what_was_in_the_way_of_a_save_is_not_deleted(journal, run):
+    run.storage.sub(NAME).make()
+    journal.saved(failed(RankError([(0, "FileExistsError: exists", ["FileExistsError", "OSError"])])), 0.1, 0.0, 0.2)
+    assert run.storage.directories("step-") == [NAME]

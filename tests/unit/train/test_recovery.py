@@ -40,6 +40,8 @@ class Writer:
         self.saves, self.ends, self.closed, self.fell_out, self.infos = [], [*ends], False, [], []
         self.busy = busy
 
+    def begins(self, checkpoint, step): ...
+
     def begin(self, directory, state, info):
         self.saves.append(Save(self.ends.pop(0), self.busy))
         self.infos.append(info)
