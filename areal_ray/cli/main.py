@@ -178,7 +178,7 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
 
 def _driver_train(config: Any, arguments: argparse.Namespace) -> int:
     # Before Ray and torch are imported, which takes seconds: a sign of life.
-    print(f"areal_ray {__version__}: {config.run.name}, {config.train.steps:,} steps", flush=True)
+    print(f"areal_ray {__version__}: {config.run.name}, {config.length}", flush=True)
     from areal_ray.config import plugin
     from areal_ray.driver.connect import PREPARATION, answering, cluster, is_off, unreachable, use_token
     from areal_ray.processes.fork_server import fork_server_for

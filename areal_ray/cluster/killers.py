@@ -49,7 +49,7 @@ def kernel_says(pid: int, log: Callable[[], str] = kernel_log, kills: Callable[[
     count = kills()
     if count:
         processes = f"{count} process{'es' * (count > 1)}"
-        return f"the kernel has killed {processes} of its container for lack of memory since that was started"
+        return f"since its container was started the kernel has killed {processes} there to make room, perhaps this one"
     return None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from areal_ray.config.data_rules import check_source
 from areal_ray.config.errors import ConfigError
 from areal_ray.config.eval_schema import EvaluatorConfig
+from areal_ray.config.objective_rules import metrics_of
 from areal_ray.config.plugin import check_form, is_plugin
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def metric_names(config: Config) -> list[str] | None:
     """
     if config.eval.evaluators or is_plugin(config.objective.name):
         return None
-    kinds = ["loss", *config.eval.metrics]
+    kinds = ["loss", *metrics_of(config), *config.eval.metrics]
     main = [f"held_out_{kind}" for kind in kinds] if config.eval.every_steps is not None else []
     names = main + [f"held_out/{name}/{kind}" for name in config.eval.sets for kind in kinds]
     return names + ([f"ema_{name}" for name in names] if config.eval.ema else [])

@@ -18,6 +18,22 @@ OBJECTIVES = (
     "distillation",
 )  # areal_ray/engine/objectives/build.py has their classes
 
+_METRICS = {  # of their classes, beside the loss
+    "dpo": (
+        *("reward_chosen", "reward_rejected", "reward_accuracy", "reward_margin"),
+        *("log_prob_chosen", "log_prob_rejected"),
+    ),
+    "distillation": ("cross_entropy", "divergence"),
+}
+
+
+def metrics_of(config: Config) -> tuple[str, ...]:
+    """Names of the means that an objective of this package gives beside the loss."""
+    objective = config.objective
+    regularised = any(objective.args.get(name) for name in ("z_loss", "label_smoothing"))
+    nll = ("nll",) if regularised and objective.name in ("language_modeling", "sft") else ()
+    return (*_METRICS.get(objective.name, ()), *nll)
+
 
 def check_objective(config: Config) -> None:
     """Raise ConfigError if the rows of the data are not those of the objective. Of one's own data nothing is known."""

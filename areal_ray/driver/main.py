@@ -220,8 +220,9 @@ def _lost_head(config: Config, run: RunDir, address: str) -> None:
         newest = None
         with suppress(OSError):  # storage that is away, too
             newest = Catalog(run.storage).newest()
-        if newest is not None and newest.step >= config.last_step:  # it has no more to do
-            ended = "finished" if newest.step == config.train.steps else "stopped"
+        early = newest is not None and _stopped_early(config, run, newest.step)
+        if newest is not None and (newest.step >= config.last_step or early):  # it has no more to do
+            ended = "finished" if early or newest.step == config.train.steps else "stopped"
             ending.close(ended, {"step": newest.step}, step=newest.step)
             print(f"{text}, after the last step was saved")
             print(f"checkpoint: {run.storage.location}/{newest.name}", flush=True)

@@ -131,7 +131,8 @@ def _run(path: str, overrides: Sequence[str], folder: Path, name: str, segment: 
         f"train.stop_at={segment.stop_at}",
         f"faults=[{faults}]",
         "logging.sample_ids=true",
-        "on_end=null",  # it is no end that anybody waits for
+        # It is no end that anybody waits for, and it comes when it is due.
+        *("on_end=null", "export=null", "eval.early_stopping=null"),
     ]
     killed = f", killed before {', '.join(str(step) for step, _ in segment.kills)}" if segment.kills else ""
     print(f"{name}: to step {segment.stop_at} on {segment.workers} workers{killed} ... ", end="", flush=True)

@@ -82,6 +82,7 @@ class EarlyStopping:
         return {"metric": self._config.metric, **best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what was seen; of another metric nothing was seen."""
-        if state["metric"] == self._config.metric:
+        """Go on from what was seen; of another metric, or without a rule, nothing was seen."""
+        self._best, self._best_step, self._without = None, 0, 0
+        if state.get("metric") == self._config.metric:
             self._best, self._best_step, self._without = state["best"], state["best_step"], state["without"]

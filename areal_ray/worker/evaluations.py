@@ -59,6 +59,9 @@ def build_evaluations(
     def alive() -> None:
         context.enter("evaluate")
 
+    def at_length() -> None:
+        context.enter("other evaluation")  # of no usual length, so that it has the watchdog's patience
+
     def of(rows: TokenDataset, count: int, prefix: str) -> Evaluator:
         args = engine, lambda: batches(rows), count, scored, alive, prefix
         if settings.ema:
@@ -77,10 +80,10 @@ def build_evaluations(
         count = min(each.batches or settings.batches, max(1, len(rows) // batch))  # nothing twice
         planned.append(Planned(when(each.every_steps), of(rows, count, f"held_out/{name}/")))
     if settings.generate is not None:
-        planned.append(Planned(when(settings.generate.every_steps), _generation(config, start, engine, alive)))
+        planned.append(Planned(when(settings.generate.every_steps), _generation(config, start, engine, at_length)))
     for i, own in enumerate(settings.evaluators):
         made, tokenizer = build_evaluator(own, f"eval.evaluators[{i}]"), build_tokenizer(config.data.tokenizer)
-        by = OwnEvaluation(made, label_of(own), engine, tokenizer, start.ranks, alive)
+        by = OwnEvaluation(made, label_of(own), engine, tokenizer, start.ranks, at_length)
         planned.append(Planned(when(own.every_steps), by))
     return Evaluations(planned, config.train.steps)
 

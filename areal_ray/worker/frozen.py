@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from areal_ray.checkpoint import Catalog
-from areal_ray.config import Config, ConfigError
+from areal_ray.config import Config, ConfigError, plugin
 from areal_ray.distributed import Ranks
 from areal_ray.engine import FSDPEngine, Objective
 from areal_ray.run import RunDir
@@ -39,7 +39,7 @@ class FrozenModels:
         if objective.once:
             # Beside the prepared corpora of this place, whose names begin in another way.
             place = storage_at(config.run.storage_path, asdict(config.run.s3)).sub("data")
-            settings = {"precision": str(config.engine.precision)}
+            settings = _settings(config)
             self._answers = Answers(place, objective, _rows(load_data(config, run, ranks)), ranks, settings)
             if "objective" not in config.run.allow_changes:
                 self._known = self._answers.find(self._before)
@@ -70,6 +70,14 @@ class FrozenModels:
         data = self._answers.ask(engine, self._config.train.micro_batch_size, beat, say)
         engine.release_references()
         return _data(data)
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """What answers depend on beside the rows and the models, to the bit: runs that differ in it share none."""
+    engine, model, objective = config.engine, config.model, config.objective
+    named = asdict(objective) if plugin.is_plugin(objective.name) else objective.name
+    computed = engine.precision, engine.tf32, model.attention, model.loss, config.train.micro_batch_size
+    return {"computed": repr(computed), "objective": repr(named)}
 
 
 def _rows(data: Data) -> Rows:

@@ -95,13 +95,13 @@ class DirectPreference(Objective):
     def model_inputs(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         return text_inputs(in_one(batch))
 
-    def weight(self, batch: Batch) -> float:
+    def weight(self, batch: Batch) -> torch.Tensor:
         if f"{REJECTED}input_ids" not in batch or "labels" not in batch or f"{REJECTED}labels" not in batch:
             raise ValueError(
                 "objective dpo: its rows have labels, rejected_input_ids and rejected_labels beside input_ids, as "
                 f"data.format=preference makes them; these have {', '.join(sorted(batch))}"
             )
-        return float(len(batch["input_ids"]))
+        return pairs(batch).sum()
 
     def loss(self, output: Any, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         labels = in_one(batch)["labels"]
@@ -110,15 +110,20 @@ class DirectPreference(Objective):
         gains = log_probs - batch[REFERENCE_LOG_PROBS]
         scores = gains / lengths if self._averages else gains
         losses = self._losses(scores[:, 0] - scores[:, 1])
+        counts = pairs(batch)
+
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            return values.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
+
         rewards, said = self._beta * gains.detach(), log_probs.detach()
         margins = rewards[:, 0] - rewards[:, 1]
-        return losses.mean(), {
-            "reward_chosen": rewards[:, 0].mean(),
-            "reward_rejected": rewards[:, 1].mean(),
-            "reward_accuracy": (margins > 0).float().mean(),
-            "reward_margin": margins.mean(),
-            "log_prob_chosen": said[:, 0].mean(),
-            "log_prob_rejected": said[:, 1].mean(),
+        return mean(losses), {
+            "reward_chosen": mean(rewards[:, 0]),
+            "reward_rejected": mean(rewards[:, 1]),
+            "reward_accuracy": mean((margins > 0).float()),
+            "reward_margin": mean(margins),
+            "log_prob_chosen": mean(said[:, 0]),
+            "log_prob_rejected": mean(said[:, 1]),
         }
 
     def _losses(self, differences: torch.Tensor) -> torch.Tensor:
@@ -131,6 +136,11 @@ class DirectPreference(Objective):
         if not self._smoothing:
             return -F.logsigmoid(scaled)
         return -(1 - self._smoothing) * F.logsigmoid(scaled) - self._smoothing * F.logsigmoid(-scaled)
+
+
+def pairs(batch: Batch) -> torch.Tensor:
+    """Which rows are pairs, (B): those in which nothing is predicted fill up a batch (`areal_ray.data.InOrder`)."""
+    return (batch["labels"] != IGNORED).any(1) | (batch[f"{REJECTED}labels"] != IGNORED).any(1)
 
 
 def in_one(batch: Batch) -> Batch:

@@ -21,7 +21,11 @@ def outer_matrices(model: nn.Module) -> set[torch.Tensor]:
     """Tables of embeddings, and the output layer's matrix: no hidden layers, and not what Muon is for."""
     found: set[torch.Tensor] = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return found | ({head.weight} if isinstance(head, nn.Linear) else set())
+    if isinstance(head, nn.Linear):
+        return found | {head.weight}
+    # An adapter that trains the whole head keeps it inside (peft's modules_to_save), beside its own factors, if any.
+    inside = head.named_modules() if isinstance(head, nn.Module) else ()
+    return found | {each.weight for name, each in inside if isinstance(each, nn.Linear) and "modules_to_save" in name}
 
 
 def split_groups(model: nn.Module, groups: Groups, adamw: Sequence[str]) -> tuple[Groups, Groups]:

@@ -36,6 +36,7 @@ def check(world: World, status: int, path: str, overrides: Sequence[str], folder
         "train.steps=1000000",
         f"train.stop_at={step}",
         "logging.sample_ids=true",
+        *("on_end=null", "export=null", "eval.early_stopping=null"),
         "checkpoint.keep.last=1",
         f"cluster.num_workers={workers}",
     ]

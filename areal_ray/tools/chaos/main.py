@@ -99,7 +99,7 @@ def _own(overrides: Sequence[str], given: Config, storage: Path) -> list[str]:
         "run.name=chaos",
         "train.steps=1000000",
         "logging.sample_ids=true",
-        "on_end=null",
+        *("on_end=null", "export=null", "eval.early_stopping=null"),
         f"cluster.num_workers={given.usable_sizes[-1]}",
         "checkpoint.max_failed_saves=100",  # faults of the storage last longer than three saves of a small run
         *([] if given.checkpoint.keep.last else ["checkpoint.keep.last=3"]),

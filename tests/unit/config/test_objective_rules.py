@@ -4,7 +4,7 @@ import pytest
 
 from areal_ray.config import ConfigError, load
 from areal_ray.config.objective_rules import OBJECTIVES
-from areal_ray.engine.objectives import BUILTIN
+from areal_ray.engine.objectives import BUILTIN, build_objective
 
 pytestmark = pytest.mark.unit
 
@@ -51,3 +51,20 @@ def test_data_without_what_the_objective_is_about_are_refused(name, overrides, t
 )
 def test_data_with_it_are_taken_and_of_ones_own_nothing_is_known(name, overrides):
     assert experiment(name, *overrides).objective.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("language_modeling", ["objective.args.z_loss=0.1"]),
+        ("dpo", PAIRS),
+        ("distillation", ["objective.args.teacher=/somewhere"]),
+    ],
+)
+def test_checkpoints_can_be_kept_by_each_of_its_metrics(name, overrides):
+    objective = build_objective(experiment(name, *overrides).objective)
+    assert objective.metrics
+    for metric in objective.metrics:
+        experiment(name, *overrides, f"checkpoint.keep={{last: 1, best: 1, metric: held_out_{metric}}}")
+    with pytest.raises(ConfigError, match="must be held_out_loss or"):
+        experiment(name, *overrides, "checkpoint.keep={last: 1, best: 1, metric: held_out_other}")

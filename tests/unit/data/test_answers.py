@@ -35,6 +35,24 @@ def test_pieces_are_put_together_and_removed(storage, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.said.bin"]
 
 
+def test_two_jobs_that_finish_at_once_do_not_harm_each_other(storage):
+    mine, theirs = file_of(storage), file_of(storage)
+    for piece in mine.pieces:
+        mine.write(piece, ANSWERS[piece.start : piece.stop])
+    read = mine._read
+    done = []
+
+    def late(name, rows):  # the other one is done just after this one has seen that it is not
+        found = read(name, rows)
+        if not done:
+            done.append(theirs.finish())
+        return found
+
+    mine._read = late
+    mine.finish()
+    assert np.array_equal(file_of(storage).read(), ANSWERS)
+
+
 @pytest.mark.parametrize("name", ["train.said.bin", "train.said-000000000004.part"])
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:5] + b"x" + data[6:], lambda data: b""])
 def test_what_is_torn_is_asked_for_again(storage, tmp_path, name, damage):

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -384,16 +384,20 @@ def test_a_run_without_a_checkpoint_has_not_ended_well(drive, tmp_path, capsys, 
     assert ("there is no checkpoint in" in capsys.readouterr().out) != checkpoint
 
 
-@pytest.mark.parametrize(("step", "status"), [(7, 0), (4, 1)])
-def test_a_head_node_that_is_lost_after_the_last_commit_is_no_failure(config, tmp_path, monkeypatch, step, status):
+@pytest.mark.parametrize(("step", "early", "status"), [(7, False, 0), (4, False, 1), (4, True, 0)])
+def test_a_head_node_that_is_lost_after_the_last_commit_is_no_failure(
+    config, tmp_path, monkeypatch, step, early, status
+):
     class Exit(Exception):
         pass
 
     def leave(code):
         raise Exit(code)
 
-    run, checked, _ = prepare(config(*SEVEN))
+    run, checked, _ = prepare(config(*SEVEN, "eval.early_stopping={patience: 1}"))
     run.storage.ensure()
+    if early:
+        run.event("stopped_early", step=step, rule=asdict(checked.eval.early_stopping))
     save_box(tmp_path / "tiny", step=step)
     monkeypatch.setattr(driver_main.os, "_exit", leave)
     with pytest.raises(Exit) as caught:

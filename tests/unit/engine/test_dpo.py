@@ -92,6 +92,17 @@ def test_losses_and_gradients_are_those_of_the_papers(loss_type, smoothing, aver
     assert objective.weight(batch) == 3
 
 
+def test_rows_that_fill_up_a_batch_are_no_pairs():
+    objective = DirectPreference(BETA)
+    batch = objective.prepare(pairs(), {"reference": Table(1)})
+    filled = {name: torch.cat([values, values[:2]]) for name, values in batch.items()}
+    for name in ("labels", "rejected_labels"):
+        filled[name][3:] = -100
+    of, of_filled = (objective.loss(Table(2).logits[in_one(each)["input_ids"]], each) for each in (batch, filled))
+    torch.testing.assert_close(of_filled, of)
+    assert objective.weight(filled) == objective.weight(batch) == 3
+
+
 def test_a_model_that_is_its_own_reference_has_the_loss_of_a_coin():
     objective = DirectPreference(BETA)
     batch = objective.prepare(pairs(), {"reference": Table(1)})

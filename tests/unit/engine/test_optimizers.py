@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from areal_ray.config import ConfigError, OptimConfig, ParameterGroupConfig
+from areal_ray.config import AdapterConfig, ConfigError, OptimConfig, ParameterGroupConfig, load
 from areal_ray.engine.optim import build_optimizer
+from areal_ray.engine.optim.muon import outer_matrices
+from areal_ray.models import build_adapted
 
 pytestmark = pytest.mark.unit
 
@@ -151,3 +153,12 @@ def test_arguments_that_they_do_not_take_are_config_errors(model, name, args, ke
     with pytest.raises(ConfigError, match=part) as caught:
         build_optimizer(model.to("meta"), OptimConfig(name=name, args=args))
     assert caught.value.key == key
+
+
+def test_a_head_that_an_adapter_trains_whole_goes_to_adamw():
+    pytest.importorskip("peft")
+    args = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    untied = load("conf/experiments/tiny.yaml", ["model.config.tie_word_embeddings=false"]).model
+    adapted, _ = build_adapted(untied, AdapterConfig("lora", args))
+    (head,) = [p for name, p in adapted.named_parameters() if "lm_head" in name and p.requires_grad]
+    assert any(head is each for each in outer_matrices(adapted))

@@ -127,10 +127,12 @@ class Run:
 
     def __init__(self, dies_at, leaves_at=None):
         self.began, self.saves, self.dies_at, self.leaves_at = [], [], dies_at, leaves_at
+        self.phases = []
 
     def check(self): ...
 
-    def enter(self, phase): ...
+    def enter(self, phase):
+        self.phases.append(phase)
 
     def leaving(self):
         return self.began[-1] == self.leaves_at

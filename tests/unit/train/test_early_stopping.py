@@ -48,6 +48,8 @@ def test_what_was_seen_of_another_metric_does_not_count():
     other.load_state_dict(seen.state_dict())
     other.see(4, {"accuracy": 2.0})
     assert other.state_dict() == {"metric": "accuracy", "best": 2.0, "best_step": 4, "without": 0}
+    other.load_state_dict({})  # of a checkpoint that was saved without a rule
+    assert other.state_dict() == {"metric": "accuracy", "best": None, "best_step": 0, "without": 0}
 
 
 class Worse(Engine):

@@ -76,6 +76,8 @@ def test_an_evaluator_of_one_s_own_gives_metrics_at_its_cadence(start):
     assert all(line["held_out/Weighs/step"] == step for step, line in there.items())
     assert there[22]["held_out/Weighs/weight"] == 2 * job.engine.weight == 2 * there[22]["held_out/once/weight"]
     assert [line["step"] for line in lines(job) if "held_out/once/step" in line] == [0, 10, 20, 22]
+    phases = {phase for phase in job.run.phases if "evaluat" in phase}
+    assert phases == {"evaluate", "other evaluation"}  # which may take as long as it likes
     with pytest.raises(ConfigError, match="unexpected keyword argument"):
         build_evaluator(EvaluatorConfig(NAME, args={"time": 2}), "eval.evaluators[0]")
     with pytest.raises(ConfigError, match="cannot be called"):
