@@ -80,9 +80,8 @@ def train(
             f"{config.run.name} has {'stopped early after' if ended else 'finished'} step {done.step} already "
             f"({run.storage.location}/{done.name}).\nTo go on: {go_on}. To begin anew: another run.name."
         )
-        if config.export is not None and (ended or done.step == config.train.steps):
-            _export_what_is_missing(Exporter(config, run, search_path, _print), run, done.name)
-        return 0
+        at_end = ended or done.step == config.train.steps
+        return _export_what_is_missing(config, run, search_path, done.name if at_end else None)
     try:
         run.storage.ensure(config.run.private)
     except OSError as error:
@@ -189,20 +188,35 @@ def _drive(
     early = outcome["reason"] == "early"
     status = "finished" if early or outcome["step"] == config.train.steps else "stopped"
     checkpoint = ending.finished(status, outcome)
-    if exporter is not None and status == "finished" and checkpoint is not None:
-        exporter.finish(checkpoint, asked_to_stop.is_set)
+    if exporter is not None:
+        exporter.finish(checkpoint if status == "finished" else None, asked_to_stop.is_set)
     return 0
 
 
-def _export_what_is_missing(exporter: Exporter, run: RunDir, name: str) -> None:
-    """Make the exports of a finished run that were killed, or asked for since."""
-    if exporter.is_done(name):
-        return
+def _export_what_is_missing(config: Config, run: RunDir, search_path: Sequence[str], name: str | None) -> int:
+    """Make the exports of a run that has ended that were killed, or asked for since; the exit status.
+
+    Args:
+        name: of its last checkpoint, if that is the end of the run; None: it has stopped before.
+    """
+    if config.export is None:
+        return 0
+    run = RunDir(run.storage, secrets.token_hex(8))
+    exporter = Exporter(config, run, search_path, _print)
     try:
-        with hold_lease(run.storage, lambda: None, _print):
+        if exporter.is_done(name):
+            return 0
+        with hold_lease(run.storage, exporter.stop, _print):
+            run.fence.take()
             exporter.finish(name)
     except RunInUse as error:
         raise ConfigError("run.name", str(error)) from None
+    except OSError as error:
+        raise ConfigError("run.storage_path", str(error)) from None
+    except RunTaken as taken:
+        _print(str(taken))
+        return 1
+    return 0
 
 
 def _stopped_early(config: Config, run: RunDir, step: int) -> bool:

@@ -170,6 +170,8 @@ def _check_export(config: Config, tokenizer: Tokenizer) -> None:
     wanted = config.export
     assert wanted is not None
     if config.model.factory:
+        if config.adapter is not None:
+            raise ConfigError("export", "an adapter of a factory's model cannot be exported")
         made = models.factory_architecture(config.model)
         if made is None:
             text = (

@@ -31,7 +31,8 @@ def _export(job: dict[str, Any]) -> dict[str, Any]:
     import torch  # here: the line on standard input comes at once
 
     from areal_ray.checkpoint import Catalog
-    from areal_ray.config import plugin
+    from areal_ray.config import AdapterConfig, plugin
+    from areal_ray.models import build_adapter
     from areal_ray.run import RunDir
     from areal_ray.storage import storage_at
     from areal_ray.tools.export.directory import Form
@@ -40,12 +41,14 @@ def _export(job: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     plugin.extend_path(job["search_path"])
-    run = RunDir(storage_at(job["run"], job["s3"]))
+    run = RunDir(storage_at(job["run"], job["s3"]), job["job"])
     folder = run.storage.sub(FOLDER)
     folder.ensure()
     form = Form(**{**job["form"], "tokens": TokenNames(**job["form"]["tokens"])})
     checkpoint = Catalog(run.storage).directory(job["checkpoint"])
-    done = export_into(folder, checkpoint, job["step"], form, run)
+    # Of the configuration, which the user wrote: what the checkpoint names is not called.
+    adapter = None if job["adapter"] is None else build_adapter(AdapterConfig(**job["adapter"]))
+    done = export_into(folder, checkpoint, job["step"], form, run, adapter, job["token"])
     return {"bytes": done.total_bytes, "tensors": done.tensors}
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,7 @@ def export(
     form: Form | None = None,
     run: RunDir | None = None,
     ema: bool = False,
+    before_config: Callable[[], None] = lambda: None,
 ) -> Exported:
     """Write the weights of a checkpoint so that `AutoModelForCausalLM.from_pretrained` reads them, bit for bit.
 
@@ -93,6 +94,8 @@ def export(
         form: what else there is to say; of an adapter alone only the tokenizer.
         run: with the losses and data of the model card; None: the card has what the checkpoint says.
         ema: write the averages of the weights.
+        before_config: called before the config is written, which makes the directory a model; of an adapter before
+            its weights are. What it raises leaves it none.
 
     Raises:
         FileExistsError: if there is something in `out`.
@@ -116,6 +119,7 @@ def export(
             out.ensure()
             if form.tokenizer not in (None, "none"):
                 _write_tokenizer(out, build_tokenizer(form.tokenizer).transformers())
+            before_config()
             tensors = saved.write(out, stored)
             return Exported(sorted(out.names()), len(tensors), sum(each.nbytes for each in tensors.values()))
         named = _tokenizer_of(info, form)
@@ -144,6 +148,7 @@ def export(
     safetensors_files.write_index(out, index)
     out.replace("generation_config.json", _json(generation_config(tokens, config, source)))
     out.replace("README.md", card.encode())
+    before_config()
     out.replace("config.json", _json(config))  # last: without it nobody takes the directory for a model
     return Exported(sorted(out.names()), len(weights), index["metadata"]["total_size"])
 

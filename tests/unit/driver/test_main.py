@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -28,6 +29,7 @@ from areal_ray.storage import LocalStorage, s3
 from areal_ray.storage.s3_client import S3Client
 from tests.unit.checkpoint.boxes import save_box
 from tests.unit.data.tokenizer_files import save_tokenizer
+from tests.unit.driver.test_exports import Made
 
 pytestmark = pytest.mark.unit
 
@@ -349,7 +351,7 @@ def tell(result, directory):
 def drive(config, monkeypatch):
     """Runs the driver around workers whose outcome is at hand; the run's result goes with the status."""
 
-    def drive(outcome):
+    def drive(outcome, *overrides):
         shown = SimpleNamespace(wait_for_end=lambda **_: None)
         for name in ("cluster", "display", "hold_lease", "watching"):
             monkeypatch.setattr(driver_main, name, lambda *_, **__: nullcontext(shown))
@@ -360,7 +362,7 @@ def drive(config, monkeypatch):
         context = SimpleNamespace(gcs_address="127.0.0.1:1")
         monkeypatch.setattr(driver_main.ray, "get_runtime_context", lambda: context)
         told.clear()
-        status = driver_main.train(config(*SEVEN, "on_end=tests.unit.driver.test_main:tell"))
+        status = driver_main.train(config(*SEVEN, "on_end=tests.unit.driver.test_main:tell", *overrides))
         return status, prepare(config(*SEVEN))[0].result()
 
     return drive
@@ -382,6 +384,22 @@ def test_a_run_without_a_checkpoint_has_not_ended_well(drive, tmp_path, capsys, 
     assert (status, result["status"]) == ((0, "finished") if checkpoint else (1, "failed"))
     assert told == [(str(tmp_path / "tiny"), result)]
     assert ("there is no checkpoint in" in capsys.readouterr().out) != checkpoint
+
+
+def test_a_run_that_stops_early_makes_the_exports_that_are_due_and_not_that_of_its_end(drive, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver_main, "Exporter", Made)
+    folder = tmp_path / "tiny" / "export"
+
+    def stopped():
+        for step in (2, 4, 5):
+            save_box(tmp_path / "tiny", step=step)
+        return {"reason": None, "step": 5, "loss": 1.0, "world_size": 2}
+
+    for _ in range(2):  # the second time it has come so far already
+        status, result = drive(stopped, "train.stop_at=5", "export={every_steps: 2}")
+        assert (status, result["status"]) == (0, "stopped")
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004"]
+        shutil.rmtree(folder / "step-00000004")
 
 
 @pytest.mark.parametrize(("step", "early", "status"), [(7, False, 0), (4, False, 1), (4, True, 0)])

@@ -56,10 +56,10 @@ class Progress:
     def load_state_dict(self, state): ...
 
 
-def saved(path, info, config):
-    """A checkpoint of a model with random weights, in a run directory."""
+def saved(path, info, config, made=None):
+    """A checkpoint of a model with random weights, in a run directory; of one on the meta device if that is given."""
     torch.manual_seed(0)
-    made = models.build_model(config)
+    made = made or models.build_model(config)
     models.materialise(made, torch.device("cpu"))
     models.init_buffers(made)
     with torch.no_grad():
