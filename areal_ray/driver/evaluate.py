@@ -69,7 +69,8 @@ def evaluate(asked: Asked) -> dict[str, dict[str, float]]:
 
     Raises:
         ConfigError: if the configuration is at fault.
-        ValueError: if the checkpoint says too little, or names what is not loaded unasked; if there are no such data.
+        ValueError: if the checkpoint says too little, or names what is not loaded unasked; if there are no such data;
+            on every rank, if a frozen model of its objective is another one now.
         CheckpointDamaged: if its manifest cannot be read. RankError: if its bytes are not those that were written.
     """
     checkpoint = storage_at(asked.checkpoint)
