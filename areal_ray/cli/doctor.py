@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
         bad += _print([Finding("ok", "model, run, data", text)])
         bad += _print(Finding("ok", *line.split(": ", 1)) for line in lines)
     except NotPrepared as error:
+        data = replace(given.data, tokenizer=error.config.data.tokenizer)
+        config = replace(given, model=error.config.model, data=data)  # model.path may be that of a run
         text = f"{error.bytes / 1e6:,.0f} MB are not prepared yet: `areal-ray prepare` or the first start does that"
         bad += _print([Finding("ok", "model, run", "as `train` checks them"), Finding("note", "data", text)])
     storage = storage_at(config.run.storage_path, asdict(config.run.s3))

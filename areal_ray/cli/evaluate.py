@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 
@@ -41,7 +42,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     try:
         if arguments.rows is not None and arguments.rows < 1:
             raise ConfigError("--rows", f"must be greater than 0, not {arguments.rows}", "command line")
-        found = evaluate(Asked(**asked))
+        with redirect_stdout(sys.stderr):  # remarks on what is loaded; the result alone goes where it is read from
+            found = evaluate(Asked(**asked))
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2

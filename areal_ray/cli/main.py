@@ -221,6 +221,8 @@ def _with_config(arguments: argparse.Namespace, run: Callable[[Any], int]) -> in
         try:
             return run(config)
         except ConfigError as error:  # found while looking at files, models and the run directory
+            if error.source:  # another file than the experiment
+                raise
             from areal_ray.config.layers import read_layers, source_of
 
             layers = read_layers(arguments.config, arguments.overrides, Config)

@@ -17,6 +17,7 @@ def sweep(config: Any, arguments: argparse.Namespace) -> int:
     from areal_ray.cli.jobs import refuse_secrets
     from areal_ray.cli.runs import aligned
     from areal_ray.config import ConfigError, load
+    from areal_ray.config.eval_rules import check_metric
     from areal_ray.tools.sweep import read_sweep
 
     refuse_secrets(arguments.overrides)  # the commands of the trials stand in the list of processes
@@ -24,8 +25,10 @@ def sweep(config: Any, arguments: argparse.Namespace) -> int:
         text = "of a sweep must be a folder that all nodes see: Ray Tune keeps its state there, too"
         raise ConfigError("run.storage_path", text)
     space = read_sweep(arguments.space)
-    if space.metric.startswith("held_out") and config.eval.every_steps is None:
-        raise ConfigError("eval.every_steps", f"is null, but the sweep judges by {space.metric}, of an evaluation")
+    try:
+        check_metric(config, space.metric, "metric", "loss")
+    except ConfigError as error:
+        raise ConfigError(error.key, error.message, arguments.space) from None
     for key, what in space.space.items():  # a key that there is not, or a value, is found here and not in every trial
         for value in next(iter(what.values())):
             load(arguments.config, [*arguments.overrides, f"{key}={value}"])

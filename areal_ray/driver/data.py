@@ -18,6 +18,7 @@ from areal_ray.data.corpus.manifest import Manifest
 from areal_ray.data.splits import open_source
 from areal_ray.data.tokenizers import Tokenizer
 from areal_ray.driver.connect import cluster
+from areal_ray.driver.first_weights import with_first_weights
 from areal_ray.run import RunDir
 from areal_ray.storage import Storage, storage_at
 
@@ -30,16 +31,17 @@ class NotPrepared(Exception):
 
     Args:
         bytes: of the sources that are to be prepared.
+        config: that they are of, with its model and tokenizer as they were settled before.
     """
 
-    def __init__(self, bytes: int) -> None:
+    def __init__(self, bytes: int, config: Config) -> None:
         super().__init__(f"{bytes} bytes of sources are not prepared")
-        self.bytes = bytes
+        self.bytes, self.config = bytes, config
 
 
 def leave_unprepared(config: Config, plan: planning.Plan, say: Say) -> None:
     """A Make for who only looks: raises NotPrepared."""
-    raise NotPrepared(plan.bytes)
+    raise NotPrepared(plan.bytes, config)
 
 
 def make_corpus(config: Config, plan: planning.Plan, say: Say) -> None:
@@ -96,6 +98,7 @@ def prepare_all(config: Config, say: Say) -> None:
     """Prepare what a run of this configuration would train on, and say where it is; for `areal-ray prepare`."""
     if not config.corpora:
         raise ConfigError("data.source", f"{config.data.source} prepares its rows itself")
+    config = with_first_weights(config, {})
     tokenizer = build_tokenizer(config.data.tokenizer)
     for name, data in config.corpora.items():
         source = open_source(data, asdict(config.run.s3))

@@ -24,6 +24,7 @@ from areal_ray.data.corpus.corpus import Corpus, TokenSource
 from areal_ray.data.in_order import InOrder
 from areal_ray.data.splits import open_set, open_source, open_splits, own_splits
 from areal_ray.distributed import Ranks
+from areal_ray.driver.first_weights import with_first_weights
 from areal_ray.engine.fsdp import FSDPEngine
 from areal_ray.engine.next_token import NextToken
 from areal_ray.engine.objectives import LanguageModeling, build_objective
@@ -68,13 +69,18 @@ def evaluate(asked: Asked) -> dict[str, dict[str, float]]:
 
     Raises:
         ConfigError: if the configuration is at fault.
-        ValueError: if the checkpoint says too little, or names what is not loaded unasked; if there are no such data.
+        ValueError: if the checkpoint says too little, or names what is not loaded unasked; if there are no such data;
+            on every rank, if a frozen model of its objective is another one now.
         CheckpointDamaged: if its manifest cannot be read. RankError: if its bytes are not those that were written.
     """
     checkpoint = storage_at(asked.checkpoint)
     info = read_manifest(checkpoint).info
     config = _config(asked, info, checkpoint.location)
     objective = build_objective(config.objective)
+    if objective.references and asked.config is None:
+        names = ", ".join(objective.references)
+        text = f"{checkpoint.location} is of an objective with a frozen model ({names}), which is not loaded unasked"
+        raise ValueError(f"{text}: give --config, its experiment")
     # Before data are read: it makes the process group.
     engine = FSDPEngine(config, device="cuda" if config.cluster.use_gpu else "cpu")
     loss = info.get("loss") if config.model.loss == "auto" else None
@@ -89,6 +95,7 @@ def evaluate(asked: Asked) -> dict[str, dict[str, float]]:
     )
     ranks = Ranks()
     try:
+        _check_references(info, engine.references, checkpoint.location)
         reader.load(checkpoint, {"engine": engine.weights}, ranks, part=True)
         found: dict[str, dict[str, float]] = {}
         with _sets(asked, config, checkpoint.location, ranks) as sets:
@@ -101,6 +108,21 @@ def evaluate(asked: Asked) -> dict[str, dict[str, float]]:
         return found
     finally:
         engine.destroy()
+
+
+def _check_references(info: Mapping[str, Any], now: Mapping[str, str], location: str) -> None:
+    """Raise ValueError, on every rank, if a frozen model is another one than when the checkpoint was saved."""
+    before = info.get("references") or {}
+    other = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
+    if not other:
+        return
+    name = other[0]
+    text = (
+        f"the frozen model `{name}` is not the one of {location} (fingerprint {now[name][:12]}, then "
+        f"{before[name][:12]}): the numbers would be those of another comparison. Give the objective, run.seed and "
+    )
+    path = ((info.get("config") or {}).get("model") or {}).get("path")
+    raise ValueError(f"{text}model.path that its run had{f' ({path})' if path else ''}")
 
 
 def _one(engine: FSDPEngine, rows: TokenDataset, objective: Any, per_rank: int, most: int | None) -> dict[str, float]:
@@ -124,15 +146,30 @@ def _config(asked: Asked, info: Mapping[str, Any], location: str) -> Config:
     here += ["engine.mesh={replicate: 1, shard: -1, tensor: 1}", f"train.global_batch_size={workers}", "export=null"]
     tokenizer = [] if asked.tokenizer is None else [f"data.tokenizer={asked.tokenizer}"]
     if asked.config is not None:
-        return load(asked.config, [*here, *tokenizer, *asked.overrides])
+        return _settled(load(asked.config, [*here, *tokenizer, *asked.overrides]), info)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.yaml"
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(_recorded(asked, info, location))))
         try:
-            return load(str(path), [*here, *tokenizer, *asked.overrides])
+            return _settled(load(str(path), [*here, *tokenizer, *asked.overrides]), info)
         except ConfigError as error:
             source = error.source if error.source == "command line" else f"the config of {location}"
             raise ConfigError(error.key, error.message, source) from None
+
+
+def _settled(config: Config, info: Mapping[str, Any]) -> Config:
+    """With what lies at model.path, whether the model is tied, and a length in steps.
+
+    That the engine needs, and nothing that is evaluated depends on it.
+    """
+    config, saved = with_first_weights(config, {}), info.get("config") or {}
+    model, steps = config.model, (saved.get("train") or {}).get("steps") or 1
+    if model.tie is None and not model.factory:  # by the weights, of which those at model.path are not looked at
+        config = replace(config, model=replace(model, tie=(saved.get("model") or {}).get("tie")))
+    train = replace(config.train, steps=steps, samples=None, epochs=None, stop_at=None)
+    warmup: dict[str, Any] = {"warmup_steps": 0, "warmup_samples": None, "warmup_epochs": None}
+    decay: dict[str, Any] = {"decay_steps": None, "decay_samples": None, "decay_epochs": None}
+    return replace(config, train=train, optim=replace(config.optim, **warmup, **decay))
 
 
 def _recorded(asked: Asked, info: Mapping[str, Any], location: str) -> dict[str, Any]:

@@ -14,18 +14,19 @@ import torch
 import torch.nn.functional as F
 
 from areal_ray import models
-from areal_ray.checkpoint import save
+from areal_ray.checkpoint import Catalog, save
 from areal_ray.checkpoint.reader import StoredState
 from areal_ray.cli.main import main as run_cli
 from areal_ray.config import GenerateConfig
 from areal_ray.distributed import Ranks
-from areal_ray.driver.evaluate import Asked, evaluate
+from areal_ray.driver.evaluate import Asked, _config, evaluate
+from areal_ray.engine import FSDPEngine
 from areal_ray.engine.next_token import NextToken
-from areal_ray.engine.objectives import LanguageModeling
+from areal_ray.engine.objectives import DirectPreference, LanguageModeling
 from areal_ray.storage import LocalStorage
 from areal_ray.train.generation import Generation
 from tests.distributed.ranks import run_ranks
-from tests.distributed.small import SEQ_LEN, local_batch, small_config, snapshot, start_engine, train
+from tests.distributed.small import ROOT, SEQ_LEN, SMALL, local_batch, small_config, snapshot, start_engine, train
 
 pytestmark = pytest.mark.distributed
 PROMPTS = [[5], [9, 80, 81], [7] * 40]
@@ -183,3 +184,53 @@ def test_mistakes_of_an_evaluation_are_one_line(
     code = {"config": {"objective": {"name": "mine:Own"}}, "hf_config": {"model_type": "qwen3"}}
     save(LocalStorage(tmp_path / "code"), state, code, Ranks())
     assert "names mine:Own, and code is not run unasked: give --config" in said(1, str(tmp_path / "code"))
+    teacher = {"objective": {"name": "distillation", "args": {"teacher": "some/body"}}, "train": {}}
+    teacher["train"] = {"micro_batch_size": 1, "seq_len": 8}
+    save(LocalStorage(tmp_path / "taught"), state, {"config": teacher, "hf_config": code["hf_config"]}, Ranks())
+    said_of_it = said(1, str(tmp_path / "taught"), "--data", str(root / "text"))
+    assert "a frozen model (teacher), which is not loaded unasked: give --config" in said_of_it
+
+
+def saved_run(path: Path, *overrides: str, references: tuple[str, ...] = ()) -> None:
+    """A checkpoint of a run that has not trained yet."""
+    engine = FSDPEngine(small_config(*overrides, sizes=not references))
+    engine.initialize(references=references)
+    config = engine._config
+    info = {"config": json.loads(json.dumps(asdict(config))), "hf_config": models.architecture(config.model)}
+    info |= {"tokenizer": "bytes", "seed": config.run.seed, "step": 1, "attempt": 1, **engine.describe()}
+    path.parent.mkdir(exist_ok=True)
+    save(LocalStorage(path), {"engine": engine.state}, info, Ranks())
+    engine.destroy()
+
+
+def test_a_frozen_model_is_the_one_that_the_run_had(tmp_path: Path, capsys: Any) -> None:
+    began, saved = tmp_path / "began", tmp_path / "run" / "saved"
+    saved_run(began / Catalog.name(1, 1))
+    sizes = [text for text in SMALL if not text.startswith(("model.", "train.steps", "optim.warmup"))]
+    of = [*sizes, "model=pretrained", "objective={name: dpo}", "data.source=jsonl", "data.format=preference"]
+    of += ["data.packing=none", "data.paths=[none.jsonl]", "train.epochs=1", f"run.storage_path={tmp_path}"]
+    saved_run(saved, *of, "train.steps=4", f"model.path={began}", references=DirectPreference.references)
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 3)
+    told = ["evaluate", str(saved), "--json", "--data", str(tmp_path / "pairs.jsonl")]
+    its_own = ["--config", str(ROOT / "conf/experiments/tiny.yaml"), *of]
+
+    def found(path: Path) -> dict[str, float]:
+        assert run_cli([*told, *its_own, f"model.path={path}"]) == 0
+        return dict(json.loads(capsys.readouterr().out)["data"])
+
+    values = found(began)  # its length is in epochs, its path that of a run
+    assert (values["loss"], values["rows"]) == (pytest.approx(math.log(2), abs=1e-5), 3)  # neither model has moved
+    assert run_cli(told) == 1
+    assert "a frozen model (reference), which is not loaded unasked: give --config" in capsys.readouterr().err
+    saved_run(began / Catalog.name(2, 1), "run.seed=1")  # it has gone on
+    assert run_cli([*told, *its_own, f"model.path={began}"]) == 1
+    said = capsys.readouterr().err
+    assert f"the frozen model `reference` is not the one of {saved}" in said
+    assert f"model.path that its run had ({began / Catalog.name(1, 1)})" in said
+    assert found(began / Catalog.name(1, 1))["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_model_is_tied_or_not_as_its_run_found_it() -> None:
+    asked = Asked("run/saved", config=str(ROOT / "conf/experiments/tiny.yaml"))
+    assert _config(asked, {"config": {"model": {"tie": False}}}, "run/saved").model.tie is False

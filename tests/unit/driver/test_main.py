@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from areal_ray.checkpoint import Catalog, save
+from areal_ray.cli.main import main as run_cli
 from areal_ray.config import ConfigError, load
 from areal_ray.data.splits import open_sets, open_splits
 from areal_ray.data.tokenizers import ByteTokenizer
@@ -424,7 +425,8 @@ def test_a_head_node_that_is_lost_after_the_last_commit_is_no_failure(
     assert run.result()["status"] == ("failed" if status else "finished")
 
 
-def test_first_weights_and_their_tokenizer_are_settled_before_anything_starts(config, tmp_path, capsys):
+def save_runs(config, tmp_path):
+    """Two runs with a checkpoint each, `mine` with bytes and `theirs` with a tokenizer of files."""
     of = config("model.config.hidden_size=32", "model.config.num_hidden_layers=1").model
     model = build_model(of)
     materialise(model, torch.device("cpu"))
@@ -434,6 +436,26 @@ def test_first_weights_and_their_tokenizer_are_settled_before_anything_starts(co
         directory = LocalStorage(tmp_path / run)
         directory.ensure()
         save(directory.sub(Catalog.name(1, 1)), {"engine": DCPState(model)}, info, Ranks())
+
+
+def test_the_path_of_a_run_does_wherever_an_experiment_is_given(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    save_runs(config, tmp_path)
+    told = ["--config", TINY, "data=text", f"data.paths=[{tmp_path}/corpus]", "train.seq_len=64", "model=pretrained"]
+    mine = [*told, f"run.storage_path={tmp_path}/new", f"model.path={tmp_path}/mine"]
+    for command in (["doctor"], ["train", "--dry-run"]):  # the data are not prepared yet
+        assert run_cli([*command, *mine]) == 0
+        assert "MB are not prepared yet" in capsys.readouterr().out
+    assert run_cli(["prepare", *mine]) == 0
+    assert "prepared data: 2 documents" in capsys.readouterr().out
+    assert run_cli(["doctor", *mine]) == 0
+    assert "tokens: " in capsys.readouterr().out  # these are its data
+    assert run_cli(["prepare", *mine, f"model.path={tmp_path}/theirs"]) == 2
+    assert "not loaded unasked: say data.tokenizer=org/name" in capsys.readouterr().err
+
+
+def test_first_weights_and_their_tokenizer_are_settled_before_anything_starts(config, tmp_path, capsys):
+    save_runs(config, tmp_path)
     _, fixed, _ = prepare(config("model=pretrained", f"model.path={tmp_path}/mine"))
     assert fixed.model.path == f"{tmp_path}/mine/{Catalog.name(1, 1)}"
     assert (fixed.model.config["hidden_size"], fixed.model.tie, fixed.data.tokenizer) == (32, True, "bytes")

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from areal_ray.cli.main import main as run_cli
 from areal_ray.config import ConfigError
+from areal_ray.driver import preflight
 from areal_ray.run import RunDir
 from areal_ray.run.lease import hold_lease
 from areal_ray.storage import LocalStorage
@@ -13,6 +15,7 @@ from areal_ray.tools.sweep import read_sweep
 from areal_ray.tools.sweep import trial as trials
 
 pytestmark = pytest.mark.unit
+TINY = "conf/experiments/tiny.yaml"
 
 
 @pytest.fixture
@@ -50,6 +53,28 @@ def test_a_mistake_is_one_line_that_names_file_and_key(written, text, key, part)
         read_sweep(written(text))
     assert caught.value.key == key
     assert "space.yaml" in str(caught.value)
+
+
+SET = "eval.sets={code: {source: text, paths: [/tmp/x], every_steps: 100}}"
+
+
+@pytest.mark.parametrize(
+    ("metric", "overrides", "said"),
+    [
+        ("held_out/code/loss", [SET, "eval.every_steps=null"], "run.name: as far as its data"),
+        ("held_out/code/loss", [], "space.yaml: metric: must be held_out_loss or loss, not 'held_out/code/loss'"),
+        ("held_out_loss", [SET, "eval.every_steps=null"], "space.yaml: metric: held_out_loss needs eval.every_steps"),
+        ("ema_held_out_loss", [], "space.yaml: metric: ema_held_out_loss needs eval.ema"),
+    ],
+)
+def test_it_judges_by_what_an_evaluation_gives(written, monkeypatch, capsys, metric, overrides, said):
+    def prepare(config):
+        raise ConfigError("run.name", "as far as its data")
+
+    monkeypatch.setattr(preflight, "prepare", prepare)
+    space = written(f"space: {{optim.lr: {{grid: [0.1]}}}}\nmetric: {metric}")
+    assert run_cli(["sweep", "--config", TINY, "--space", space, *overrides]) == 2
+    assert said in capsys.readouterr().err
 
 
 LOGS = """

@@ -129,6 +129,24 @@ def test_accuracy_and_bytes_are_means_over_predicted_tokens_with_and_without_log
     assert float(values["accuracy"]) == pytest.approx(float(((-logits).argmax(-1) == labels).sum() / len(kept)))
 
 
+class WithAccuracy(LanguageModeling):
+    metrics = ("accuracy", "perplexity")
+
+    def loss(self, output, batch):
+        loss, others = super().loss(output, batch)
+        return loss, {**others, "accuracy": torch.tensor(0.25), "perplexity": torch.tensor(7.0)}
+
+
+def test_what_an_objective_says_itself_is_neither_asked_twice_nor_overwritten():
+    logits, _, _, labels = logits_and_hidden()
+    scored = NextToken(WithAccuracy(), ["perplexity", "bits_per_byte", "accuracy"], torch.ones(11))
+    assert scored.metrics == ("accuracy", "perplexity", "bytes_per_token")
+    loss, values = scored.loss(logits, {"input_ids": labels.clamp(min=0), "labels": labels})
+    told = scored.derive({"loss": float(loss), **{name: float(value) for name, value in values.items()}})
+    assert (told["accuracy"], told["perplexity"]) == (0.25, 7.0)
+    assert set(told) == {"loss", "accuracy", "perplexity", "bits_per_byte"}
+
+
 def test_bits_per_byte_and_perplexity_follow_from_the_means():
     scored = NextToken(LanguageModeling(), ["perplexity", "bits_per_byte"], torch.ones(3))
     told = scored.derive({"loss": 3 * math.log(2), "bytes_per_token": 1.5})
