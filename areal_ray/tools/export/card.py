@@ -40,28 +40,29 @@ def model_card(
         weights: as they are written.
         run: the run that it is of, if it is there: its losses and the sizes of its corpora are read.
     """
-    settings = info.get("config") or {}
-    data, source = settings.get("data") or {}, (settings.get("model") or {}).get("path")
-    name = (settings.get("run") or {}).get("name") or "model"
-    kind = ", ".join(config.get("architectures") or []) or str(config.get("model_type"))
-    progress = values.get("progress") or {}
-    samples, length = progress.get("samples"), (settings.get("train") or {}).get("seq_len")
+    settings = _table_of(info, "config")
+    data, train = _table_of(settings, "data"), _table_of(settings, "train")
+    source = _table_of(settings, "model").get("path")
+    name = _table_of(settings, "run").get("name") or "model"
+    kind = ", ".join(map(str, _list_of(config, "architectures"))) or str(config.get("model_type"))
+    samples, length = _table_of(values, "progress").get("samples"), train.get("seq_len")
+    tokens = samples * length if isinstance(samples, int) and isinstance(length, int) else 0
     facts = {
         "architecture": kind,
         "parameters": f"{sum(each.numel() for each in weights.values()):,}",
         "weights": ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in weights.values()})),
         "began with": source or ("seed " + str(info["seed"]) if "seed" in info else None),
-        "steps": _of(info.get("step"), (settings.get("train") or {}).get("steps")),
-        "tokens": f"{samples * length:,}" if samples and length else None,
-        "sequences": f"{samples:,} of {length} tokens" if samples and length else None,
-        "objective": (settings.get("objective") or {}).get("name"),
-        "optimizer": (settings.get("optim") or {}).get("name"),
+        "steps": _of(info.get("step"), train.get("steps")),
+        "tokens": f"{tokens:,}" if tokens else None,
+        "sequences": f"{samples:,} of {length} tokens" if tokens else None,
+        "objective": _table_of(settings, "objective").get("name"),
+        "optimizer": _table_of(settings, "optim").get("name"),
         "tokenizer": info.get("tokenizer"),
         "workers": info.get("world_size"),
-        "versions": ", ".join(f"{key} {value}" for key, value in (info.get("versions") or {}).items()),
+        "versions": ", ".join(f"{key} {value}" for key, value in _table_of(info, "versions").items()),
     }
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- areal_ray"]
-    if source and not source.startswith(("/", ".", "~", "s3:")):
+    if isinstance(source, str) and source and not source.startswith(("/", ".", "~", "s3:")):
         head.append(f"base_model: {json.dumps(source)}")
     parts = [
         "\n".join([*head, "---"]),
@@ -72,6 +73,17 @@ def model_card(
         "## Configuration\n\n```json\n" + json.dumps(_public(settings), indent=2, ensure_ascii=False) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _table_of(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of what a manifest says, which anybody may have written: the card does without what is of another kind."""
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _list_of(values: Mapping[str, Any], key: str) -> list[Any]:
+    found = values.get(key)
+    return list(found) if isinstance(found, list | tuple) else []
 
 
 def _of(step: Any, steps: Any) -> str | None:
@@ -91,14 +103,16 @@ def _data(data: Mapping[str, Any], run: RunDir | None) -> list[str]:
     """A line for each source, with the size of its corpus where that can be looked at."""
     sizes = _sizes(run)
     lines = []
-    for each in data.get("mixture") or [data]:
-        name = each.get("name", "")
-        what = ", ".join([each.get("source") or "", *map(str, (each.get("paths") or [])[:8])])
+    mixture: list[Mapping[str, Any]] = [each for each in _list_of(data, "mixture") if isinstance(each, dict)]
+    sources = mixture or [data]
+    for each in sources:
+        name = str(each.get("name", ""))
+        what = ", ".join(map(str, [each.get("source") or "", *_list_of(each, "paths")[:8]]))
         share = f", weight {each['weight']}" if "weight" in each else ""
         lines.append(
             f"- {f'{name}: ' if name else ''}{what} ({each.get('format', 'text')}{share}){sizes.get(name, '')}"
         )
-    held_out = [each.get("held_out") for each in data.get("mixture") or [data]]
+    held_out = [each.get("held_out") for each in sources]
     return [*lines, f"- held out for evaluation: {', '.join(map(str, held_out))} of the documents"]
 
 
@@ -114,7 +128,7 @@ def _sizes(run: RunDir | None) -> dict[str, str]:
 
 def _losses(info: Mapping[str, Any], run: RunDir | None) -> str:
     """The results of the checkpoint, and some of the course until then."""
-    here = {"step": info.get("step"), **(info.get("metrics") or {})}
+    here = {"step": info.get("step"), **_table_of(info, "metrics")}
     rows = [] if run is None else [line for line in run.sampled_metrics(_ROWS) if line["step"] <= (here["step"] or 0)]
     rows = [line for line in rows if any(_is_loss(key) for key in line)]
     rows = rows[:: max(1, -(-len(rows) // _ROWS))]

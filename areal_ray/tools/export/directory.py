@@ -147,7 +147,7 @@ def export(
         card = model_card(info, state.values, config, weights, run)
     safetensors_files.write_index(out, index)
     out.replace("generation_config.json", _json(generation_config(tokens, config, source)))
-    out.replace("README.md", card.encode())
+    out.replace("README.md", card.encode(errors="replace"))
     before_config()
     out.replace("config.json", _json(config))  # last: without it nobody takes the directory for a model
     return Exported(sorted(out.names()), len(weights), index["metadata"]["total_size"])
@@ -248,4 +248,4 @@ def _write_tokenizer(out: Storage, tokenizer: Any) -> None:
 
 
 def _json(value: object) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(value, indent=2, ensure_ascii=False).encode(errors="replace") + b"\n"

@@ -238,3 +238,13 @@ def test_averages_that_a_checkpoint_has_not_are_not_exported(tmp_path):
     with pytest.raises(ValueError, match="no averages of the weights"):
         export(directory, LocalStorage(tmp_path / "out"), tokenizer="none", ema=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_does_without_what_a_manifest_says_in_another_way(tmp_path):
+    parts = {"model": 1, "train": [], "run": "a", "objective": 2, "optim": None}
+    for i, data in enumerate(({"mixture": 3}, {"mixture": [4, {"name": 5, "source": 6, "paths": 7}]}, "text")):
+        info = {"tokenizer": "bytes", "config": {**parts, "data": data}, "metrics": {"loss": 1}}
+        info |= {"serving": {"generation": {"\ud800": 1}}, "versions": {"\ud800": "1"}}
+        directory, _ = saved(tmp_path / f"run-{i}", info, ModelConfig(config=LLAMA))
+        export(directory, out(tmp_path, f"out-{i}"))
+        assert (tmp_path / f"out-{i}" / "README.md").read_text().startswith("---\nlibrary_name")
