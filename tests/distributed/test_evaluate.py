@@ -191,13 +191,13 @@ def test_mistakes_of_an_evaluation_are_one_line(
     assert "a frozen model (teacher), which is not loaded unasked: give --config" in said_of_it
 
 
-def saved_run(path: Path, *overrides: str, references: tuple[str, ...] = ()) -> None:
+def saved_run(path: Path, *overrides: str, step: int = 1, references: tuple[str, ...] = ()) -> None:
     """A checkpoint of a run that has not trained yet."""
     engine = FSDPEngine(small_config(*overrides, sizes=not references))
     engine.initialize(references=references)
     config = engine._config
     info = {"config": json.loads(json.dumps(asdict(config))), "hf_config": models.architecture(config.model)}
-    info |= {"tokenizer": "bytes", "seed": config.run.seed, "step": 1, "attempt": 1, **engine.describe()}
+    info |= {"tokenizer": "bytes", "seed": config.run.seed, "step": step, "attempt": 1, **engine.describe()}
     path.parent.mkdir(exist_ok=True)
     save(LocalStorage(path), {"engine": engine.state}, info, Ranks())
     engine.destroy()
@@ -208,14 +208,15 @@ def test_a_frozen_model_is_the_one_that_the_run_had(tmp_path: Path, capsys: Any)
     saved_run(began / Catalog.name(1, 1))
     sizes = [text for text in SMALL if not text.startswith(("model.", "train.steps", "optim.warmup"))]
     of = [*sizes, "model=pretrained", "objective={name: dpo}", "data.source=jsonl", "data.format=preference"]
-    of += ["data.packing=none", "data.paths=[none.jsonl]", "train.epochs=1", f"run.storage_path={tmp_path}"]
-    saved_run(saved, *of, "train.steps=4", f"model.path={began}", references=DirectPreference.references)
+    of += ["data.packing=none", "data.paths=[none.jsonl]", f"run.storage_path={tmp_path}"]
+    saved_run(saved, *of, "data.tokenizer=bytes", f"model.path={began}", references=DirectPreference.references)
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 3)
     told = ["evaluate", str(saved), "--json", "--data", str(tmp_path / "pairs.jsonl")]
-    its_own = ["--config", str(ROOT / "conf/experiments/tiny.yaml"), *of]
+    its_own = ["--config", str(ROOT / "conf/experiments/tiny.yaml"), *of, "train.epochs=1"]
 
     def found(path: Path) -> dict[str, float]:
+        capsys.readouterr()
         assert run_cli([*told, *its_own, f"model.path={path}"]) == 0
         return dict(json.loads(capsys.readouterr().out)["data"])
 
@@ -223,7 +224,7 @@ def test_a_frozen_model_is_the_one_that_the_run_had(tmp_path: Path, capsys: Any)
     assert (values["loss"], values["rows"]) == (pytest.approx(math.log(2), abs=1e-5), 3)  # neither model has moved
     assert run_cli(told) == 1
     assert "a frozen model (reference), which is not loaded unasked: give --config" in capsys.readouterr().err
-    saved_run(began / Catalog.name(2, 1), "run.seed=1")  # it has gone on
+    saved_run(began / Catalog.name(2, 1), "run.seed=1", step=2)  # it has gone on
     assert run_cli([*told, *its_own, f"model.path={began}"]) == 1
     said = capsys.readouterr().err
     assert f"the frozen model `reference` is not the one of {saved}" in said
