@@ -33,7 +33,8 @@ def with_first_weights(config: Config, saved: Mapping[str, Any]) -> Config:
         return config
     before = (saved.get("config") or {}).get("model")
     known = first_weights.as_before(model, before) if isinstance(before, dict) else model
-    if known.path != model.path or (known.config and not model.config):  # and it need not be there any more
+    settled = isinstance(before, dict) and known.path == before.get("path")
+    if settled and (known.path != model.path or known.config or known.factory):  # and it need not be there any more
         found = Resolved(known, saved.get("tokenizer"))
     else:
         found = first_weights.resolve(known, lambda text: print(text, flush=True))

@@ -259,3 +259,23 @@ def test_a_run_that_goes_on_keeps_what_was_settled(root):
     assert as_before(ModelConfig(path=f"{root}/run"), saved) == replace(first, tie=False)
     assert as_before(ModelConfig(path="/elsewhere"), saved) == ModelConfig(path="/elsewhere", tie=False)
     assert as_before(ModelConfig(path="/models/hf"), {"path": "/models/hf"}) == ModelConfig(path="/models/hf")
+    assert as_before(ModelConfig(path="/models"), {"path": "/models/hf"}) == ModelConfig(path="/models")
+    in_s3 = {"path": "s3://b/run/step-00000001.a1", "config": LLAMA}
+    assert as_before(ModelConfig(path="s3://b/run/"), in_s3) == ModelConfig(path=in_s3["path"], config=LLAMA)
+
+
+def test_what_was_settled_is_kept_however_the_path_is_written_and_the_model_is_said(root, tmp_path, monkeypatch):
+    run = root / "run"
+    saved = {"path": str(run / Catalog.name(1, 1)), "config": {}, "merge_adapter": None}
+    for said in ({"factory": "mine:make"}, {"config": LLAMA}):  # and not the run's newest checkpoint of now
+        assert as_before(ModelConfig(path=str(run), **said), saved) == ModelConfig(path=saved["path"], **said)
+    (tmp_path / "link").symlink_to(run)
+    assert as_before(ModelConfig(path=str(tmp_path / "link")), saved).path == saved["path"]
+    monkeypatch.chdir(root)
+    assert as_before(ModelConfig(path="run"), saved).path == saved["path"]
+    relative = {"path": f"run/{Catalog.name(1, 1)}", "config": LLAMA, "merge_adapter": "lora"}
+    for path in (relative["path"], f"{root}/{relative['path']}"):
+        assert as_before(ModelConfig(path=path), relative) == ModelConfig(path=relative["path"], config=LLAMA)
+    kept = ModelConfig(path=relative["path"], config=LLAMA, merge_adapter="lora")
+    assert as_before(ModelConfig(path="lora"), relative) == kept
+    assert as_before(ModelConfig(path=f"{root}/lora"), relative) == kept
