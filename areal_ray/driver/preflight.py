@@ -246,11 +246,13 @@ def _check_continues(saved: dict[str, Any], config: Config, sequences: data.Toke
     old, new = before["config"], now["config"]
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     values = ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed[:4])
-    path = config.model.path
-    other_architecture = bool(path) and not models.same_architecture(saved.get("hf_config") or {}, config.model)
+    if not changed and _tied_otherwise(before.get("tie"), config.model):
+        changed, values = ["tie"], f"model.tie was {before.get('tie')} and is {config.model.tie}"
     found = {
         "model.config": f"this run's checkpoints are of another model: {values}" if changed else "",
-        "model.path": "this run's checkpoints are of another architecture" if other_architecture else "",
+        "model.path": "this run's checkpoints are of another architecture"
+        if _other_architecture(saved.get("hf_config"), config.model)
+        else "",
         "model.factory": f"this run's checkpoints were made with {before['factory']}"
         if before["factory"] != now["factory"]
         else "",
@@ -269,6 +271,21 @@ def _check_continues(saved: dict[str, Any], config: Config, sequences: data.Toke
         if problem and key not in config.run.allow_changes:
             hint = f"; choose another run.name, or go back, or say run.allow_changes='[{key}]'"
             raise ConfigError(key, problem + hint)
+
+
+def _other_architecture(saved: dict[str, Any] | None, model: ModelConfig) -> bool:
+    """Whether the model that model.path says is another one than that of the checkpoints; a factory's says nothing."""
+    return bool(model.path and saved and not model.factory) and not models.same_architecture(saved or {}, model)
+
+
+def _tied_otherwise(before: bool | None, model: ModelConfig) -> bool:
+    """Whether model.tie makes another model of the same model.config: one with another number of weights.
+
+    Not compared with the config in the checkpoint: what that leaves out may be another version's default.
+    """
+    if not model.config or model.path:
+        return False
+    return not models.same_architecture(models.architecture(replace(model, tie=before)) or {}, model)
 
 
 def _check_adapter_continues(saved: dict[str, Any] | None, config: Config) -> None:
