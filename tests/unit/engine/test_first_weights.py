@@ -18,7 +18,15 @@ from areal_ray.config import ConfigError, ModelConfig, NameConfig
 from areal_ray.distributed import Ranks
 from areal_ray.engine.first_weights import as_before, examine, resolve, source_of
 from areal_ray.engine.state import DCPState
-from areal_ray.models import architecture, build_model, hf_weights, init_buffers, init_weights, materialise
+from areal_ray.models import (
+    architecture,
+    build_model,
+    hf_weights,
+    init_buffers,
+    init_weights,
+    materialise,
+    merged_adapter,
+)
 from areal_ray.models.merged_adapter import MergedAdapter
 from areal_ray.storage import LocalStorage
 
@@ -223,6 +231,27 @@ def test_an_adapter_of_peft_is_added_to_its_base(root, model, tmp_path):
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
     on_run = begun(ModelConfig(path=str(root / "run"), merge_adapter=str(tmp_path / "lora"))).state_dict()
     assert all(torch.equal(found[name], on_run[name]) for name in found)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_an_adapter_adds_has_the_same_bits_however_it_is_cut(transposed):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(16, 40, generator=generator), torch.randn(24, 16, generator=generator)
+    base = torch.randn((40, 24) if transposed else (24, 40), generator=generator)
+    pair = merged_adapter._Pair(a, b, 0.5, transposed)
+    whole = pair.read(base, tuple((0, size) for size in base.shape))
+    product = (b.double() @ a.double()).float() * 0.5
+    torch.testing.assert_close(whole, base + (product.T if transposed else product))
+    for rows in (1, 2, 3, 5, 8):
+        for columns in (1, 7, 24):
+            boxes = [
+                ((i, min(i + rows, base.shape[0])), (j, min(j + columns, base.shape[1])))
+                for i in range(0, base.shape[0], rows)
+                for j in range(0, base.shape[1], columns)
+            ]
+            for box in boxes:
+                (i, i_end), (j, j_end) = box
+                assert torch.equal(pair.read(base, box), whole[i:i_end, j:j_end]), box
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"peft_type": "IA3"}, {"init_lora_weights": "pissa"}])
