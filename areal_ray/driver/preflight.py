@@ -29,6 +29,7 @@ from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import MuonWithAdamW, build_optimizer, freeze, same_state
 from areal_ray.models.adapters import quick_fingerprint
+from areal_ray.models.adapters.files import check_alone
 from areal_ray.models.generation import source_generation
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
@@ -77,6 +78,7 @@ def prepare(
     _check_evaluations(config, tokenizer)
     if config.export is not None:
         _check_export(config, tokenizer)
+        _check_adapter_export(config)
     if config.run.recover == "fresh" and run.exists():
         raise ConfigError(
             "run.recover", f"`fresh`, but {run.storage.location} holds a run already; choose another run.name"
@@ -187,6 +189,15 @@ def _check_export(config: Config, tokenizer: Tokenizer) -> None:
         text = getattr(wanted, role)
         if text is not None and text not in vocabulary:
             raise ConfigError(f"export.{role}", f"{config.data.tokenizer or 'bytes'} has no token {text!r}")
+
+
+def _check_adapter_export(config: Config) -> None:
+    """Refuse exports of an adapter that could not be read alone."""
+    if config.adapter is not None:
+        try:
+            check_alone(config.model.path, config.model.merge_adapter)
+        except ValueError as error:
+            raise ConfigError("export", f"must be null, as {error}") from None
 
 
 def _check_model(config: Config, vocab_size: int) -> nn.Module:
