@@ -22,9 +22,9 @@ from areal_ray.data.tokenizers import Tokenizer, check_of_model
 from areal_ray.distributed import Ranks
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
-from areal_ray.driver.first_weights import says_what_it_is, with_first_weights
+from areal_ray.driver.first_weights import read_at_each_start, says_what_it_is, with_first_weights
 from areal_ray.driver.on_end import check_on_end
-from areal_ray.engine import first_weights, hidden
+from areal_ray.engine import Objective, first_weights, hidden
 from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import MuonWithAdamW, build_optimizer, freeze, same_state
@@ -74,7 +74,10 @@ def prepare(
     if config.model.path and not goes_on:  # afterwards nobody reads them but for references
         config = replace(config, model=first_weights.examine(config.model, _print, Ranks()))
     model = _check_model(config, tokenizer.vocab_size)
-    _check_plugins(config, model, tokenizer)
+    objective = build_objective(config.objective)
+    _check_plugins(config, model, tokenizer, objective)
+    if not goes_on and (text := read_at_each_start(config, objective)):
+        _print(text)
     _check_evaluations(config, tokenizer)
     if config.export is not None:
         _check_export(config, tokenizer)
@@ -128,9 +131,8 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _check_plugins(config: Config, model: nn.Module, tokenizer: Tokenizer) -> None:
+def _check_plugins(config: Config, model: nn.Module, tokenizer: Tokenizer, objective: Objective) -> None:
     """Resolve the code that the configuration names, and check its arguments as far as that is possible."""
-    objective = build_objective(config.objective)
     for name, given in objective.reference_models.items():
         _check_reference(config, name, given, tokenizer)
     _check_optimizer(config, model)
