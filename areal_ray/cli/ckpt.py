@@ -38,6 +38,9 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
             )
             command.add_argument("--merged", action="store_true", help="of an adapter: the model with it, not it alone")
             command.add_argument("--base", help="of a merged one: directory or hub name of the base")
+            command.add_argument(
+                "--base-adapter", metavar="DIR", help="of that base: the model.merge_adapter of the run"
+            )
             command.add_argument("--ema", action="store_true", help="the averages of the weights (optim.ema)")
             command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default as it was saved")
             for role, what in (("bos", "begins a text"), ("eos", "ends it"), ("pad", "fills rows")):
@@ -148,7 +151,7 @@ def _export(arguments: argparse.Namespace) -> int:
     plugin.extend_path(["."])  # as for an experiment that lies here
     names = TokenNames(arguments.bos_token, arguments.eos_token, arguments.pad_token)
     size = _bytes(arguments.shard_size)
-    how = {"merged": arguments.merged, "base": arguments.base, "ema": arguments.ema}
+    how = {key: getattr(arguments, key) for key in ("merged", "base", "base_adapter", "ema")}
     form = Form(size, arguments.tokenizer, arguments.dtype, names, arguments.model_class)
     above = arguments.ckpt.rstrip("/").rpartition("/")[0] or "."
     places = _at(arguments.ckpt), storage_at(arguments.out)

@@ -43,8 +43,12 @@ def check_model(model: ModelConfig) -> None:
 def _says_what_it_is(path: str | None) -> bool:
     """Whether a path is of something that has a config.json: a name on the hub, or a directory that is one.
 
-    Of what is no directory of weights of another kind, a config beside it would be one too many.
+    Of what is no directory of weights of another kind, a config beside it would be one too many. A directory that is
+    gone had none: a run that goes on does not need it any more, and a new one is told that there is nothing.
     """
     if path is None or "://" in path:
         return False
-    return not os.path.isdir(path) or os.path.isfile(os.path.join(path, "config.json"))
+    path = os.path.expanduser(path)
+    if not os.path.isdir(path):
+        return not os.path.isabs(path)
+    return os.path.isfile(os.path.join(path, "config.json"))

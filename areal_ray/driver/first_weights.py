@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from areal_ray.config import Config, ConfigError, ModelConfig
-from areal_ray.engine import first_weights
+from areal_ray.engine import Objective, first_weights
 from areal_ray.engine.first_weights import Resolved
 
 
@@ -33,11 +33,30 @@ def with_first_weights(config: Config, saved: Mapping[str, Any]) -> Config:
         return config
     before = (saved.get("config") or {}).get("model")
     known = first_weights.as_before(model, before) if isinstance(before, dict) else model
-    if known.path != model.path or (known.config and not model.config):  # and it need not be there any more
+    settled = isinstance(before, dict) and known.path == before.get("path")
+    if settled and (known.path != model.path or known.config or known.factory):  # and it need not be there any more
         found = Resolved(known, saved.get("tokenizer"))
     else:
         found = first_weights.resolve(known, lambda text: print(text, flush=True))
     return replace(config, model=found.model, data=replace(config.data, tokenizer=_tokenizer(config, found)))
+
+
+def read_at_each_start(config: Config, objective: Objective) -> str | None:
+    """What to say of first weights that must stay where they are as long as the run is to go on; None if they need not.
+
+    Args:
+        config: with its first weights settled.
+        objective: of the run; whether it asks frozen models, and which.
+    """
+    model = config.model
+    frozen = [name for name in objective.references if name not in objective.reference_models]
+    if model.path is None or not (config.adapter or (frozen and not objective.once)):
+        return None
+    why = "the adapter's base" if config.adapter else f"the objective's {' and '.join(frozen)}"
+    places = " and ".join(filter(None, [model.path, model.merge_adapter]))
+    text = f"every start of this run reads {places} again, {why}: keep it as it is"
+    checkpoint = os.path.basename(model.path).startswith("step-") and model.config
+    return f"{text}; that run's checkpoint.keep may delete it, a copy elsewhere stays" if checkpoint else text
 
 
 def _tokenizer(config: Config, found: Resolved) -> str | None:

@@ -22,13 +22,14 @@ from areal_ray.data.tokenizers import Tokenizer, check_of_model
 from areal_ray.distributed import Ranks
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
-from areal_ray.driver.first_weights import says_what_it_is, with_first_weights
+from areal_ray.driver.first_weights import read_at_each_start, says_what_it_is, with_first_weights
 from areal_ray.driver.on_end import check_on_end
-from areal_ray.engine import first_weights, hidden
+from areal_ray.engine import Objective, first_weights, hidden
 from areal_ray.engine.adapters import other_base
 from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.optim import MuonWithAdamW, build_optimizer, freeze, same_state
 from areal_ray.models.adapters import quick_fingerprint
+from areal_ray.models.adapters.files import check_alone
 from areal_ray.models.generation import source_generation
 from areal_ray.models.masking import keeps_no_documents_apart
 from areal_ray.run import RunDir
@@ -73,10 +74,14 @@ def prepare(
     if config.model.path and not goes_on:  # afterwards nobody reads them but for references
         config = replace(config, model=first_weights.examine(config.model, _print, Ranks()))
     model = _check_model(config, tokenizer.vocab_size)
-    _check_plugins(config, model, tokenizer)
+    objective = build_objective(config.objective)
+    _check_plugins(config, model, tokenizer, objective)
+    if not goes_on and (text := read_at_each_start(config, objective)):
+        _print(text)
     _check_evaluations(config, tokenizer)
     if config.export is not None:
         _check_export(config, tokenizer)
+        _check_adapter_export(config)
     if config.run.recover == "fresh" and run.exists():
         raise ConfigError(
             "run.recover", f"`fresh`, but {run.storage.location} holds a run already; choose another run.name"
@@ -126,9 +131,8 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _check_plugins(config: Config, model: nn.Module, tokenizer: Tokenizer) -> None:
+def _check_plugins(config: Config, model: nn.Module, tokenizer: Tokenizer, objective: Objective) -> None:
     """Resolve the code that the configuration names, and check its arguments as far as that is possible."""
-    objective = build_objective(config.objective)
     for name, given in objective.reference_models.items():
         _check_reference(config, name, given, tokenizer)
     _check_optimizer(config, model)
@@ -189,6 +193,15 @@ def _check_export(config: Config, tokenizer: Tokenizer) -> None:
             raise ConfigError(f"export.{role}", f"{config.data.tokenizer or 'bytes'} has no token {text!r}")
 
 
+def _check_adapter_export(config: Config) -> None:
+    """Refuse exports of an adapter that could not be read alone."""
+    if config.adapter is not None:
+        try:
+            check_alone(config.model.path, config.model.merge_adapter)
+        except ValueError as error:
+            raise ConfigError("export", f"must be null, as {error}") from None
+
+
 def _check_model(config: Config, vocab_size: int) -> nn.Module:
     """Build the model without memory, and find what it cannot do; say what it does in another way than is usual."""
     model = models.build_model(config.model)
@@ -246,11 +259,13 @@ def _check_continues(saved: dict[str, Any], config: Config, sequences: data.Toke
     old, new = before["config"], now["config"]
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     values = ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed[:4])
-    path = config.model.path
-    other_architecture = bool(path) and not models.same_architecture(saved.get("hf_config") or {}, config.model)
+    if not changed and _tied_otherwise(before.get("tie"), config.model):
+        changed, values = ["tie"], f"model.tie was {before.get('tie')} and is {config.model.tie}"
     found = {
         "model.config": f"this run's checkpoints are of another model: {values}" if changed else "",
-        "model.path": "this run's checkpoints are of another architecture" if other_architecture else "",
+        "model.path": "this run's checkpoints are of another architecture"
+        if _other_architecture(saved.get("hf_config"), config.model)
+        else "",
         "model.factory": f"this run's checkpoints were made with {before['factory']}"
         if before["factory"] != now["factory"]
         else "",
@@ -269,6 +284,21 @@ def _check_continues(saved: dict[str, Any], config: Config, sequences: data.Toke
         if problem and key not in config.run.allow_changes:
             hint = f"; choose another run.name, or go back, or say run.allow_changes='[{key}]'"
             raise ConfigError(key, problem + hint)
+
+
+def _other_architecture(saved: dict[str, Any] | None, model: ModelConfig) -> bool:
+    """Whether the model that model.path says is another one than that of the checkpoints; a factory's says nothing."""
+    return bool(model.path and saved and not model.factory) and not models.same_architecture(saved or {}, model)
+
+
+def _tied_otherwise(before: bool | None, model: ModelConfig) -> bool:
+    """Whether model.tie makes another model of the same model.config: one with another number of weights.
+
+    Not compared with the config in the checkpoint: what that leaves out may be another version's default.
+    """
+    if not model.config or model.path:
+        return False
+    return not models.same_architecture(models.architecture(replace(model, tie=before)) or {}, model)
 
 
 def _check_adapter_continues(saved: dict[str, Any] | None, config: Config) -> None:

@@ -239,7 +239,8 @@ def as_before(model: ModelConfig, saved: Mapping[str, Any]) -> ModelConfig:
     """The configuration of a run that goes on, with what was settled at its first start; nothing is looked at.
 
     Args:
-        model: as configured; with another path than then it stays as it is, but for ties.
+        model: as configured; with another path than then it stays as it is, but for ties. The same path, written in
+            whatever way, and that of the run or adapter that stood for it are taken for what they were.
         saved: the model's part of the configuration in the manifest of one of the run's checkpoints.
     """
     if model.path is None:
@@ -247,14 +248,25 @@ def as_before(model: ModelConfig, saved: Mapping[str, Any]) -> ModelConfig:
     if model.tie is None and not model.factory:
         model = replace(model, tie=saved.get("tie"))
     assert model.path is not None
-    path, now = saved.get("path") or "", os.path.expanduser(model.path)
-    if "://" not in now and os.path.isdir(now):
-        now = os.path.abspath(now)
-    of_run, of_adapter = now.rstrip("/") == os.path.dirname(path), now == saved.get("merge_adapter")
-    if not (of_run or of_adapter or now == path) or model.config or model.factory:
+    path, adapter = saved.get("path"), saved.get("merge_adapter")
+    if not isinstance(path, str):
         return model
-    adapter = saved.get("merge_adapter") if of_adapter else model.merge_adapter
-    return replace(model, path=path, merge_adapter=adapter, config=saved.get("config") or {})
+    now, then = _place(model.path), _place(path)
+    of_adapter = isinstance(adapter, str) and now == _place(adapter)
+    of_run = now == os.path.dirname(then) and os.path.basename(then).startswith("step-")
+    if not (of_adapter or of_run or now == then):
+        return model
+    return replace(
+        model,
+        path=path,
+        merge_adapter=adapter if of_adapter else model.merge_adapter,
+        config=model.config or ({} if model.factory else saved.get("config") or {}),
+    )
+
+
+def _place(path: str) -> str:
+    """What two ways of writing one place have in common, whether anything is there or not."""
+    return path.rstrip("/") if "://" in path else os.path.realpath(os.path.expanduser(path))
 
 
 def settle(model: ModelConfig, weights: bool, ranks: Ranks) -> ModelConfig:

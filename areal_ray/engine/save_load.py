@@ -16,7 +16,7 @@ from areal_ray.distributed import Ranks
 from areal_ray.engine.base import SaveLoadMeta
 from areal_ray.engine.state import DCPState
 from areal_ray.models import conversion, hf_weights, safetensors_files
-from areal_ray.models.adapters.files import read_adapter, write_adapter
+from areal_ray.models.adapters.files import check_alone, read_adapter, write_adapter
 from areal_ray.models.lazy_tensor import stored_tensors
 from areal_ray.models.weight_source import of_directory
 from areal_ray.storage import LocalStorage
@@ -75,6 +75,7 @@ def _save_adapter(
     directory: LocalStorage, config: Config, adapted: models.Adapted, state: DCPState, ranks: Ranks
 ) -> None:
     """Write the adapter's directory. Rank 0 does: it is small."""
+    check_alone(config.model.path, config.model.merge_adapter)
     ranks.on_rank_zero(lambda: _clear(directory))
     parts = directory.sub(_PARTS)
     save(parts, {"engine": state.weights()}, {}, ranks)

@@ -161,6 +161,8 @@ class ShardedModel:
         quick = self._ranks.on_rank_zero(lambda: quick_fingerprint(stored))
         whole = Fingerprint.text(self._ranks.all_reduce_sum(found.total))
         self.base = {"path": path, "fingerprint": whole, "quick": quick}
+        if self._config.model.merge_adapter is not None:  # it is not what lies at that path alone
+            self.base["merge_adapter"] = self._config.model.merge_adapter
 
     def _take_fingerprint(self, adapted: models.Adapted) -> None:
         """Take that of a base that was drawn."""

@@ -33,6 +33,7 @@ _REFUSED = {  # settings under which a layer computes something else than W + sc
     "use_bdlora": "a block-diagonal LoRA",
     "kasa_config": "KaSA",
 }
+_PIECE = 1 << 16  # elements of a product at a time
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # first values that take something from the base
 
 
@@ -56,8 +57,25 @@ class _Pair:
         rows, columns = (box[1], box[0]) if self.transposed else box
         a = part_of(self.a, ((0, self.a.shape[0]), columns)).float()
         b = part_of(self.b, (rows, (0, self.b.shape[1]))).float()
-        added = (b @ a) * self.scale
+        added = _product(b, a) * self.scale
         return part_of(base, box).float() + (added.T if self.transposed else added)
+
+
+def _product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """`b @ a`, in which an element has the same bits whatever rows and columns are beside it.
+
+    A library's product is another sum for a few rows than for many, so that a rank's part would depend on how many
+    ranks there are, and the fingerprint of the base with it. Here each element is summed in the order of the rank.
+    Time: a pass over the product for each of the rank, in pieces that stay in the cache.
+    """
+    found = torch.zeros(b.shape[0], a.shape[1])
+    rows = max(1, _PIECE // max(1, a.shape[1]))
+    for begin in range(0, len(found), rows):
+        into, factors = found[begin : begin + rows], b[begin : begin + rows]
+        term = torch.empty_like(into)
+        for k in range(len(a)):  # two roundings for each, not one or two as a fused addition chooses
+            into += torch.mul(factors[:, k : k + 1], a[k], out=term)
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from areal_ray import models
 from areal_ray.config import AdapterConfig, ConfigError
 from areal_ray.models import adapters, hf_weights, safetensors_files
-from areal_ray.models.adapters.files import write_adapter
+from areal_ray.models.adapters.files import check_alone, write_adapter
 from areal_ray.models.lazy_tensor import part_of, whole_box, windows
+from areal_ray.models.merged_adapter import MergedAdapter
 from areal_ray.models.weight_source import fit, of_directory
 from areal_ray.storage import Storage
 
@@ -44,10 +46,18 @@ class SavedAdapter:
             raise ValueError(str(error)) from None
 
     def write(self, out: Storage, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Write the adapter alone, see `write_adapter`."""
-        return write_adapter(out, self._model, self._adapted, trained, self._said["base"].get("path"))
+        """Write the adapter alone, see `write_adapter`.
 
-    def merged(self, trained: Mapping[str, torch.Tensor], base: str | None = None) -> dict[str, torch.Tensor]:
+        Raises:
+            ValueError: if its base is more than what lies at one path.
+        """
+        path = self._said["base"].get("path")
+        check_alone(path, self._said["base"].get("merge_adapter"))
+        return write_adapter(out, self._model, self._adapted, trained, path)
+
+    def merged(
+        self, trained: Mapping[str, torch.Tensor], base: str | None = None, base_adapter: str | None = None
+    ) -> dict[str, torch.Tensor]:
         """The weights of the base with the adapter in them, by the names of the base: lazy, in float32.
 
         The base is read twice, once for its fingerprint.
@@ -56,11 +66,12 @@ class SavedAdapter:
             trained: what the checkpoint has, by name.
             base: directory or hub name of the base. What the checkpoint names is not read unasked; None is for a base
                 that was drawn.
+            base_adapter: directory of the adapter of peft that was added to it, if one was (model.merge_adapter).
 
         Raises:
             ValueError: if it is not given, not there, or not the one that the adapter was trained on.
         """
-        weights = self._base(base)
+        weights = self._base(base, base_adapter)
         self._check(weights, base)
 
         def merge(here: str, there: str) -> torch.Tensor:
@@ -72,16 +83,21 @@ class SavedAdapter:
 
         return {there: merge(here, there) for here, there in self._adapted.base.items()}
 
-    def _base(self, given: str | None) -> dict[str, torch.Tensor]:
-        seed, path = self._said["base"].get("drawn_from_seed"), self._said["base"].get("path")
-        if given is None and isinstance(seed, int):
+    def _base(self, given: str | None, added: str | None) -> dict[str, torch.Tensor]:
+        seed, path, before = (self._said["base"].get(key) for key in ("drawn_from_seed", "path", "merge_adapter"))
+        if given is None and added is None and isinstance(seed, int):
             return _drawn(models.build_saved(self._architecture), seed)
-        if given is None:
-            text = f"and what a checkpoint names is not read unasked: give --base {shlex.quote(str(path))}"
-            raise ValueError(f"the adapter's base was {path!r}, {text}")
+        if given is None or (added is None and before is not None):
+            was, options = repr(path), f"--base {shlex.quote(str(path))}"
+            if before is not None:
+                was, options = f"{was} with {before!r} added", f"{options} --base-adapter {shlex.quote(str(before))}"
+            raise ValueError(
+                f"the adapter's base was {was}, and what a checkpoint names is not read unasked: give {options}"
+            )
         here = hf_weights.resolve(given)
         blank = models.build_saved(self._architecture)
-        return fit(of_directory(here), blank, safetensors_files.opened(here)).weights
+        source = replace(of_directory(here), adapter=None if added is None else MergedAdapter.read(added))
+        return fit(source, blank, safetensors_files.opened(here)).weights
 
     def _check(self, weights: Mapping[str, torch.Tensor], given: str | None) -> None:
         found = adapters.Fingerprint()

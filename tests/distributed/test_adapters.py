@@ -68,6 +68,13 @@ def write_base(path: Path, kind: str, seed: int = 1) -> None:
     model.save_pretrained(path)
 
 
+def write_added(path: Path, base: Path) -> None:
+    """An adapter of somebody else's on that base, as peft writes it."""
+    torch.manual_seed(3)
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(path)
+
+
 @cache
 def pretrained(*more: str) -> Config:
     """A config without a model's path: made once, as that takes longer than a step here."""
@@ -77,6 +84,10 @@ def pretrained(*more: str) -> Config:
 def config_of(path: Path | str, adapter: AdapterConfig | None, *more: str) -> Config:
     config = pretrained(*more)
     return replace(config, model=replace(config.model, path=str(path)), adapter=adapter)
+
+
+def with_added(config: Config, path: str) -> Config:
+    return replace(config, model=replace(config.model, merge_adapter=path))
 
 
 def adapted(root: Path | str, *more: str, kind: str = "attention") -> FSDPEngine:
@@ -270,6 +281,17 @@ def save_for_export(rank: int, root: str) -> None:
         logits = engine.forward(global_batch(0))
         if rank == 0:
             torch.save(logits, f"{root}/kind-{number}.pt")
+    on_another = adapted(root)
+    on_another._config = with_added(on_another._config, f"{root}/added")
+    on_another.initialize()
+    train(on_another, 0)
+    info = {"hf_config": models.architecture(on_another._config.model), "tokenizer": "bytes", **on_another.describe()}
+    save(LocalStorage(f"{root}/on-another"), {"engine": on_another.state}, info, Ranks())
+    alone = attempt(lambda: on_another.save(SaveLoadMeta(f"{root}/alone", weight_format="hf"))).text
+    assert "alone would be read on" in alone, alone
+    logits = on_another.forward(global_batch(0))
+    if rank == 0:
+        torch.save(logits, f"{root}/on-another.pt")
     drawn = FSDPEngine(small_config("adapter={name: lora, args: {r: 2, target_modules: [q_proj]}}"))
     drawn.initialize()
     train(drawn, 0)
@@ -286,6 +308,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in SIZES:
         write_base(root / kind, kind)
     write_base(root / "other", "qwen3", seed=2)
+    write_added(root / "added", root / "qwen3")
     return root
 
 
@@ -416,3 +439,20 @@ def test_another_base_is_not_merged(saved: Path, capsys: pytest.CaptureFixture[s
     assert run_cli(export[:-1]) == 1
     assert f"is not read unasked: give --base {saved / 'qwen3'}" in capsys.readouterr().err
     assert not (saved / "refused").exists()
+
+
+def test_an_adapter_on_a_base_with_another_one_added_is_exported_merged_only(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, base = ["ckpt", "export", str(saved / "on-another")], ["--merged", "--base", str(saved / "qwen3")]
+    assert run_cli([*export, str(saved / "alone-out")]) == 1
+    assert f"was trained on {saved}/qwen3 with the adapter in {saved}/added added" in capsys.readouterr().err
+    assert run_cli([*export, str(saved / "alone-out"), *base]) == 1
+    assert f"--base {saved}/qwen3 --base-adapter {saved}/added" in capsys.readouterr().err
+    assert run_cli([*export, str(saved / "both-out"), *base, "--base-adapter", str(saved / "added")]) == 0
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(saved / "both-out", attn_implementation="sdpa"))
+    torch.testing.assert_close(merged, torch.load(saved / "on-another.pt"), rtol=1e-4, atol=1e-4)
+    config = with_added(config_of(saved / "qwen3", AdapterConfig("lora", KINDS["attention"][1])), str(saved / "added"))
+    with pytest.raises(ConfigError, match="must be null, as the adapter was trained on") as caught:
+        preflight._check_adapter_export(config)
+    assert caught.value.key == "export"

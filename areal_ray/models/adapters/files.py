@@ -36,6 +36,18 @@ def write_adapter(
     return tensors
 
 
+def check_alone(base: str | None, added: str | None) -> None:
+    """Raise ValueError if an adapter cannot be written alone: who reads it puts it on what lies at its base's path.
+
+    Args:
+        base: directory or hub name of the base.
+        added: directory of an adapter of peft whose changes the base has, too (model.merge_adapter).
+    """
+    if added is not None:
+        text = f"the adapter was trained on {base} with the adapter in {added} added, and alone would be read on {base}"
+        raise ValueError(f"{text} as it is: export the model with both in it (areal-ray ckpt export --merged)")
+
+
 def read_adapter(
     path: str, model: nn.Module, adapted: Adapted, weights: Mapping[str, torch.Tensor], ranks: Ranks
 ) -> None:

@@ -75,6 +75,7 @@ def export(
     run: RunDir | None = None,
     ema: bool = False,
     before_config: Callable[[], None] = lambda: None,
+    base_adapter: str | None = None,
 ) -> Exported:
     """Write the weights of a checkpoint so that `AutoModelForCausalLM.from_pretrained` reads them, bit for bit.
 
@@ -96,6 +97,7 @@ def export(
         ema: write the averages of the weights.
         before_config: called before the config is written, which makes the directory a model; of an adapter before
             its weights are. What it raises leaves it none.
+        base_adapter: directory of the adapter of peft that the base of a merged one has in it (model.merge_adapter).
 
     Raises:
         FileExistsError: if there is something in `out`.
@@ -111,7 +113,7 @@ def export(
         info = state.manifest.info
         model, config, own_class = _model(info, form, checkpoint.location)
         has_adapter = "adapter" in info
-        if (merged or base) and not has_adapter:
+        if (merged or base or base_adapter) and not has_adapter:
             raise ValueError(f"{checkpoint.location} has no adapter: it is exported without --merged and --base")
         saved = SavedAdapter(info, adapter) if has_adapter else None
         stored = stored_weights(state, ema)
@@ -124,7 +126,7 @@ def export(
             return Exported(sorted(out.names()), len(tensors), sum(each.nbytes for each in tensors.values()))
         named = _tokenizer_of(info, form)
         if saved is not None:
-            stored = saved.merged(stored, base)
+            stored = saved.merged(stored, base, base_adapter)
         if own_class is not None:
             _check_names(model, stored, form.model_class)
         stored = _in_dtype(model, stored, form.dtype)

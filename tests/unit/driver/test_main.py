@@ -22,13 +22,15 @@ from areal_ray.distributed import Ranks
 from areal_ray.driver import main as driver_main
 from areal_ray.driver import preflight
 from areal_ray.driver.data import noted
-from areal_ray.driver.first_weights import with_first_weights
+from areal_ray.driver.first_weights import read_at_each_start, with_first_weights
 from areal_ray.driver.main import _record, prepare
+from areal_ray.engine.objectives import build_objective
 from areal_ray.engine.state import DCPState
 from areal_ray.models import architecture, build_model, init_weights, materialise
 from areal_ray.storage import LocalStorage, s3
 from areal_ray.storage.s3_client import S3Client
-from tests.unit.checkpoint.boxes import save_box
+from areal_ray.worker.provenance import provenance
+from tests.unit.checkpoint.boxes import Box, save_box, weights
 from tests.unit.data.tokenizer_files import save_tokenizer
 from tests.unit.driver.test_exports import Made
 
@@ -207,6 +209,20 @@ def test_a_run_goes_on_with_the_optimizer_that_it_began_with(config, saved, over
     with pytest.raises(ConfigError, match="this run's checkpoints") as caught:
         preflight._check_optimizer_continues(saved, config(*overrides))
     assert caught.value.key == key
+
+
+def test_a_run_goes_on_tied_as_it_began(config, tmp_path):
+    _, fixed, _ = prepare(config())
+    info = {"step": 1, "attempt": 1, **provenance(fixed), "data": {}}
+    run = LocalStorage(tmp_path / "tiny")
+    run.ensure()
+    save(run.sub(Catalog.name(1, 1)), {"box": Box(**weights())}, info, Ranks())
+    prepare(config("model.tie=true", "run.allow_changes=[data]"))  # as the model's config has it
+    with pytest.raises(ConfigError, match=r"of another model: model\.tie was None and is False") as caught:
+        prepare(config("model.tie=false", "run.allow_changes=[data]"))
+    assert caught.value.key == "model.config"
+    factory = replace(fixed.model, path="/gone", config={}, factory="mine:make")
+    assert not preflight._other_architecture(None, factory)
 
 
 LORA = {"name": "lora", "args": {"r": 2, "target_modules": ["q_proj"]}}
@@ -475,3 +491,62 @@ def test_a_run_that_goes_on_needs_its_first_weights_no_more(config, tmp_path):
     found = with_first_weights(cli, {"config": {"model": saved}, "tokenizer": "bytes"})
     assert (found.model.path, found.model.config, found.model.tie) == (saved["path"], saved["config"], True)
     assert found.data.tokenizer == "bytes"
+
+
+@pytest.mark.parametrize("path", ["/runs/gone", "~/gone-run-of-mine", "s3://gone/run"])
+def test_a_run_whose_model_is_said_beside_its_first_weights_needs_them_no_more(config, path, monkeypatch):
+    def look(self, *_):
+        raise AssertionError("the storage was asked")
+
+    monkeypatch.setattr(s3, "S3Storage", look)
+    checkpoint = f"{Path(path).expanduser() if path[0] == '~' else path}/step-00000001.a1"
+    for given in (path, checkpoint):
+        cli = config(f"model.path={given}")  # beside model.config
+        saved = {"path": checkpoint, "config": cli.model.config, "tie": None}
+        found = with_first_weights(cli, {"config": {"model": saved}, "tokenizer": "bytes"})
+        assert found.model == replace(cli.model, path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "objective", "said"),
+    [
+        ([], "language_modeling", None),
+        (
+            ["adapter.name=lora"],
+            "language_modeling",
+            "the adapter's base: keep it as it is; that run's checkpoint.keep may delete it",
+        ),
+        ([], "dpo", "the objective's reference: keep it as it is; that run's checkpoint.keep may"),
+        ([], ("dpo", {"precompute": True}), None),
+        ([], ("distillation", {"teacher": "/models/large"}), None),
+    ],
+)
+def test_first_weights_that_every_start_reads_are_said(config, overrides, objective, said):
+    given = config("model.path=/runs/mine/step-00000001.a1", *overrides)
+    name, args = (objective, {}) if isinstance(objective, str) else objective
+    found = read_at_each_start(given, build_objective(replace(given.objective, name=name, args=args)))
+    assert found is None if said is None else f"reads {given.model.path} again, {said}" in found
+
+
+def test_it_is_said_at_the_first_start_that_an_adapter_needs_its_base(config, tmp_path, capsys):
+    pytest.importorskip("peft", reason="adapters by LoRA need the extra areal_ray[lora]")
+    of = config("model.config.hidden_size=32", "model.config.num_hidden_layers=1").model
+    model = build_model(of)
+    materialise(model, torch.device("cpu"))
+    init_weights(model, seed=0)
+    theirs = LocalStorage(tmp_path / "theirs")
+    theirs.ensure()
+    info = {"step": 1, "attempt": 1, "hf_config": architecture(of), "tokenizer": "bytes"}
+    save(theirs.sub(Catalog.name(1, 1)), {"engine": DCPState(model)}, info, Ranks())
+    checked = config("model=pretrained", f"model.path={tmp_path}/theirs", f"adapter={json.dumps(LORA)}")
+    prepare(checked)
+    assert f"every start of this run reads {tmp_path}/theirs/step-00000001.a1 again" in capsys.readouterr().out
+
+
+def test_a_home_directory_is_looked_at_where_it_is(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ckpt").mkdir()
+    assert config("model.path=~/ckpt").model.path == "~/ckpt"
+    (tmp_path / "ckpt" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="give either"):
+        config("model.path=~/ckpt")

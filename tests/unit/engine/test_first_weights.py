@@ -18,7 +18,15 @@ from areal_ray.config import ConfigError, ModelConfig, NameConfig
 from areal_ray.distributed import Ranks
 from areal_ray.engine.first_weights import as_before, examine, resolve, source_of
 from areal_ray.engine.state import DCPState
-from areal_ray.models import architecture, build_model, hf_weights, init_buffers, init_weights, materialise
+from areal_ray.models import (
+    architecture,
+    build_model,
+    hf_weights,
+    init_buffers,
+    init_weights,
+    materialise,
+    merged_adapter,
+)
 from areal_ray.models.merged_adapter import MergedAdapter
 from areal_ray.storage import LocalStorage
 
@@ -225,6 +233,27 @@ def test_an_adapter_of_peft_is_added_to_its_base(root, model, tmp_path):
     assert all(torch.equal(found[name], on_run[name]) for name in found)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_an_adapter_adds_has_the_same_bits_however_it_is_cut(transposed):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(16, 40, generator=generator), torch.randn(24, 16, generator=generator)
+    base = torch.randn((40, 24) if transposed else (24, 40), generator=generator)
+    pair = merged_adapter._Pair(a, b, 0.5, transposed)
+    whole = pair.read(base, tuple((0, size) for size in base.shape))
+    product = (b.double() @ a.double()).float() * 0.5
+    torch.testing.assert_close(whole, base + (product.T if transposed else product))
+    for rows in (1, 2, 3, 5, 8):
+        for columns in (1, 7, 24):
+            boxes = [
+                ((i, min(i + rows, base.shape[0])), (j, min(j + columns, base.shape[1])))
+                for i in range(0, base.shape[0], rows)
+                for j in range(0, base.shape[1], columns)
+            ]
+            for box in boxes:
+                (i, i_end), (j, j_end) = box
+                assert torch.equal(pair.read(base, box), whole[i:i_end, j:j_end]), box
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"peft_type": "IA3"}, {"init_lora_weights": "pissa"}])
 def test_an_adapter_that_is_more_than_a_sum_is_refused(root, tmp_path, settings):
     adapter(tmp_path / "lora", str(root / "hf"), **settings)
@@ -259,3 +288,23 @@ def test_a_run_that_goes_on_keeps_what_was_settled(root):
     assert as_before(ModelConfig(path=f"{root}/run"), saved) == replace(first, tie=False)
     assert as_before(ModelConfig(path="/elsewhere"), saved) == ModelConfig(path="/elsewhere", tie=False)
     assert as_before(ModelConfig(path="/models/hf"), {"path": "/models/hf"}) == ModelConfig(path="/models/hf")
+    assert as_before(ModelConfig(path="/models"), {"path": "/models/hf"}) == ModelConfig(path="/models")
+    in_s3 = {"path": "s3://b/run/step-00000001.a1", "config": LLAMA}
+    assert as_before(ModelConfig(path="s3://b/run/"), in_s3) == ModelConfig(path=in_s3["path"], config=LLAMA)
+
+
+def test_what_was_settled_is_kept_however_the_path_is_written_and_the_model_is_said(root, tmp_path, monkeypatch):
+    run = root / "run"
+    saved = {"path": str(run / Catalog.name(1, 1)), "config": {}, "merge_adapter": None}
+    for said in ({"factory": "mine:make"}, {"config": LLAMA}):  # and not the run's newest checkpoint of now
+        assert as_before(ModelConfig(path=str(run), **said), saved) == ModelConfig(path=saved["path"], **said)
+    (tmp_path / "link").symlink_to(run)
+    assert as_before(ModelConfig(path=str(tmp_path / "link")), saved).path == saved["path"]
+    monkeypatch.chdir(root)
+    assert as_before(ModelConfig(path="run"), saved).path == saved["path"]
+    relative = {"path": f"run/{Catalog.name(1, 1)}", "config": LLAMA, "merge_adapter": "lora"}
+    for path in (relative["path"], f"{root}/{relative['path']}"):
+        assert as_before(ModelConfig(path=path), relative) == ModelConfig(path=relative["path"], config=LLAMA)
+    kept = ModelConfig(path=relative["path"], config=LLAMA, merge_adapter="lora")
+    assert as_before(ModelConfig(path="lora"), relative) == kept
+    assert as_before(ModelConfig(path=f"{root}/lora"), relative) == kept

@@ -216,6 +216,18 @@ def test_how_a_pretrained_model_generates_is_recorded(tmp_path):
         source_generation(ModelConfig(path=str(tmp_path)))
 
 
+def test_weights_of_another_kind_have_no_generation_config_nor_has_what_is_gone(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")  # would be an error, if it were read
+    config = {"model_type": "llama"}
+    for model in (
+        ModelConfig(path="s3://bucket/run/step-00000001.a1", config=config),
+        ModelConfig(path=str(tmp_path), config=config),
+        ModelConfig(path=str(tmp_path), factory="mine:make"),
+        ModelConfig(path=str(tmp_path / "gone")),
+    ):
+        assert source_generation(model) is None
+
+
 def test_averages_are_exported_on_request(tmp_path):
     directory = LocalStorage(tmp_path / "checkpoint")
     save(directory, {"engine": Box()}, {"hf_config": {"model_type": "qwen3"}}, Ranks())
