@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,22 @@ def claim(name: str, wait_s: float = _CLAIM_S) -> list[int]:
             left = deadline - time.monotonic()
             for key, _ in waiting.select(max(0.0, min(left, _LOOK_S) if untried else left)):
                 waiting.unregister(key.fileobj)
-                with suppress(ConnectionError):  # the other end is gone
-                    files += socket.recv_fds(key.data, 1, _MOST)[1]
+                files += _take(key.data)
             if left <= 0 or (files and not waiting.get_map()):
                 break
+    return files
+
+
+def _take(connection: socket.socket) -> list[int]:
+    """The files that a keeper sends, which hears that they have come; none if it is gone."""
+    files: list[int] = []
+    try:
+        files = socket.recv_fds(connection, 1, _MOST)[1]
+        connection.send(_RELEASE)
+    except ConnectionError:
+        for file in files:  # it keeps them for another one
+            os.close(file)
+        return []
     return files
 
 
@@ -218,7 +230,10 @@ def _keep(parent: int, owner: int | None, listener: socket.socket, files: list[i
             try:
                 check_peer(connection)
                 socket.send_fds(connection, [_RELEASE], files)
-                return
+                connection.settimeout(_CLAIM_S)
+                # Not before it has them: it checks that this process is there, and may die before that.
+                if connection.recv(1):
+                    return
             except OSError:  # of somebody else, or it has died as well: wait for the next
                 continue
 

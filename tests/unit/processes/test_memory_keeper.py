@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import select
 import selectors
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -84,6 +86,44 @@ def test_files_outlive_their_process(name: str, keeps: Any) -> None:
     for file in files:
         os.close(file)
     assert memory_keeper.claim(f"{name}-0") == []
+
+
+def test_files_stay_until_a_successor_says_that_it_has_them(name: str, keeps: Any) -> None:
+    process = keeps(os.getpid())
+    process.stdin.close()
+    process.wait()
+    ((_, there),) = memory_keeper._keepers(f"{name}-0")
+    with socket.socket(socket.AF_UNIX) as connection:  # of one that is killed when they have come
+        connection.connect(there)
+        for file in socket.recv_fds(connection, 1, 8)[1]:
+            os.close(file)
+    files = memory_keeper.claim(f"{name}-0")
+    assert len(files) == 2
+    for file in files:
+        os.close(file)
+
+
+def test_a_keeper_is_there_until_it_has_been_looked_at(name: str, keeps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = memory_keeper.check_peer
+
+    def late(connection: socket.socket) -> None:
+        """As on a busy machine: the keeper has sent everything, and has nothing left to do."""
+        select.select([connection], [], [])
+        keeper = psutil.Process(
+            struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        )
+        while keeper.status() not in (psutil.STATUS_SLEEPING, psutil.STATUS_ZOMBIE):
+            os.sched_yield()
+        look(connection)
+
+    process = keeps(os.getpid())
+    process.stdin.close()
+    process.wait()
+    monkeypatch.setattr(memory_keeper, "check_peer", late)
+    files = memory_keeper.claim(f"{name}-0")
+    assert len(files) == 2
+    for file in files:
+        os.close(file)
 
 
 def test_a_process_that_lives_keeps_its_files(name: str, keeps: Any) -> None:
