@@ -124,7 +124,7 @@ def _read_yaml(path: Path, schema: Any) -> Layer:
         raise ConfigError(error.key, error.message, str(path)) from None
     except FileNotFoundError:
         raise ConfigError("", f"no such file{_suggest(path.stem, _stems(path.parent))}", str(path)) from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError("", _one_line(str(error)), str(path)) from None
     if not isinstance(values, DictConfig):
         raise ConfigError("", "the file must hold a mapping of keys to values", str(path))

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 # The last words of a name, as in WANDB_API_KEY, secretKey or http-bearer.
 _SECRET = re.compile(
@@ -38,7 +38,8 @@ def redact(value: Any, key: str = "") -> Any:
 def redact_override(override: str) -> str:
     """A key=value string, with `***` for what names a secret."""
     key, _, text = override.partition("=")
-    tree = yaml.safe_load(text)
+    # Read as the configuration reads it: PyYAML's own ways know dates, and refuse a text that looks like a wrong one.
+    tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
     for part in reversed(key.split(".")):
         tree = {part: tree}
     safe = redact(tree)

@@ -33,6 +33,7 @@ _WAIT_S = 15.0  # for everything, imports of the fork server included; after a m
 _LOOK_S, _PARENT_S = 0.05, 1.0
 _NUMBER = struct.Struct("!i")
 _STREAMS = (0, 1, 2)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT)
 
 
 def address(name: str) -> str:
@@ -203,8 +204,22 @@ def _hand_over(name: str, preparation: str, command: list[str], wait_s: float) -
     if number <= REFUSED:
         raise Unfit("the fork server cannot make this process")
     process = os.pidfd_open(number)
-    os.write(go, GO)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    try:  # one that comes as soon as the fork has begun is for the fork
+        os.write(go, GO)
+        _forward_signals(process)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return connection, process
+
+
+def _forward_signals(process: int) -> None:
+    def forward(number: int, _: object) -> None:
+        with suppress(ProcessLookupError):  # it has just ended
+            signal.pidfd_send_signal(process, number)
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
 
 
 def _ask(name: str, preparation: str, command: list[str], deadline: float) -> tuple[socket.socket, int, int]:
@@ -223,8 +238,6 @@ def _ask(name: str, preparation: str, command: list[str], deadline: float) -> tu
 def _stand_for(connection: socket.socket, process: int) -> int:
     """Wait for the end of the process, and end it when the one that has started this one is gone; its status."""
     parent = os.getppid()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signal.pidfd_send_signal(process, number))
     while not select.select([process], [], [], _PARENT_S)[0]:
         if os.getppid() != parent:  # a process that is stopped, say, would not notice by itself
             signal.pidfd_send_signal(process, signal.SIGKILL)

@@ -67,6 +67,8 @@ def decode_metadata(data: bytes) -> Metadata:
     """
     metadata = unpickle_metadata(data)
     for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str):
+            raise CheckpointDamaged(f"{METADATA}: {name!r} is no name of a tensor")
         if isinstance(entry, BytesStorageMetadata):
             raise CheckpointDamaged(f"{METADATA}: {name!r} is a pickled object; only tensors are loaded")
         if not isinstance(entry, TensorStorageMetadata):

@@ -41,7 +41,14 @@ _MOST_BYTES = 1 << 30  # of a file that is read at once; the largest, a table of
 
 
 class CheckpointDamaged(RuntimeError):
-    """A directory is no good checkpoint; the message names the file and what is wrong with it."""
+    """A directory is no good checkpoint; the message names the file and what is wrong with it, in one line.
+
+    Args:
+        text: the message; words of libraries and names in the checkpoint may be in it, which may have several lines.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.split()))
 
 
 class CheckpointUnreadable(CheckpointDamaged):

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from areal_ray.checkpoint import CheckpointDamaged, load
+from areal_ray.checkpoint import CheckpointDamaged, StoredState, load
 from areal_ray.checkpoint.format.format_1 import decode_metadata
 from areal_ray.checkpoint.format.manifest import verify
 from areal_ray.distributed import RankError, Ranks
@@ -79,6 +79,23 @@ def test_an_attribute_of_an_allowed_name_is_refused():
 def test_metadata_of_pickled_objects_is_refused(old):
     forge(old, ".metadata", pickle.dumps(Metadata({"box.weight": BytesStorageMetadata()}, storage_data={})))
     assert damage_found(old).startswith(".metadata: 'box.weight' is a pickled object")
+
+
+@pytest.mark.parametrize("name", [7, None, ("box", "weight"), b"box.weight"])
+def test_names_of_tensors_that_are_no_text_are_refused(old, name):
+    metadata = decode_metadata(old.read(".metadata"))
+    some = next(iter(metadata.state_dict_metadata))
+    metadata.state_dict_metadata[name] = metadata.state_dict_metadata[some]
+    forge(old, ".metadata", pickle.dumps(metadata))
+    assert damage_found(old) == f".metadata: {name!r} is no name of a tensor"
+    with pytest.raises(CheckpointDamaged, match="is no name of a tensor"):
+        StoredState(old)
+
+
+def test_what_is_said_of_damage_is_one_line_whatever_a_library_says(old):
+    forge(old, ".metadata", b"\x80\x04" + b"X\x04\x00\x00\x00a\n\nb" + b"Q.")
+    assert "\n" not in damage_found(old)
+    assert str(CheckpointDamaged("a\n  b\tc")) == "a b c"
 
 
 PAIRS = b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))

@@ -142,6 +142,7 @@ WRONG_FILES = [
     ("model: {config: {vocab_size: 300}}", "model.config", "model_type is missing"),
     ("- a list", "", "a mapping of keys to values"),
     ("train: [", "", "is no YAML: expected the node content, but found '<stream end>' (line 2, column 9)"),
+    ("train: {seed: " + "9" * 5000 + "}", "", "Exceeds the limit (4300 digits)"),
     ("faults: [{kind: sigkill, step: 010}]", "faults[0].step", "010 would be read as 8"),
 ]
 

@@ -19,6 +19,12 @@ def test_names_of_secrets(key):
     assert "hidden" not in redact_override(f"a.{key}=hidden")
 
 
+@pytest.mark.parametrize("text", ["2026-13-45", "2026-11-27", "a=b", "${run.name}", ""])
+def test_values_are_read_as_the_configuration_reads_them(text):
+    """PyYAML knows dates, and refuses what looks like a wrong one."""
+    assert redact_override(f"data.path={text}") == f"data.path={text}"
+
+
 @pytest.mark.parametrize(
     "key", ["author", "tokenizer", "eos_token", "max_tokens", "num_key_value_heads", "keys", "bearing", "path", "key"]
 )

@@ -96,6 +96,24 @@ def test_signals_reach_the_fork(serve, run):
     assert process.wait(LIMIT_S) == 5
 
 
+def test_a_signal_that_comes_when_the_fork_has_just_begun_reaches_it(serve, tmp_path):
+    name, _ = serve()
+    script = tmp_path / "wait.py"
+    script.write_text("import time; time.sleep(600)")
+    own = f"""
+import os, signal, sys
+from areal_ray.processes import launch
+write = os.write
+def go(*arguments):
+    write(*arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+os.write = go
+sys.exit(launch.main({name!r}, {PREPARATION!r}, {str(script)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", own], cwd=ROOT, timeout=LIMIT_S, check=False)
+    assert done.returncode == 256 - signal.SIGTERM, "the fork's own end"
+
+
 def test_a_fork_begins_with_a_word_and_not_before(serve, tmp_path, started):
     name, _ = serve()
     script, log = tmp_path / "once.py", tmp_path / "log"
