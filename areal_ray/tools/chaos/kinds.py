@@ -73,7 +73,7 @@ class Kind:
     Args:
         inject: does it to the run.
         lacks: what it needs and is not here; None: it can be done.
-        quiet: nobody has to start again afterwards: survived is a checkpoint later.
+        quiet: nobody has to start again: survived is a checkpoint later.
     """
 
     inject: Callable[[World, random.Random], None]
@@ -99,7 +99,7 @@ KINDS: dict[str, Kind] = {
     "the storage server stops": Kind(faults.storage_away, server),
     "SIGSTOP of the controller": Kind(partial(processes.send, signal.SIGSTOP, World.controllers)),
     "SIGSTOP of the driver for 5 s": Kind(processes.stop_driver, quiet=True),
-    "SIGSTOP of the driver, another takes over": Kind(processes.take_over, quiet=True),  # it has, when this is done
+    "SIGSTOP of the driver, another takes over": Kind(processes.take_over),
     "SIGTERM to the driver's group": Kind(partial(processes.group, signal.SIGTERM)),
     "SIGHUP to the driver's group": Kind(partial(processes.group, signal.SIGHUP)),
     "SIGKILL of the file writers": Kind(partial(processes.then_a_worker, World.file_writers)),

@@ -90,7 +90,7 @@ def few_descriptors(world: World, draw: random.Random) -> None:
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         used = len(os.listdir(f"/proc/{pid}/fd"))
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, before[1]))
-        world.hits += 1
+        world.hit()
         began = time.monotonic()
         world.until(
             "a worker that finds no descriptor",
@@ -112,7 +112,7 @@ def no_memory(world: World, draw: random.Random) -> None:
             (group / "cgroup.procs").write_text(str(pid))
         except ProcessLookupError:
             return
-        world.hits += 1
+        world.hit()
         began = time.monotonic()
         world.until(
             "a worker without memory",

@@ -61,7 +61,7 @@ class World:
         self._drivers: list[subprocess.Popen[bytes]] = []  # all that were started
         self.refuse: Path | None = None  # see `unreadable`
         self.damaged: set[str] = set()  # checkpoints
-        self.hits = 0  # processes that were killed or stopped
+        self.hits, self.hit_at = 0, 0.0  # how often something was done to the run, and when it was done last
         self.seen: dict[str, float] = {}  # committed checkpoints, by name: when they were first seen
         self.kept_open: list[socket.socket] = []  # names that are taken from the run
         self._ended = threading.Event()
@@ -109,10 +109,14 @@ class World:
 
     def restart_driver(self) -> None:
         assert self.driver is not None
-        self.hits += 1
+        self.hit()
         self.driver.kill()
         self.driver.wait()
         self.start_driver()
+
+    def hit(self) -> None:
+        """Note that a process was killed or stopped, or something taken from it."""
+        self.hits, self.hit_at = self.hits + 1, time.time()
 
     def workers(self) -> list[int]:
         """Process ids of the newest attempt's ranks."""
@@ -175,28 +179,28 @@ class World:
         return {each.pid for each in children if "DashboardAgent" in " ".join(each.cmdline())}
 
     def send(self, pid: int, number: signal.Signals) -> None:
-        """Send a signal to a process, if it is there; counted in `hits`."""
+        """Send a signal to a process, if it is there; noted by `hit`."""
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).send_signal(number)
-            self.hits += 1
+            self.hit()
 
     def send_to_group(self, number: signal.Signals) -> None:
         """Send a signal to the driver's process group."""
         assert self.driver is not None
         os.killpg(self.driver.pid, number)
-        self.hits += 1
+        self.hit()
 
     def troubles(self) -> int:
         """Saves that have failed, and troubles of the controller."""
         return self.count("save_failed") + self.count("controller_trouble")
 
     def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal to one of Ray's processes, if it is still that; `hits` counts those that were."""
+        """Send a signal to one of Ray's processes, if it is still that; noted by `hit`."""
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             if " ".join(process.cmdline()).startswith("ray::"):
                 process.send_signal(number)
-                self.hits += 1
+                self.hit()
 
     def count(self, kind: str) -> int:
         return len(self.run.events(kind))
@@ -215,7 +219,7 @@ class World:
     def change_node(self) -> None:
         """Take the second node away, with what runs on it, and bring another one."""
         assert self._second is not None
-        self.hits += 1
+        self.hit()
         self.cluster.remove_node(self._second, allow_graceful=False)
         self._second = self.cluster.add_node(num_cpus=self._workers - max(1, self._workers // 2))
 
