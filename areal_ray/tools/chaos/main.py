@@ -123,7 +123,7 @@ def _disturb(
         kind = deck.pop()
         hits = world.hits
         KINDS[kind].inject(world, draw)
-        # Some take a while to find their moment; and to some there is more after the hit, while the run is back already.
+        # Some take a while to find their moment; to some there is more after the hit, while the run is back already.
         at = time.time() if KINDS[kind].quiet else world.hit_at
         if world.hits == hits:
             say(f"{time.monotonic() - began:6.0f} s  {kind:<34} nobody was there")
