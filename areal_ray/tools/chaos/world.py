@@ -68,6 +68,8 @@ class World:
 
     def __enter__(self) -> World:
         logging.getLogger("ray").setLevel(logging.ERROR)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup, and the driver would ignore it, too
+            signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not handed on
         self._start_cluster()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
