@@ -71,9 +71,9 @@ bench: install
 bench-gpu:
 	@$(PYTHON) -m tests.bench.gpu $(SET) --rounds $(or $(ROUNDS),2)
 
-# make chaos MINUTES=15 SEED=1 SET="key=value"
+# make chaos MINUTES=15 SEED=1 SET="key=value"; MACHINES=1: with a network between the workers
 chaos: install
-	@$(BIN)/areal-ray chaos --config $(CONFIG) --minutes $(or $(MINUTES),15) --seed $(or $(SEED),0) $(SET)
+	@$(BIN)/areal-ray chaos --config $(CONFIG) --minutes $(or $(MINUTES),15) --seed $(or $(SEED),0) $(if $(MACHINES),--machines) $(SET)
 
 # make fuzz N=20000 SEED=0 CASE=17 (that one again)
 fuzz: install

@@ -70,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chaos.add_argument(
         "--storage-process", type=int, metavar="PID", help="of a storage server on this machine, to stop"
     )
+    chaos.add_argument(
+        "--machines",
+        action="store_true",
+        help="a network namespace for each worker, and faults of the network; as root",
+    )
     chaos.add_argument("--only", action="append", metavar="KIND", help="only faults of this kind; may be repeated")
     chaos.add_argument("--folder", help="where the runs and their logs stay; default a temporary one")
     add_init(commands)
@@ -143,8 +148,8 @@ def _chaos(arguments: argparse.Namespace) -> int:
         from areal_ray.tools.chaos.main import chaos
 
         places = arguments.config, arguments.overrides, folder
-        only, storage = arguments.only or (), arguments.storage_process
-        injected, checks = chaos(*places, arguments.minutes, arguments.seed, only, storage)
+        only, own = arguments.only or (), (arguments.storage_process, arguments.machines)
+        injected, checks = chaos(*places, arguments.minutes, arguments.seed, only, *own)
         print(f"\n{len(injected)} faults of {len({fault.kind for fault in injected})} kinds")
         return checks
 
@@ -157,11 +162,14 @@ def _prove(arguments: argparse.Namespace, name: str, work: Callable[[Path], list
     if folder.is_dir() and any(folder.iterdir()):
         print(f"areal-ray {name}: {folder} is not empty", file=sys.stderr)
         return 2
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     try:
         checks = work(folder)
     except RuntimeError as error:
         print(f"\nareal-ray {name}: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     width = max(len(check.what) for check in checks)
     print(f"\n{'run':<9} {'what':<{width}}  {'promised':<18} {'found':<32}")
     for check in checks:

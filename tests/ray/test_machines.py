@@ -1,11 +1,13 @@
 """A run on three machines with networks of their own, as Debian sets them up, whose cables are pulled and put back."""
 
 import sys
+import time
 
 import pytest
 
+from areal_ray.tools.chaos.machines import Machines, impossible
+
 from .conftest import EXPERIMENT, Run
-from .machines import Machines, impossible, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -24,6 +26,14 @@ OPTIONS = (
     "data.prepared_path=null",  # beside the run, which all machines see
     "faults=[{kind: hang, rank: 1, step: 10}]",  # there is something left to do when it is pulled
 )
+
+
+def wait_until(ready, what, timeout_s=120.0):
+    """Look again and again until `ready()`; `what` is said if that takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
 
 
 @pytest.mark.skipif(impossible() is not None, reason=str(impossible()))

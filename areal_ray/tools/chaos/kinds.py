@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -131,14 +131,14 @@ def look_around(workers: int, own_storage: bool, storage_process: int | None) ->
     return Here(workers, machine.can_mount(), own_storage, storage_process, groups, unreadable.compiler())
 
 
-def possible(here: Here, only: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The kinds that can be tried, of those that are named, if any are; of the others what they lack.
+def possible(table: Mapping[str, Kind], here: Here, only: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The kinds of a table that can be tried, of those that are named, if any are; of the others what they lack.
 
     Raises:
         RuntimeError: if one that is named is not among the kinds that can be tried.
     """
-    lacking = {name: lacks for name, kind in KINDS.items() if (lacks := kind.lacks(here)) is not None}
-    kinds = [kind for kind in KINDS if kind not in lacking]
+    lacking = {name: lacks for name, kind in table.items() if (lacks := kind.lacks(here)) is not None}
+    kinds = [kind for kind in table if kind not in lacking]
     if unknown := set(only) - set(kinds):
         raise RuntimeError(f"no such faults here: {', '.join(sorted(unknown))}; there are: {', '.join(kinds)}")
     return [kind for kind in kinds if kind in only] if only else kinds, lacking

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ from pathlib import Path
 from areal_ray.config import Config, ConfigError, load
 from areal_ray.tools.chaos import faults, machine, unreadable
 from areal_ray.tools.chaos.checks import check
-from areal_ray.tools.chaos.kinds import KINDS, library, look_around, possible, survived
-from areal_ray.tools.chaos.world import BACK_S, World
+from areal_ray.tools.chaos.kinds import KINDS, Kind, library, look_around, possible, survived
+from areal_ray.tools.chaos.machines import impossible
+from areal_ray.tools.chaos.network import NETWORK_KINDS, Network
+from areal_ray.tools.chaos.world import World
 from areal_ray.tools.verify_resume import Check
 
 _PAUSE_S = (2.0, 10.0)  # of undisturbed training between recovery and the next fault
@@ -37,6 +39,7 @@ def chaos(
     seed: int,
     only: Sequence[str] = (),
     storage_process: int | None = None,
+    machines: bool = False,
     say: Callable[[str], None] = print,
 ) -> tuple[list[Injected], list[Check]]:
     """Disturb an experiment for some minutes, stop it, run it undisturbed as far, and compare.
@@ -48,6 +51,8 @@ def chaos(
         seed: of order, targets and moments of the faults.
         only: kinds of faults; all that are possible if none is named.
         storage_process: of the storage server, on this machine, to be stopped now and then.
+        machines: give each worker, and the driver, a machine of its own in a network namespace, and disturb what is
+            between them.
         say: prints a line for the user.
 
     Returns:
@@ -63,32 +68,32 @@ def chaos(
         raise ConfigError("cluster.use_gpu", "chaos starts nodes of its own, on this machine, with CPUs only")
     workers = given.usable_sizes[-1]
     here = look_around(workers, not _elsewhere(overrides), storage_process)
-    kinds, lacking = possible(here, only)
+    table = NETWORK_KINDS if machines else KINDS
+    if machines and (lacks := impossible()):
+        raise RuntimeError(f"no machines here: {lacks}")
+    kinds, lacking = possible(table, here, only)
     for kind, lacks in lacking.items() if not only else ():
         say(f"not here: {kind} (needs {lacks})")
     folder.mkdir(parents=True, exist_ok=True)
     draw, injected = random.Random(seed), list[Injected]()
     checks: list[Check] = []
     with ExitStack() as stack:
-        if here.mounts:
+        if here.mounts and not machines:
             machine.private_mounts()
-        disk = faults.small_disk(folder / "disk", stack) if here.disk else None
+        disk = faults.small_disk(folder / "disk", stack) if here.disk and not machines else None
         if disk:  # it is gone with the block, and what was lost on it could not be looked into
             stack.callback(lambda: None if _kept(checks) else shutil.copytree(disk, folder / "runs"))
         all_overrides = [*overrides, *_own(overrides, given, disk or folder / "runs")]
         config = load(path, all_overrides)
-        world = World(path, all_overrides, folder, config, storage_process, disk)
-        if any(KINDS[kind].lacks is library for kind in kinds):
+        world = (Network if machines else World)(path, all_overrides, folder, config, storage_process, disk)
+        if any(table[kind].lacks is library for kind in kinds):
             world.refuse = unreadable.install(folder)
         stack.enter_context(world)
         world.start_driver()
         world.until("the first checkpoint", world.newest)
-        _disturb(world, kinds, draw, minutes, injected, say)
+        _disturb(world, {kind: table[kind] for kind in kinds}, draw, minutes, injected, say)
         world.until("a checkpoint", world.newest)
-        assert world.driver is not None
-        world.driver.terminate()
-        status = world.driver.wait(timeout=BACK_S)
-        checks = check(world, status, path, overrides, folder, workers)
+        checks = check(world, world.end_driver(), path, overrides, folder, workers)
     return injected, checks
 
 
@@ -108,7 +113,7 @@ def _own(overrides: Sequence[str], given: Config, storage: Path) -> list[str]:
 
 def _disturb(
     world: World,
-    kinds: Sequence[str],
+    kinds: Mapping[str, Kind],
     draw: random.Random,
     minutes: float,
     injected: list[Injected],
@@ -119,16 +124,16 @@ def _disturb(
     began = time.monotonic()
     while time.monotonic() - began < 60 * minutes:
         time.sleep(draw.uniform(*_PAUSE_S))
-        deck = deck or draw.sample(kinds, len(kinds))
+        deck = deck or draw.sample(list(kinds), len(kinds))
         kind = deck.pop()
         hits = world.hits
-        KINDS[kind].inject(world, draw)
+        kinds[kind].inject(world, draw)
         # Some take a while to find their moment; to some there is more after the hit, while the run is back already.
-        at = time.time() if KINDS[kind].quiet else world.hit_at
+        at = time.time() if kinds[kind].quiet else world.hit_at
         if world.hits == hits:
             say(f"{time.monotonic() - began:6.0f} s  {kind:<34} nobody was there")
             continue
-        world.until(f"a step after: {kind}", lambda: survived(KINDS[kind], world, at))  # noqa: B023  (called here)
+        world.until(f"a step after: {kind}", lambda: survived(kinds[kind], world, at))  # noqa: B023  (called here)
         injected.append(Injected(kind, at, time.time() - at))
         say(f"{time.monotonic() - began:6.0f} s  {kind:<34} back after {injected[-1].recovery_s:5.1f} s")
 

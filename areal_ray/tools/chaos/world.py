@@ -57,8 +57,8 @@ class World:
         self.run, self.catalog = RunDir(self.storage), Catalog(self.storage)
         self._look_s = _LOOK_S if isinstance(self.storage, LocalStorage) else _LOOK_FAR_S
         self._workers = config.usable_sizes[-1]
-        self.driver: subprocess.Popen[bytes] | None = None
-        self._drivers: list[subprocess.Popen[bytes]] = []  # all that were started
+        self.driver: subprocess.Popen[Any] | None = None
+        self._drivers: list[subprocess.Popen[Any]] = []  # all that were started
         self.refuse: Path | None = None  # see `unreadable`
         self.damaged: set[str] = set()  # checkpoints
         self.hits, self.hit_at = 0, 0.0  # how often something was done to the run, and when it was done last
@@ -81,7 +81,7 @@ class World:
         for driver in self._drivers:
             driver.kill()
             driver.wait()
-        self.cluster.shutdown()
+        self._end_cluster()
         for each in self.kept_open:
             each.close()
 
@@ -90,9 +90,12 @@ class World:
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": here, "include_dashboard": False})
         self._second = self.cluster.add_node(num_cpus=self._workers - here) if self._workers > here else None
 
+    def _end_cluster(self) -> None:
+        self.cluster.shutdown()
+
     def change_cluster(self) -> None:
         """Take all nodes away, and bring others."""
-        self.cluster.shutdown()
+        self._end_cluster()
         self._start_cluster()
 
     @property
@@ -108,6 +111,12 @@ class World:
                 self._command, stdout=output, stderr=output, env=environment, start_new_session=True
             )
         self._drivers.append(self.driver)
+
+    def end_driver(self) -> int:
+        """Ask the driver to save and to end; its exit status."""
+        assert self.driver is not None
+        self.driver.terminate()
+        return self.driver.wait(timeout=BACK_S)
 
     def restart_driver(self) -> None:
         assert self.driver is not None
@@ -231,10 +240,13 @@ class World:
     def _watch(self) -> None:
         # The ledger does not know a checkpoint whose rank 0 was killed between the commit and the line about it.
         while not self._ended.wait(self._look_s):
-            with suppress(OSError):
-                newest = self.newest()
-                if newest is not None:
-                    self.seen.setdefault(newest, time.time())
+            self._look()
+
+    def _look(self) -> None:
+        with suppress(OSError):
+            newest = self.newest()
+            if newest is not None:
+                self.seen.setdefault(newest, time.time())
 
 
 def run_undisturbed(path: str, overrides: Sequence[str], log: Path) -> None:

@@ -14,15 +14,14 @@ import secrets
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import overload
+from typing import Any, overload
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+_CODE = Path(__file__).parents[3]  # of this package, which the machines see as well
 BIN = Path(sys.executable).parent
 PORT = 6379  # of the head node's store, which no other process of that machine has
 _READY_S = 180.0  # on a busy machine, too
@@ -60,7 +59,7 @@ def impossible() -> str | None:
 
 def _keep(shared: Path) -> str:
     """Commands that bring what must be seen, and lies in /tmp, to the new one: the shared folder, and this code."""
-    places = [place.resolve() for place in (shared, ROOT, Path(sys.prefix))]
+    places = [place.resolve() for place in (shared, _CODE, Path(sys.prefix))]
     kept = [place.relative_to("/tmp") for place in places if place.is_relative_to("/tmp")]
     within = [place for place in kept if not any(place != other and place.is_relative_to(other) for other in kept)]
     names = [shlex.quote(str(place)) for place in within]
@@ -97,9 +96,9 @@ class Machine:
     def run(self, *command: str | Path, log: Path | None = None, **environment: str) -> subprocess.Popen[str]:
         """Start a command here; what it prints, errors among it, goes to its `stdout` unless there is a file for it."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AREAL_"))}
-        own |= {"HOME": "/tmp/home", "PATH": f"{BIN}:{own['PATH']}", "PYTHONPATH": str(ROOT), "TMPDIR": "/tmp"}
+        own |= {"HOME": "/tmp/home", "PATH": f"{BIN}:{own['PATH']}", "PYTHONPATH": str(_CODE), "TMPDIR": "/tmp"}
         own |= {"RAY_worker_niceness": "0", "PYTHONUNBUFFERED": "1", **environment}
-        enter = ["nsenter", "--target", str(self._first), "--all", f"--wd={ROOT}"]
+        enter = ["nsenter", "--target", str(self._first), "--all", f"--wd={_CODE}"]
         with contextlib.ExitStack() as stack:
             out = subprocess.PIPE if log is None else stack.enter_context(open(log, "ab"))
             process = subprocess.Popen(
@@ -110,7 +109,7 @@ class Machine:
 
     def call(self, *command: str | Path, **environment: str) -> str:
         """Run a command here to its end, which must be a good one; what it printed."""
-        process = self.run(*command, **environment)
+        process = self.run(*command, log=None, **environment)
         text = process.communicate()[0]
         assert process.returncode == 0, text
         return text
@@ -122,6 +121,25 @@ class Machine:
     def mend(self) -> None:
         """Put the cable back."""
         subprocess.run(["ip", "link", "set", self._link, "up"], check=True)
+
+    def slow(self, how: str) -> None:
+        """Have its network take time in both directions.
+
+        Args:
+            how: parameters of the kernel's token bucket filter, see tc-tbf(8).
+        """
+        for place in self._ends:
+            subprocess.run([*place, "root", "tbf", *how.split()], check=True)
+
+    def fast(self) -> None:
+        for place in self._ends:
+            subprocess.run([*(word if word != "replace" else "del" for word in place), "root"], check=True)
+
+    @property
+    def _ends(self) -> list[list[str]]:
+        """Commands for what leaves at both ends of its cable."""
+        own = ["tc", "-n", self._space, "qdisc", "replace", "dev", "eth0"]
+        return [own, ["tc", "qdisc", "replace", "dev", self._link]]
 
     def processes(self) -> list[psutil.Process]:
         """All that run here, by the numbers that this process knows them by."""
@@ -147,7 +165,8 @@ class Machine:
     def end(self) -> None:
         if self._init.poll() is None:
             psutil.Process(self._first).kill()  # and the kernel ends all others of these process numbers
-        for process in (self._init, *self._processes):
+        processes: list[subprocess.Popen[Any]] = [self._init, *self._processes]
+        for process in processes:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
@@ -166,18 +185,22 @@ class Machines:
     def __init__(self, count: int, shared: Path) -> None:
         self._count, self._shared = count, shared.resolve()
         self._id = secrets.token_hex(3)
+        self._bridge, self._heads = f"ar{self._id}", 0
         self._machines: list[Machine] = []
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Machines:
-        bridge = f"ar{self._id}"
         with contextlib.ExitStack() as stack:
-            _ip("link", "add", bridge, "type", "bridge")
-            stack.callback(_ip, "link", "del", bridge)
-            _ip("link", "set", bridge, "up")
-            for i in range(self._count):
-                self._machines.append(self._start(i, bridge, stack))
+            _ip("link", "add", self._bridge, "type", "bridge")
+            stack.callback(_ip, "link", "del", self._bridge)
+            _ip("link", "set", self._bridge, "up")
             self._stack = stack.pop_all()
+        try:
+            for _ in range(self._count):
+                self.add()
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(
@@ -193,6 +216,17 @@ class Machines:
 
     def __getitem__(self, i: int | slice) -> Machine | list[Machine]:
         return self._machines[i]
+
+    def add(self) -> Machine:
+        """One more machine, with an address of its own."""
+        self._machines.append(self._start(len(self._machines), len(self._machines)))
+        return self._machines[-1]
+
+    def another_head(self) -> None:
+        """A head in the place of the first, which is off: with its address and its node of Ray, and nothing else."""
+        self._heads += 1
+        self._machines[0] = self._start(0, f"0h{self._heads}")
+        self.start_head(self._head_cpus, **self._head_environment)
 
     @property
     def head(self) -> Machine:
@@ -210,11 +244,13 @@ class Machines:
             environment: of the nodes' processes.
         """
         self.start_head(cpus[0], **environment)
-        joined = [self.join(*each, **environment) for each in zip(self._machines[1:], cpus[1:], strict=True)]
+        others = zip(self._machines[1:], cpus[1:], strict=True)
+        joined = [self.join(machine, count, **environment) for machine, count in others]
         self.wait_for_nodes(len(cpus))
         return joined
 
     def start_head(self, cpus: int, **environment: str) -> subprocess.Popen[str]:
+        self._head_cpus, self._head_environment = cpus, environment
         options = [f"--port={PORT}", "--dashboard-host=0.0.0.0"]
         return self._ray_start(self.head, cpus, "--head", *options, **environment)
 
@@ -234,14 +270,18 @@ while sum(node["Alive"] for node in ray.nodes()) < {count}: time.sleep(0.1)
         log = self._shared / f"{machine.name}.log"
         return machine.run(BIN / "ray", "start", *common, *where, *options, log=log, **environment)
 
-    def _start(self, i: int, bridge: str, stack: contextlib.ExitStack) -> Machine:
-        space, link, inner = f"ar{self._id}-{i}", f"ar{self._id}-{i}", f"an{self._id}-{i}"
+    def _start(self, i: int, which: int | str) -> Machine:
+        """Machine number `i`, whose network is told by `which` from that of others that had the number."""
+        bridge, stack = self._bridge, self._stack
+        space, link, inner = f"ar{self._id}-{which}", f"ar{self._id}-{which}", f"an{self._id}-{which}"
         net = int(self._id[:2], 16)
         address = f"10.77.{net}.{i + 1}"
         _ip("netns", "add", space)
         stack.callback(_ip, "netns", "del", space)
         _ip("link", "add", link, "type", "veth", "peer", "name", inner)
         stack.callback(_ip, "link", "del", link)  # or it stays for as long as a connection of a machine is not over
+        # Known by neighbours: one with the address of another has its hardware address, too.
+        _ip("link", "set", inner, "address", f"02:00:0a:4d:{net:02x}:{i + 1:02x}")
         _ip("link", "set", inner, "netns", space)
         _ip("link", "set", link, "master", bridge, "up")
         inside = ("-n", space)
@@ -255,11 +295,3 @@ while sum(node["Alive"] for node in ray.nodes()) < {count}: time.sleep(0.1)
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
-
-
-def wait_until(ready: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
-    """Look again and again until `ready()`; `what` is said if that takes too long."""
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
