@@ -5,6 +5,7 @@ Run as `python -m tests.distributed.rank_server DESCRIPTOR [MODULE ...]`, by `Ra
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import pickle
@@ -110,6 +111,7 @@ class _Rank:
 def _train(pipe: Connection, environment: dict[str, str], folder: str, job: bytes) -> None:
     """Be the rank: the job, its outcome, and the end of this process."""
     code = 1
+    faulthandler.enable()  # a rank that a library ends says where it was
     try:
         os.environ.clear()
         os.environ.update(environment)
