@@ -57,8 +57,8 @@ class TokenStream:
         self._files, self.dtype, self.fingerprint, self._lengths = list(files), dtype, fingerprint, lengths
         self._sequences = sequences or lengths
         self._ends = np.cumsum([file.tokens for file in files], dtype=np.int64)
-        self._ranges: Ranges = ranges_of(storage)
         self.masked = any(file.mask for file in files)
+        self._ranges: Ranges = ranges_of(storage, len(self) * (dtype.itemsize + self.masked))
 
     def __len__(self) -> int:
         """Tokens."""

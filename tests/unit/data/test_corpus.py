@@ -11,7 +11,7 @@ import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import PackedTokens
-from areal_ray.data.corpus import planning, prepare, shard
+from areal_ray.data.corpus import planning, prepare, ranges, shard
 from areal_ray.data.corpus.corpus import Corpus, TokenFile, TokenStream, document_lengths
 from areal_ray.data.corpus.manifest import MANIFEST
 from areal_ray.data.corpus.ranges import LocalRanges, RemoteRanges
@@ -204,13 +204,11 @@ def test_a_file_that_is_shorter_than_it_was_is_named(sources, tmp_path):
 
 
 def test_ranges_through_a_cache_are_those_of_the_file(tmp_path, monkeypatch):
-    from areal_ray.data.corpus import ranges
-
     monkeypatch.setattr(ranges, "_BLOCK", 10)
     monkeypatch.setattr(ranges, "_CACHED", 60)
     (tmp_path / "a").write_bytes(bytes(range(256)))
     storage = LocalStorage(tmp_path)
-    near, far = LocalRanges(storage), RemoteRanges(storage)
+    near, far = LocalRanges(storage), RemoteRanges(storage, size=256)
     draw = np.random.default_rng(0)
     for _ in range(50):
         wanted = [("a", int(begin), int(draw.integers(1, 256 - begin))) for begin in draw.integers(0, 250, 4)]
@@ -218,6 +216,27 @@ def test_ranges_through_a_cache_are_those_of_the_file(tmp_path, monkeypatch):
         assert len(far._blocks) <= 6
     with pytest.raises(OSError, match="ends before byte 300"):
         far.read([("a", 250, 50)])
+
+
+@pytest.mark.parametrize(("cached", "requests"), [(256, 4), (255, 26)])
+def test_what_fits_into_the_cache_is_read_once_and_in_large_blocks(tmp_path, monkeypatch, cached, requests):
+    monkeypatch.setattr(ranges, "_BLOCK", 10)
+    monkeypatch.setattr(ranges, "_LARGE_BLOCK", 64)
+    monkeypatch.setattr(ranges, "_CACHED", cached)
+    (tmp_path / "a").write_bytes(bytes(range(256)))
+    asked = []
+
+    class Counted(LocalStorage):
+        def read_range(self, *where):
+            asked.append(where)
+            return super().read_range(*where)
+
+    far = RemoteRanges(Counted(tmp_path), size=256)
+    for begin in range(250):
+        assert far.read([("a", begin, 5)]) == [bytes(range(begin, begin + 5))]
+    assert len(asked) == requests
+    far.read([("a", 0, 1), ("a", 255, 1)])
+    assert len(asked) == requests + (cached < 256)  # the oldest had to go
 
 
 def test_a_manifest_that_was_changed_is_refused(sources, tmp_path):
