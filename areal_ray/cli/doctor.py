@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
         text = f"as `train` checks them; run directory {run.storage.location}"
         bad += _print([Finding("ok", "model, run, data", text)])
         bad += _print(Finding("ok", *line.split(": ", 1)) for line in lines)
+        bad += _print(_rate(run, config))
     except NotPrepared as error:
         data = replace(given.data, tokenizer=error.config.data.tokenizer)
         config = replace(given, model=error.config.model, data=data)  # model.path may be that of a run
@@ -50,6 +51,19 @@ def doctor(config: Any, arguments: argparse.Namespace) -> int:
         _print([Finding("note", "cluster", "RAY_ADDRESS is not set: `train` makes one on this machine")])
     print("\nnothing stands in the way" if not bad else f"\n{bad} thing{'s' * (bad != 1)} to mend")
     return 1 if bad else 0
+
+
+def _rate(run: Any, config: Any) -> Iterator[Any]:
+    """Whether a run that goes on does so at its learning rate."""
+    from areal_ray.checkpoint import Catalog
+    from areal_ray.driver.rate_jump import rate_jump
+    from areal_ray.tools.doctor import Finding
+
+    newest = Catalog(run.storage).newest()
+    if newest is not None:
+        jump = rate_jump(newest, config)
+        text = f"goes on from step {newest.step} as it was"
+        yield Finding("note" if jump else "ok", "learning rate", jump or text)
 
 
 def _upload() -> Any:

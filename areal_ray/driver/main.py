@@ -33,6 +33,7 @@ from areal_ray.driver.hints import hint
 from areal_ray.driver.opening import counted_operations, opening
 from areal_ray.driver.panel import show
 from areal_ray.driver.preflight import prepare, serving
+from areal_ray.driver.rate_jump import rate_jump
 from areal_ray.driver.signals import ask_in_background, stopping_on_signals
 from areal_ray.driver.supervisor import choose_fit, supervise
 from areal_ray.processes.fork_server import ForkServer
@@ -86,6 +87,8 @@ def train(
         run.storage.ensure(config.run.private)
     except OSError as error:
         raise ConfigError("run.storage_path", str(error)) from None
+    if done is not None and (jump := rate_jump(done, config)):
+        lines.append(f"learning rate: {jump}")
     print("\n".join([*lines, f"run directory: {run.storage.location}"]), flush=True)
     operations, unknown = counted_operations(config)
     if unknown:

@@ -61,7 +61,7 @@ def check_model(config: ModelConfig, model: nn.Module, vocab_size: int, seq_len:
         )
     positions = _positions(model)
     if positions is not None and positions < seq_len:
-        text = f"the model has {positions} positions, and rows of {seq_len} tokens do not fit"
+        text = f"the model has {positions} positions, and rows of {seq_len} tokens do not fit: at most {positions}"
         raise ConfigError("train.seq_len", text)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -14,10 +13,8 @@ from areal_ray.run.units import size_text
 from areal_ray.storage import Storage
 from areal_ray.tools.doctor.finding import Finding
 from areal_ray.tools.doctor.levers import Estimate, host_levers
+from areal_ray.tools.doctor.limits import limits
 from areal_ray.tools.doctor.memory import estimate
-
-_FILES = 4096
-_GIB = 1 << 30
 
 
 def local_findings(config: Config, storage: Storage, needs: Estimate | None = None) -> Iterator[Finding]:
@@ -37,7 +34,7 @@ def local_findings(config: Config, storage: Storage, needs: Estimate | None = No
     else:
         yield from _memory(config, needs)
     yield _storage(storage)
-    yield from _limits()
+    yield from limits()
 
 
 def _sizes(config: Config) -> Finding:
@@ -87,18 +84,6 @@ def _storage(storage: Storage) -> Finding:
         return Finding("bad", "storage", f"{storage.location} gives back something else than was written")
     free = "" if "://" in storage.location else f", {size_text(shutil.disk_usage(storage.location).free)} free"
     return Finding("ok", "storage", f"{storage.location}: written, read, listed and deleted{free}")
-
-
-def _limits() -> Iterator[Finding]:
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = files[1] == resource.RLIM_INFINITY or files[1] >= _FILES
-    text = f"{files[0]:,} at a time, and up to {files[1]:,}" + ("" if enough else f": raise it to {_FILES}, ulimit -n")
-    yield Finding("ok" if enough else "bad", "open files", text)
-    if os.path.isdir("/dev/shm"):
-        free = shutil.disk_usage("/dev/shm").free
-        state = "ok" if free > _GIB else "note"
-        text = f"{size_text(free)} free" + ("" if free > _GIB else ": Ray's object store falls back to a slow disk")
-        yield Finding("ok" if state == "ok" else "note", "/dev/shm", text)
 
 
 def _parts(parts: dict[str, int]) -> str:

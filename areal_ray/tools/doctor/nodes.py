@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import secrets
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,11 +16,18 @@ from areal_ray.run.units import size_text
 from areal_ray.storage import Storage
 from areal_ray.tools.doctor.finding import Finding
 from areal_ray.tools.doctor.levers import Estimate
+from areal_ray.tools.doctor.limits import OPEN_FILES, limits
 from areal_ray.tools.doctor.memory import MemoryEstimate, estimate
 
 _PACKAGES = ("areal_ray", "torch", "ray", "transformers", "numpy", "safetensors")
 _CLOCK_S = 2.0  # a lease and a ledger bear that much
 _WAIT_S = 60.0
+_NO_ANSWER = "`ray status` says whether it is alive and has room; restart Ray there, or take it out"
+_NO_PACKAGE = "Install it there in the same environment as here, or have the job take it along (`areal-ray submit`)"
+_NOT_SHARED = (
+    "does not show what the driver has written there: it is not shared. Mount one file system at that path on every "
+    "node, or give run.storage_path=s3://..."
+)
 
 
 def versions() -> dict[str, str]:
@@ -48,16 +54,15 @@ def look(storage: Storage, name: str, mark: str) -> dict[str, Any]:
         own = f"{name}-{secrets.token_hex(4)}"
         storage.replace(own, b"")
         storage.remove(own)
-        trouble = "" if found == mark.encode() else "does not show what the driver has written there: it is not shared"
+        trouble = "" if found == mark.encode() else _NOT_SHARED
     except OSError as error:
         trouble = str(error)
-    shm = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "versions": versions(),
         "time": time.time(),
         "trouble": trouble,
-        "shm": shm,
+        "limits": [(each.what, each.text) for each in limits() if each.state != "ok"],
         "memory": memory,
         "gpus": gpus(),
     }
@@ -99,7 +104,9 @@ def node_findings(config: Config, storage: Storage, needs: Estimate = estimate) 
         yield _resources(config, list(nodes.values()))
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT_S)
         for answer in late:
-            yield Finding("bad", node_name(nodes[asked[answer]]), f"has not answered within {_WAIT_S:.0f} s")
+            yield Finding(
+                "bad", node_name(nodes[asked[answer]]), f"has not answered within {_WAIT_S:.0f} s: {_NO_ANSWER}"
+            )
         here, least = versions(), needs(config, config.usable_sizes[0])
         for answer in ready:
             who = node_name(nodes[asked[answer]])
@@ -107,7 +114,7 @@ def node_findings(config: Config, storage: Storage, needs: Estimate = estimate) 
                 found = ray.get(answer)
             except ray.exceptions.RayError as error:
                 text = str(error).strip().splitlines()[-1][:200]
-                yield Finding("bad", who, f"cannot run a task of this package: {text}")
+                yield Finding("bad", who, f"cannot run a task of this package: {text}. {_NO_PACKAGE}")
                 continue
             yield from _of_node(who, found, here, storage.location, began, time.time())
             yield from _memory(who, _room(config, nodes[asked[answer]]), found, config, least)
@@ -122,6 +129,8 @@ def _resources(config: Config, nodes: list[dict[str, Any]]) -> Finding:
     least, most = config.usable_sizes[0], config.usable_sizes[-1]
     wanted = f"{least} to {most}" if most > least else f"{least}"
     text = f"{len(nodes)} with room for {room} workers of {each}; the run takes {wanted}"
+    if room < least:
+        text += ": add nodes, or a smaller cluster.num_workers or cluster.resources_per_worker"
     return Finding("ok" if room >= least else "bad", "nodes", text)
 
 
@@ -161,11 +170,15 @@ def _of_node(
     there = found["versions"]
     wrong = [f"{name} {there[name]} (here {mine})" for name, mine in here.items() if there[name] != mine]
     if wrong:
-        yield Finding("bad", who, f"other versions than here: {', '.join(wrong)}")
+        text = f"other versions than here: {', '.join(wrong)}. Give all nodes and the driver one image or environment"
+        yield Finding("bad", who, text)
     if found["trouble"]:
         yield Finding("bad", who, f"{place} {found['trouble']}")
     apart = max(began - found["time"], found["time"] - ended, 0.0)
     if apart > _CLOCK_S:
-        yield Finding("note", who, f"its clock is {apart:.0f} s from this one: times in logs will not fit each other")
+        text = f"its clock is {apart:.0f} s from this one: times in logs will not fit each other. Set both by NTP"
+        yield Finding("note", who, text)
+    for what, text in found.get("limits", ()):  # not told by other versions of this package
+        yield Finding("bad" if what == OPEN_FILES else "note", who, f"{what}: {text}")
     if not wrong and not found["trouble"]:
         yield Finding("ok", who, "same versions, sees the storage")

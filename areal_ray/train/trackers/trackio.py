@@ -40,8 +40,10 @@ class Trackio:
 
     def rewind(self, step: int) -> int:
         """Take back nothing; the last step that is in the database: what is sent gets there half a second later."""
-        has = SQLiteStorage.get_max_steps_for_runs(self._project).get(self._name, -1) if self._is_here else step
-        return int(has)
+        if not self._is_here:
+            return step
+        steps = SQLiteStorage.get_max_steps_for_runs(self._project)  # by the run's id; in older versions by its name
+        return int(max(steps.get(key, -1) for key in (self._name, getattr(self._run, "id", None))))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -18,23 +18,28 @@ pytestmark = pytest.mark.unit
 STEPS = list(range(1, 41))
 
 
-def attempt(folder, tracker, after, to, killed):
-    """An attempt of a run that goes on after a step, in a process of its own."""
+def attempt(folder, tracker, after, to, workers, end):
+    """An attempt of a run that goes on after a step on so many workers, in a process of its own."""
     os.environ.update({"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"), "MLFLOW_TRACKING_URI": ""})
     os.environ["WANDB_ERROR_REPORTING"] = "false"
-    config = load("conf/experiments/tiny.yaml", [f"run.storage_path={folder}", f"trackers=[{{name: {tracker}}}]"])
+    own = [f"run.storage_path={folder}", f"trackers=[{{name: {tracker}}}]", f"cluster.num_workers={workers}"]
+    config = load("conf/experiments/tiny.yaml", own)
     run = RunDir(LocalStorage(folder / "tiny"))
     run.storage.ensure()
     sinks = [MetricsFile(run, print), follower := build_tracker(config, 0, run, print)]
     follower._close_s = 120.0  # however busy the machine is
     for sink in sinks:
         sink.rewind(after)
-    run.event("restored" if after > 0 else "started", attempt=1, step=max(0, after))
+    number = 1 + sum(event["event"] == "attempt" for event in run.each_event())
+    run.event("attempt", attempt=number, world_size=workers)
+    run.event("restored" if after > 0 else "started", attempt=number, step=max(0, after))
     for step in range(after + 1, to + 1):
         for sink in sinks:
             sink.log(step, {"loss": 100.0 - step, "lr": 0.001})
-    run.event("saved", step=to, checkpoint=f"step-{to:08}.a1")
-    if not killed:
+    run.event("saved", step=to, checkpoint=f"step-{to:08}.a{number}")
+    if end == "resized":
+        run.event("left", reason="resize", attempt=number, step=to)
+    if end != "killed":
         follower.close()
         return
     # Killed in the middle: the tracker has some of the steps, or all, or none.
@@ -96,16 +101,14 @@ def trackio_steps(folder):
     ("tracker", "read"),
     [("tensorboard", tensorboard_steps), ("mlflow", mlflow_steps), ("wandb", wandb_steps), ("trackio", trackio_steps)],
 )
-def test_each_step_stands_once_after_two_kills(tmp_path, tracker, read):
+def test_each_step_stands_once_after_two_kills_and_two_resizes(tmp_path, tracker, read):
     if importlib.util.find_spec(tracker) is None:  # not imported here: each attempt does it, as a worker does
         pytest.skip(f"{tracker} is not installed")
-    for after, to, killed in ((-1, 20, True), (10, 30, True), (30, 40, False)):
-        process = multiprocessing.get_context("fork").Process(
-            target=attempt, args=(tmp_path, tracker, after, to, killed)
-        )
+    for given in ((-1, 20, 2, "killed"), (10, 30, 2, "resized"), (30, 35, 1, "killed"), (32, 40, 2, "finished")):
+        process = multiprocessing.get_context("fork").Process(target=attempt, args=(tmp_path, tracker, *given))
         process.start()
         process.join()
-        assert process.exitcode == (9 if killed else 0)
+        assert process.exitcode == (9 if given[-1] == "killed" else 0)
     values, count = read(tmp_path)
     assert {step: values[step] for step in STEPS} == {step: 100.0 - step for step in STEPS}
     assert count == len(values)
