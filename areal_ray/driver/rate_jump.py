@@ -36,9 +36,9 @@ def rate_jump(newest: Entry, config: Config) -> str | None:
     if steps != config.train.steps:
         changed.append(f"train.steps was {steps} and is {config.train.steps}")
     return (
-        f"it jumps from {was:.3g} to {now:.3g} after step {step}, as {', '.join(changed)}. To go on as before, put that "
-        "back (train.stop_at ends a run early without a change); to train for longer, optim.schedule=wsd or constant, "
-        "or an optim.lr that fits"
+        f"it jumps from {was:.3g} to {now:.3g} after step {step}, as {', '.join(changed)}. To go on as before, put "
+        "that back (train.stop_at ends a run early without a change); to train for longer, optim.schedule=wsd or "
+        "constant, or an optim.lr that fits"
     )
 
 

@@ -10,7 +10,6 @@ from areal_ray.config import load
 from areal_ray.driver.memory import estimator
 from areal_ray.storage import LocalStorage
 from areal_ray.tools.doctor import estimate, local_findings
-from areal_ray.tools.doctor import local as local_checks
 from areal_ray.tools.doctor.nodes import _memory, _of_node, _room, look, versions
 
 pytestmark = pytest.mark.unit
@@ -111,11 +110,6 @@ def test_a_storage_that_cannot_be_written_or_gives_back_something_else(tmp_path,
     assert "something else" in findings(tmp_path)["storage"].text
 
 
-def test_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_checks.resource, "getrlimit", lambda _: (256, 1024))
-    assert findings(tmp_path)["open files"].text == "256 at a time, and up to 1,024: raise it to 4096, ulimit -n"
-
-
 def of_node(tmp_path, **changed):
     shared = LocalStorage(tmp_path)
     shared.replace("mark", b"it")
@@ -143,6 +137,12 @@ def test_another_version_and_another_clock(tmp_path):
     assert "torch 1.0 (here " in first[1]
     assert second[0] == "note"
     assert "its clock is 36" in second[1]
+
+
+def test_a_node_with_few_open_files_and_little_shared_memory(tmp_path):
+    limits = [("open files", "256 at a time: raise it"), ("/dev/shm", "64 MB free: give it more")]
+    found = of_node(tmp_path, limits=limits)
+    assert found[:2] == [("bad", "open files: 256 at a time: raise it"), ("note", "/dev/shm: 64 MB free: give it more")]
 
 
 @pytest.mark.parametrize(

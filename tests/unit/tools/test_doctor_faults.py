@@ -17,9 +17,9 @@ from areal_ray.checkpoint import Catalog, save
 from areal_ray.cli.main import main as run_cli
 from areal_ray.config import load, redact
 from areal_ray.distributed import Ranks
+from areal_ray.driver.jobs import upload
 from areal_ray.storage import LocalStorage
 from areal_ray.tools.doctor import limits
-from areal_ray.driver.jobs import upload
 from tests.unit.checkpoint.boxes import Box, weights
 from tests.unit.data.tokenizer_files import save_tokenizer
 
