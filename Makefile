@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # Kept open to be told where torch comes from: PIP_INSTALL="pip install --index-url ..." for a CPU-only or CUDA build.
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu families bench bench-gpu chaos fuzz check clean
+.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu families bench pictures bench-gpu chaos fuzz check clean
 
 help:
 	@echo "make train              train the tiny model on this machine (EXP=name, SET=\"key=value ...\")"
@@ -17,6 +17,7 @@ help:
 	@echo "make test               all tests; also test-unit, test-distributed, test-ray, test-gpu"
 	@echo "make families           try every causal language model of transformers, and write the table into README.md"
 	@echo "make bench              measure against the peers, side by side (ARMS=saves ROUNDS=5); bench-gpu: the engine on one GPU"
+	@echo "make pictures           draw again what bench measured last (INTO=folder)"
 	@echo "make chaos              real faults for MINUTES=15 in the order of SEED=0, and a check that nothing was lost"
 	@echo "make fuzz               N=20000 mutated checkpoints, logs and configs of SEED=0; CASE=n repeats one"
 	@echo "make check              format, lint, types, import contracts"
@@ -66,6 +67,10 @@ families: install
 # make bench ARMS="saves restart" ROUNDS=5 ONLY="tutorial areal_ray" MODEL=120M
 bench: install
 	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5) $(if $(ONLY),--only $(ONLY)) $(if $(MODEL),--model $(MODEL))
+
+# Those of the README: make pictures INTO=tests/bench/drawn
+pictures: install
+	@$(BIN)/python -m tests.bench.pictures $(if $(INTO),--into $(INTO))
 
 # As test-gpu.
 bench-gpu:

@@ -1,6 +1,7 @@
 """make bench: measure side by side. `python -m tests.bench saves restart --rounds 5`"""
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from .options import Options, arm_and_steps
 PARTS = {
     "limits": "memory copy, sequential write with fsync, multipart PUT",
     "throughput": "steady-state tokens/s without saves; step time with standbys on and off",
+    "trackers": "steady-state tokens/s with all trackers on, beside none",
     "start": "command to first finished step on a running cluster",
     "saves": "blocked and effective time per save; staged to committed",
     "loads": "load time at the same and another world size",
@@ -73,6 +75,18 @@ def main() -> int:
     return measure(parts, options, arguments.json)
 
 
+def draw(path: str) -> None:
+    """Draw what the file of results has, beside it: where matplotlib is, of the extra `bench`."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("\nno pictures are drawn: matplotlib is not installed (pip install 'areal_ray[bench]')")
+        return
+    from . import pictures
+
+    folder = os.path.splitext(path)[0]
+    drawn = pictures.draw(path, folder)
+    print(f"\npictures: {', '.join(drawn)} in {folder}" if drawn else "\nnothing to draw a picture of")
+
+
 def _arms(part: ModuleType) -> tuple[str, ...]:
     return getattr(part, "ARMS", ())
 
@@ -96,6 +110,7 @@ def measure(parts: dict[str, ModuleType], options: Options, path: str) -> int:
         report.print_table(result)
     if lines := bounds.judge(results):
         print("\n".join(["\npromised", *lines]))
+    draw(path)
     if failed:
         print(f"\nfailed: {', '.join(failed)}")
     return 1 if failed else 0

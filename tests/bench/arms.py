@@ -133,6 +133,18 @@ def _ours(*more: str) -> Arm:
     return Arm(command)
 
 
+def _tracked() -> Arm:
+    """areal_ray with every tracker that there is, each on this machine."""
+    plain = _ours(
+        "trackers=[{name: tensorboard}, {name: wandb, args: {mode: offline}}, {name: mlflow}, {name: trackio}]"
+    )
+
+    def command(work: str, task: Task) -> list[str]:
+        return [*plain.command(work, task), f"cluster.env={{TRACKIO_DIR: {Work.read(work).storage}/trackio}}"]
+
+    return Arm(command)
+
+
 def has_standbys() -> bool:
     return "standbys" in {field.name for field in dataclasses.fields(ClusterConfig)}
 
@@ -172,6 +184,15 @@ if importlib.util.find_spec("accelerate"):
     ARMS["hf-ddp"] = _python("hf_trainer")
 if has_standbys():
     ARMS["areal_ray-no-standbys"] = _ours("cluster.standbys=off")
+if all(map(importlib.util.find_spec, ("tensorboard", "wandb", "mlflow", "trackio"))):
+    ARMS["areal_ray-trackers"] = _tracked()
+
+
+_MISSING = {
+    "hf-ddp": "accelerate is not installed",
+    "areal_ray-no-standbys": "this version has no cluster.standbys",
+    "areal_ray-trackers": "not all of tensorboard, wandb, mlflow and trackio are installed",
+}
 
 
 def available(names: Sequence[str], only: Sequence[str] = ()) -> list[str]:
@@ -179,8 +200,7 @@ def available(names: Sequence[str], only: Sequence[str] = ()) -> list[str]:
     wanted = [name for name in names if not only or name in only]
     for name in wanted:
         if name not in ARMS:
-            why = "accelerate is not installed" if name == "hf-ddp" else "this version has no cluster.standbys"
-            print(f"arm {name} is left out: {why}")
+            print(f"arm {name} is left out: {_MISSING[name]}")
     return [name for name in wanted if name in ARMS]
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from .report import ratios
 
 KILLED = "SIGKILL of a worker to the next finished step"
+CODE_RUNS = "SIGKILL of a worker until the training code runs again"
+PHASES = "a restart of areal_ray, by phases"
+TRACKED = "steady state with all trackers beside none"
 STOPPED = "SIGSTOP of a worker to the next finished step"
 NODE = "a node with a worker removed to the next finished step"
 LOSSES = "goodput under losses of workers and nodes, beside none"
@@ -47,6 +50,11 @@ def simulated(what: str) -> str:
 def goodput_beside(peer: str) -> str:
     """The title of a table: one for each arm that areal_ray runs beside."""
     return f"goodput under kills: areal_ray beside {peer}"
+
+
+def steps_over_time(beside: str) -> str:
+    """The title of the curves of the first round of `goodput_beside`."""
+    return f"{beside}: finished steps over time, first round"
 
 
 Tables = Mapping[str, dict[str, Any]]
@@ -120,6 +128,7 @@ BOUNDS = (
     Bound("SIGSTOP, areal_ray, seconds beyond its SIGKILL", STOPPED, _stopped, "<=", 15.0),
     _bound("node removed", NODE, "areal_ray", "tutorial", "<=", 0.25),
     _bound("step time, standbys on / off", STANDBYS, "areal_ray", "areal_ray-no-standbys", "<=", 1.02),
+    _bound("throughput, all trackers / none", TRACKED, "areal_ray-trackers", "areal_ray", ">=", 0.99),
     _bound("throughput", STEADY, "areal_ray", "torchrun", ">=", 0.98),
     _bound("start", START, "areal_ray", "tutorial", "<=", 0.6),
     _bound("goodput", goodput_beside("tutorial"), "areal_ray", "tutorial", ">=", 1.4),

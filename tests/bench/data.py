@@ -129,7 +129,7 @@ def training(folder: Path, options: Options) -> list[dict]:
                     started = first_step(job)
                     job.wait(lambda job=job: len(job.events("step")) > 15 and len(job.events("step", 1)) > 15)
                     taken = memory(job)
-                    took, _ = measure(job, number % 2, 2.0)
+                    took = measure(job, number % 2, 2.0).seconds
                 report.said(f"{megabytes} MB", f"start {started:.2f} s, restart {took:.2f} s, {taken:.3f} GB a rank")
                 if number:
                     name = f"{megabytes} MB"

@@ -24,7 +24,7 @@ from contextlib import ExitStack, nullcontext, suppress
 import psutil
 
 from . import arms, report
-from .bounds import goodput_beside
+from .bounds import goodput_beside, steps_over_time
 from .launch import Job, kill, title
 from .options import Options
 
@@ -72,12 +72,14 @@ class Run:
     Attributes:
         used: what its clock says.
         hit: how many kills found somebody.
+        curve: (seconds by its clock, steps that count by then), at most one a second.
         over: whether it has ended by itself.
     """
 
     def __init__(self, job: Job, kills: Sequence[tuple[float, int]], seconds: float) -> None:
         self.job, self._kills, self._seconds = job, list(kills), seconds
         self.used, self.hit, self.over = 0.0, 0, False
+        self.curve: list[tuple[float, int]] = [(0.0, 0)]
         self._aside = self._made = self._highest = 0  # steps: made while the clock stood; made; reached
 
     @property
@@ -92,7 +94,8 @@ class Run:
     def turn(self) -> None:
         """Train for a while, and be killed if it is time."""
         time.sleep(SETTLE_S)
-        self._aside += len(self.job.events("step")) - self._made
+        before = len(self.job.events("step"))
+        self._aside += before - self._made
         began, so_far, killed = time.time(), self.used, None
         while not self.done:
             time.sleep(LOOK_S)
@@ -103,8 +106,20 @@ class Run:
                 killed = self.kill(self._kills.pop(0)[1]) or killed
             elif now - began > LONGEST_S or (now - began > TURN_S and self._trains(killed, now)):
                 break
-        made = [line["step"] for line in self.job.events("step")]
+        lines = self.job.events("step")
+        made = [line["step"] for line in lines]
+        highest = max(made[:before])
+        for line in lines[before:]:
+            highest = max(highest, line["step"])
+            self._reach(so_far + line["time"] - began, highest - self._aside)
         self._made, self._highest = len(made), max(made)
+
+    def _reach(self, at: float, steps: int) -> None:
+        """Put a point on the curve, in the place of the one before if that is less than a second old."""
+        at = min(max(at, 0.0), self.used)
+        if len(self.curve) > 1 and int(self.curve[-1][0]) == int(at):
+            self.curve.pop()
+        self.curve.append((round(at, 2), steps))
 
     def kill(self, target: int) -> float | None:
         """Hit a target; when, if there was anybody."""
@@ -176,10 +191,12 @@ def run(options: Options) -> list[dict]:
         hits = {name: [float(each.hit) for each in runs[name]] for name in runs}
         gone = {name: [float(sum(each.over for each in runs[name]))] for name in runs}
         beside = goodput_beside(peer) + saving(options.saves, peer)
+        marks = [at for at, _ in schedule(1, options.seconds)]
         shown += [
             report.show(beside, "tokens/s", rates, peer, report.HIGHER),
             report.show(f"{beside}, all rounds together", "steps", totals, peer, report.HIGHER),
             report.show(f"{beside}: kills that hit", "kills", hits, peer, report.NEITHER),
             report.show(f"{beside}: runs that were over before their time", f"of {options.rounds} runs", gone, peer),
+            report.curves(steps_over_time(beside), {name: runs[name][0].curve for name in runs}, marks),
         ]
     return shown

@@ -100,8 +100,20 @@ def figures(title: str, **values: float) -> dict[str, Any]:
     return table
 
 
+def curves(title: str, arms: dict[str, list[tuple[float, int]]], marks: Sequence[float]) -> dict[str, Any]:
+    """What arms have reached over time, to be drawn; `marks` are times at which something happened to all of them."""
+    table = {"title": title, "curves": {arm: [list(point) for point in points] for arm, points in arms.items()}}
+    print_table(table | {"marks": list(marks)})
+    return table | {"marks": list(marks)}
+
+
 def print_table(table: dict[str, Any]) -> None:
     """The last line is what no difference looks like: the reference against itself in the round before."""
+    if "curves" in table:
+        print(f"\n{table['title']}")
+        for arm, points in table["curves"].items():
+            print(f"  {arm:<28} {points[-1][1]:>10} in {points[-1][0]:.0f} s")
+        return
     if "arms" not in table:
         print(f"\n{table['title']}")
         for name, value in table["figures"].items():

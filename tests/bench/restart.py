@@ -6,10 +6,17 @@ some seconds drawn by lot after the last recovery. The draws are the same for ev
 
 import random
 import signal
+import statistics
 import time
+from typing import NamedTuple
+
+from areal_ray.run import RunDir
+from areal_ray.run.goodput import PHASES as NAMES
+from areal_ray.run.goodput import goodput
+from areal_ray.storage import LocalStorage
 
 from . import arms, report
-from .bounds import KILLED, STOPPED, STOPPED_ARM
+from .bounds import CODE_RUNS, KILLED, PHASES, STOPPED, STOPPED_ARM
 from .launch import Job, kill
 from .options import Options
 
@@ -23,8 +30,20 @@ KILLS = 2  # per round and arm
 LIMIT_S = {signal.SIGKILL: 400.0, signal.SIGSTOP: 400.0}
 
 
-def measure(job: Job, rank: int, phase_s: float, number: int = signal.SIGKILL) -> tuple[float, int]:
-    """Seconds from the signal to the next finished step, and how many finished steps are computed again."""
+class Restart(NamedTuple):
+    """Args:
+    seconds: from the signal to the next finished step.
+    lost: finished steps that are computed again.
+    code_s: of the seconds, until the new process of rank 0 was in its training code.
+    """
+
+    seconds: float
+    lost: int
+    code_s: float
+
+
+def measure(job: Job, rank: int, phase_s: float, number: int = signal.SIGKILL) -> Restart:
+    """Send a worker a signal some seconds from now, and wait for the next finished step."""
     time.sleep(phase_s)
     victim = job.wait(lambda: job.events("step", rank))[-1]
     at = kill(victim["pid"], number)
@@ -32,7 +51,15 @@ def measure(job: Job, rank: int, phase_s: float, number: int = signal.SIGKILL) -
     last = [line for line in job.events("step") if line["time"] <= at][-1]
     after = job.wait(lambda: job.step_after(last), LIMIT_S[number])
     done = max(line["step"] for line in job.events("step") if line["pid"] == last["pid"])
-    return after["time"] - at, done - after["step"] + 1
+    began = [line["time"] for line in job.events("start") if at < line["time"] <= after["time"]]
+    return Restart(after["time"] - at, done - after["step"] + 1, began[-1] - at)
+
+
+def phases(job: Job) -> dict[str, list[float]]:
+    """Of each restart of areal_ray after a kill, the seconds of its phases, as its ledger has them."""
+    run = RunDir(LocalStorage(job.folder / "storage" / arms.NAME))
+    again = [each for each in goodput(run)["attempts"] if each["after"].startswith("worker")]
+    return {name: [each[name] for each in again if name in each] for name in NAMES}
 
 
 def has_checkpoint(job: Job) -> bool:
@@ -46,6 +73,8 @@ def run(options: Options) -> list[dict]:
     task = arms.Task(every=EVERY, overrides=options.model)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     lost: dict[str, list[float]] = {name: [] for name in names}
+    code: dict[str, list[float]] = {name: [] for name in names}
+    parts: dict[str, list[float]] = {name: [] for name in NAMES}
     stopped: list[float] = []
     for number in range(options.rounds):
         for name in options.order(names, number):
@@ -53,14 +82,22 @@ def run(options: Options) -> list[dict]:
             with arms.started(name, task) as job:
                 job.wait(lambda job=job: has_checkpoint(job), FIRST_S)
                 for _ in range(KILLS):
-                    took, again = measure(job, draw.randrange(task.workers), draw.uniform(*PHASE_S))
-                    seconds[name].append(took)
-                    lost[name].append(again)
-                    report.said(name, f"{took:.2f} s, {again} steps lost")
+                    found = measure(job, draw.randrange(task.workers), draw.uniform(*PHASE_S))
+                    seconds[name].append(found.seconds)
+                    lost[name].append(found.lost)
+                    code[name].append(found.code_s)
+                    report.said(name, f"{found.seconds:.2f} s, {found.lost} steps lost")
+                if name == "areal_ray":
+                    for phase, values in phases(job).items():
+                        parts[phase] += values
                 if name == "areal_ray" and arms.has_watchdog():
-                    stopped.append(measure(job, draw.randrange(task.workers), PHASE_S[1], signal.SIGSTOP)[0])
+                    stopped.append(measure(job, draw.randrange(task.workers), PHASE_S[1], signal.SIGSTOP).seconds)
     shown = [report.show(KILLED, "s", seconds, "tutorial")]
     shown.append(report.show("steps lost with a SIGKILL", "steps", lost, "tutorial", paired=False))
+    shown.append(report.show(CODE_RUNS, "s", code, "tutorial"))
+    if any(parts.values()):
+        medians = {name: statistics.median(values) for name, values in parts.items() if values}
+        shown.append(report.figures(PHASES, **medians))
     if stopped:
         shown.append(report.show(STOPPED, "s", {STOPPED_ARM: stopped}, STOPPED_ARM))
     return shown

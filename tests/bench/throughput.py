@@ -84,7 +84,7 @@ def measure(names: tuple[str, str], task: arms.Task) -> tuple[dict[str, list[flo
     with ExitStack() as stack:
         jobs = {name: stack.enter_context(arms.started(name, task)) for name in names}
         for name, job in jobs.items():
-            warm(job, standbys=name == OURS and arms.has_standbys())
+            warm(job, standbys=name.startswith(OURS) and name != WITHOUT and arms.has_standbys())
         time.sleep(WARM_UP_S)
         turns = take_turns(*jobs.values())
         all_settings = {name: settings(job) for name, job in jobs.items()}

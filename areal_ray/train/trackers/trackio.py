@@ -46,7 +46,8 @@ class Trackio:
         return int(max(steps.get(key, -1) for key in (self._name, getattr(self._run, "id", None))))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        # "time" is a word of trackio's own, which it would rename, with a warning among the lines of the run.
+        self._run.log({"__time" if name == "time" else name: value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -72,6 +72,14 @@ def test_a_restart_and_the_steps_that_it_costs_are_paid_for(under):
     made, _ = under([(13.1, 0)], 40.0)
     lost = 4  # of 15 turns' steps, among them two settling ones, the last that was saved is a multiple of five
     assert made.hit == 1
+    assert made.curve[0] == (0.0, 0)
+    assert made.curve[-1][1] == made.steps
+    assert made.curve == sorted(made.curve)
+    before, after = (
+        next(point for point in order if test(point[0]))
+        for order, test in ((made.curve[::-1], lambda at: at < 13.1), (made.curve, lambda at: at > 13.1))
+    )
+    assert after[0] - before[0] >= Job.RESTART_S
     assert 40 - Job.RESTART_S - lost - 2 <= made.steps <= 40 - Job.RESTART_S + 1
 
 
@@ -122,7 +130,7 @@ def test_arms_save_as_often_as_asked_and_the_title_says_so(monkeypatch, saves, s
 
     def compete(tasks, seed, seconds):
         asked.append({name: task.every for name, task in tasks.items()})
-        return {name: SimpleNamespace(steps=100, hit=1, over=False) for name in tasks}
+        return {name: SimpleNamespace(steps=100, hit=1, over=False, curve=[(0.0, 0), (9.0, 100)]) for name in tasks}
 
     monkeypatch.setattr(goodput, "compete", compete)
     shown = goodput.run(Options(rounds=1, only=("tutorial", goodput.OURS), saves=saves))
