@@ -43,6 +43,14 @@ def _device_memory(config: Config, run: RunDir) -> str:
     )
 
 
+def _killed(config: Config, run: RunDir) -> str:
+    return f"the machine has too little memory, and something was killed to make room: {_host_memory(config, run)}"
+
+
+def _not_allocated(config: Config, run: RunDir) -> str:
+    return f"the machine has too little memory for what was asked of it: {_host_memory(config, run)}"
+
+
 def _host_memory(config: Config, run: RunDir) -> str:
     workers, needs = _workers(config, run), estimator(config)
     found = needs(config, workers)
@@ -50,9 +58,8 @@ def _host_memory(config: Config, run: RunDir) -> str:
     told = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
     standbys = "" if config.standbys(1) == 0 else "; cluster.standbys=off, a process less for each worker"
     return (
-        f"the machine has too little memory, and something was killed to make room: {workers} workers need about "
-        f"{size_text(sum(parts.values()))} each, beside their libraries ({told}). {host_levers(config, workers, needs)}"
-        f"{standbys}; fewer workers a node"
+        f"{workers} workers need about {size_text(sum(parts.values()))} each, beside their libraries ({told}). "
+        f"{host_levers(config, workers, needs)}{standbys}; fewer workers a node"
     )
 
 
@@ -133,17 +140,29 @@ def _shapes(config: Config, run: RunDir) -> str:
     )
 
 
+# As S3 says it, and as Arrow does: ACCESS_DENIED.
+_REFUSED = "|".join(
+    word.replace(" ", "[ _]?")
+    for word in (
+        "Access Denied",
+        "Invalid Access Key Id",
+        "Signature Does Not Match",
+        "(Expired|Invalid) Token",
+        "No Credentials",
+        r"\b403\b",
+    )
+)
 _HINTS: tuple[tuple[re.Pattern[str], Callable[[Config, RunDir], str]], ...] = tuple(
     (re.compile(pattern, re.I), tell)
     for pattern, tell in (
         (r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory", _device_memory),
-        (r"for lack of memory|as memory of .* ran out", _host_memory),
-        (r"DefaultCPUAllocator|Cannot allocate memory|^MemoryError", _host_memory),
+        (r"for lack of memory|as memory of .* ran out", _killed),
+        (r"DefaultCPUAllocator|Cannot allocate memory|^MemoryError", _not_allocated),
         (r"^(torch\.)?OutOfMemoryError", _device_memory),
         (r"^IndexError: index out of range in self|indexSelect|device-side assert|index .* is out of bounds", _index),
         (r"not finite|\bnan\b.*(loss|grad)|(loss|grad).*\bnan\b", _not_finite),
         (r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT", _full),
-        (r"AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|NoCredentials|\b403\b", _credentials),
+        (_REFUSED, _credentials),
         (r"Watchdog caught collective|collective.*tim|Timed out waiting \d+ms", _late),
         (r"not what the checkpoint was trained on|read other data than rank 0", _changed),
         (r"size mismatch|shapes cannot be multiplied|must match the size of tensor|shape .* is invalid", _shapes),

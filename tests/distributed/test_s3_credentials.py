@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from areal_ray.cluster.failures import Cause
+from areal_ray.config import Config
+from areal_ray.driver.hints import hint
+from areal_ray.run import RunDir
 from areal_ray.storage import Storage, s3, storage_at
 from areal_ray.storage.s3_client import with_environment
 from tests.distributed.s3 import write
@@ -74,6 +78,9 @@ def test_wrong_keys_are_refused_with_what_the_server_said_and_no_key(
         assert storage.location in str(caught.value)
         for secret in (ACCESS_KEY, SECRET_KEY, "hidden"):
             assert secret not in str(caught.value)
+        told = hint(Cause(0, "PermissionError", str(caught.value)), Config(), RunDir(storage))
+        assert told is not None
+        assert "refuses the credentials: see run.s3" in told
 
 
 def test_a_key_that_the_server_repeats_is_masked(storage: Storage) -> None:

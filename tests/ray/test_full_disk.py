@@ -83,6 +83,7 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
     assert run.train(*every_two) == 1
     panel = capfd.readouterr().err
     assert NO_SPACE in panel
+    assert "is full, or its quota used up" in panel
     assert re.search("worker  rank [01] on node", panel)  # whose file it was that did not fit any more
     assert [event["step"] for event in run.events("save_failed")] == [4, 6]
     assert [event["step"] for event in run.events("saved")] == [2]
