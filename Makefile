@@ -17,7 +17,7 @@ help:
 	@echo "make test               all tests; also test-unit, test-distributed, test-ray, test-gpu"
 	@echo "make families           try every causal language model of transformers, and write the table into README.md"
 	@echo "make bench              measure against the peers, side by side (ARMS=saves ROUNDS=5); bench-gpu: the engine on one GPU"
-	@echo "make pictures           draw again what bench measured last (INTO=folder)"
+	@echo "make pictures           draw what bench measured last into the README's pictures (INTO=folder)"
 	@echo "make chaos              real faults for MINUTES=15 in the order of SEED=0, and a check that nothing was lost"
 	@echo "make fuzz               N=20000 mutated checkpoints, logs and configs of SEED=0; CASE=n repeats one"
 	@echo "make check              format, lint, types, import contracts"
@@ -68,7 +68,7 @@ families: install
 bench: install
 	@$(BIN)/python -m tests.bench $(ARMS) --rounds $(or $(ROUNDS),5) $(if $(ONLY),--only $(ONLY)) $(if $(MODEL),--model $(MODEL))
 
-# Those of the README: make pictures INTO=tests/bench/drawn
+# Into the folder of the README's, unless INTO=folder is given.
 pictures: install
 	@$(BIN)/python -m tests.bench.pictures $(if $(INTO),--into $(INTO))
 

@@ -135,8 +135,9 @@ def _changed(config: Config, run: RunDir) -> str:
 
 def _shapes(config: Config, run: RunDir) -> str:
     return (
-        f"tensors do not fit each other. The model is given input_ids of shape ({config.train.micro_batch_size}, "
-        f"{config.train.seq_len})"
+        "tensors do not fit each other, in the line that stands beside `at`. The model is given input_ids of shape "
+        f"({config.train.micro_batch_size}, {config.train.seq_len}), the last micro-batch of a step perhaps with fewer "
+        "rows, and is to give logits of that shape and a number for each word"
     )
 
 

@@ -47,7 +47,7 @@ class Trackio:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         # "time" is a word of trackio's own, which it would rename, with a warning among the lines of the run.
-        self._run.log({"__time" if name == "time" else name: value for name, value in values.items()}, step=step)
+        self._run.log({"unix_time" if name == "time" else name: value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()
