@@ -403,6 +403,14 @@ def test_a_run_without_a_checkpoint_has_not_ended_well(drive, tmp_path, capsys, 
     assert ("there is no checkpoint in" in capsys.readouterr().out) != checkpoint
 
 
+def test_a_jump_of_the_learning_rate_is_said_before_the_workers_start(drive, config, tmp_path, capsys):
+    info = {"step": 5, "attempt": 1, "config": asdict(config(*SEVEN, "optim.lr=1.0"))}
+    (tmp_path / "tiny").mkdir()
+    save(LocalStorage(tmp_path / "tiny").sub(Catalog.name(5, 1)), {"box": Box(**weights())}, info, Ranks())
+    drive(ended(tmp_path, True))
+    assert "\nlearning rate: it jumps from " in capsys.readouterr().out
+
+
 def test_a_run_that_stops_early_makes_the_exports_that_are_due_and_not_that_of_its_end(drive, tmp_path, monkeypatch):
     monkeypatch.setattr(driver_main, "Exporter", Made)
     folder = tmp_path / "tiny" / "export"
