@@ -141,6 +141,14 @@ def _shapes(config: Config, run: RunDir) -> str:
     )
 
 
+def _died(config: Config, run: RunDir) -> str:
+    return (
+        "neither Ray nor the kernel says who has ended the process (where the kernel's log may not be read: "
+        "`dmesg | grep -i killed` on that node). It is a `kill -9`, of a person or a batch system; or a crash of a "
+        "library, of which its log's last lines tell; or memory, which `areal-ray doctor` lays beside every node's"
+    )
+
+
 # As S3 says it, and as Arrow does: ACCESS_DENIED.
 _REFUSED = "|".join(
     word.replace(" ", "[ _]?")
@@ -167,5 +175,6 @@ _HINTS: tuple[tuple[re.Pattern[str], Callable[[Config, RunDir], str]], ...] = tu
         (r"Watchdog caught collective|collective.*tim|Timed out waiting \d+ms", _late),
         (r"not what the checkpoint was trained on|read other data than rank 0", _changed),
         (r"size mismatch|shapes cannot be multiplied|must match the size of tensor|shape .* is invalid", _shapes),
+        (r"^the worker process died", _died),  # and nothing above says more
     )
 )

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ray.train import WorkerGroupError
 
 from areal_ray.checkpoint import Catalog, save
 from areal_ray.cli.main import main as run_cli
@@ -401,6 +402,20 @@ def test_a_run_without_a_checkpoint_has_not_ended_well(drive, tmp_path, capsys, 
     assert (status, result["status"]) == ((0, "finished") if checkpoint else (1, "failed"))
     assert told == [(str(tmp_path / "tiny"), result)]
     assert ("there is no checkpoint in" in capsys.readouterr().out) != checkpoint
+
+
+def test_a_run_that_has_failed_has_a_panel_and_is_told_to_on_end(drive, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(driver_main.ray_internals, "log_directory", lambda: "/tmp/ray/logs")
+
+    def fail():
+        raise WorkerGroupError("", {1: OSError(28, "No space left on device")})
+
+    status, result = drive(fail)
+    assert (status, result["status"]) == (1, "failed")
+    assert told == [(str(tmp_path / "tiny"), result)]
+    panel = capsys.readouterr().err
+    assert "OSError: [Errno 28] No space left on device" in panel
+    assert "is full, or its quota used up" in panel
 
 
 def test_a_jump_of_the_learning_rate_is_said_before_the_workers_start(drive, config, tmp_path, capsys):

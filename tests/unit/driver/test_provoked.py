@@ -128,3 +128,5 @@ def test_a_process_that_the_kernel_has_killed_has_a_panel_that_says_who_and_what
     rows = panel(run, capsys, cause)
     assert rows["cause"].endswith("the kernel has killed it when it had 12.3 GB, as memory of the machine ran out")
     assert rows["try"].startswith("the machine has too little memory, and something was killed to make room")
+    rows = panel(run, capsys, with_killer(died, run, lambda *_: None))
+    assert rows["try"].startswith("neither Ray nor the kernel says who has ended the process")
