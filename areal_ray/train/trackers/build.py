@@ -18,22 +18,24 @@ _CLASSES = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", 
 
 
 def build_tracker(config: Config, index: int, run: RunDir, say: Callable[[str], None]) -> Follower:
-    """The tracker that one entry of `trackers` names.
+    """The tracker that one entry of `trackers` names; a name that means nothing is found by `check_tracker`.
+
+    Its library is imported in the tracker's thread: some take seconds, for which a restart would wait.
 
     Args:
         config: of the run.
         index: of the entry.
         run: the run directory.
         say: prints a line for the user.
-
-    Raises:
-        ConfigError: if there is no such thing, or its library is not installed.
     """
     entry, key = config.trackers[index], f"trackers[{index}]"
     cursor = Cursor(run, f"{index}-{entry.name.rpartition('.')[2].replace(':', '.')}")
-    make = _find(entry.name, f"{key}.name")
+
+    def make(*given: Subject) -> MetricsSink:
+        return _find(entry.name, f"{key}.name")(*given, **entry.args)
+
     if entry.name not in _CLASSES:
-        return Follower(entry.name, lambda: make(**entry.args), run, cursor, say)
+        return Follower(entry.name, make, run, cursor, say)
     location = run.storage.location
     subject = Subject(
         id=cursor.id,
@@ -43,7 +45,7 @@ def build_tracker(config: Config, index: int, run: RunDir, say: Callable[[str], 
         config=redact(dataclasses.asdict(config)),
         revision=run.revision() or "unknown",
     )
-    return Follower(entry.name, lambda: make(subject, **entry.args), run, cursor, say)
+    return Follower(entry.name, lambda: make(subject), run, cursor, say)
 
 
 def check_tracker(entry: TrackerConfig, key: str) -> None:

@@ -11,7 +11,7 @@ from areal_ray.config import Config, ConfigError, TrackerConfig, load
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
 from areal_ray.train.sinks import MetricsFile
-from areal_ray.train.trackers import Follower, build_tracker, check_tracker
+from areal_ray.train.trackers import Follower, build, build_tracker, check_tracker
 from areal_ray.train.trackers.follower import Cursor
 
 pytestmark = pytest.mark.unit
@@ -213,6 +213,17 @@ def test_one_that_comes_later_gets_what_there_was_and_one_that_was_ahead_goes_ba
     back.log(2, {})
     back.close()
     assert again.calls[1:] == [("rewind", 1), ("log", 2), ("close",)]
+
+
+def test_what_a_library_takes_to_import_is_not_waited_for(run, monkeypatch):
+    imported, kept = threading.Event(), Kept()
+    monkeypatch.setattr(build, "_find", lambda *_: imported.wait() and (lambda: kept))
+    tracker = build_tracker(Config(trackers=[TrackerConfig(f"{__name__}:Kept")]), 0, run, print)
+    for sink in (MetricsFile(run, print), tracker):
+        sink.log(1, {"loss": 1.0})
+    imported.set()
+    tracker.close()
+    assert kept.calls[1:] == [("log", 1), ("close",)]
 
 
 def test_a_tracker_of_one_s_own_is_made_with_its_args(run):
