@@ -217,7 +217,7 @@ def test_one_that_comes_later_gets_what_there_was_and_one_that_was_ahead_goes_ba
 
 def test_what_a_library_takes_to_import_is_not_waited_for(run, monkeypatch):
     imported, kept = threading.Event(), Kept()
-    monkeypatch.setattr(build, "_find", lambda *_: imported.wait() and (lambda: kept))
+    monkeypatch.setattr(build, "_find", lambda *_: imported.wait(30.0) and (lambda: kept))
     tracker = build_tracker(Config(trackers=[TrackerConfig(f"{__name__}:Kept")]), 0, run, print)
     for sink in (MetricsFile(run, print), tracker):
         sink.log(1, {"loss": 1.0})
