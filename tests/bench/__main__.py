@@ -110,7 +110,8 @@ def measure(parts: dict[str, ModuleType], options: Options, path: str) -> int:
         report.print_table(result)
     if lines := bounds.judge(results):
         print("\n".join(["\npromised", *lines]))
-    draw(path)
+    if results:
+        draw(path)
     if failed:
         print(f"\nfailed: {', '.join(failed)}")
     return 1 if failed else 0
