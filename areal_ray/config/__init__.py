@@ -36,6 +36,7 @@ from areal_ray.config.schema import (
     TrainConfig,
     WatchdogConfig,
 )
+from areal_ray.config.types import Recomputed
 
 __all__ = [
     "EVALUATION",
@@ -64,6 +65,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "ParameterGroupConfig",
+    "Recomputed",
     "RunConfig",
     "S3Config",
     "SourceConfig",

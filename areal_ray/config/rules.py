@@ -14,7 +14,7 @@ from areal_ray.config.model_rules import check_model
 from areal_ray.config.numbers import check_numbers
 from areal_ray.config.objective_rules import OBJECTIVES, check_objective
 from areal_ray.config.plugin import check_form, is_plugin
-from areal_ray.config.types import StandbyCount, WorkerRange
+from areal_ray.config.types import Recomputed, StandbyCount, WorkerRange
 
 if TYPE_CHECKING:
     from areal_ray.config import Config
@@ -76,6 +76,7 @@ def _check_run(config: Config) -> None:
     if other := set(config.run.allow_changes) - set(ALLOWABLE):
         raise ConfigError("run.allow_changes", f"knows {', '.join(ALLOWABLE)}; not {', '.join(sorted(other))}")
     StandbyCount.parse(config.cluster.standbys)
+    Recomputed.parse(config.engine.activation_checkpointing)
     if (fast := config.cluster.fast_restarts) not in ("auto", "off", False):
         raise ConfigError("cluster.fast_restarts", f"must be auto or off, not {fast!r}")
     if config.cluster.max_failures < -1:
@@ -210,6 +211,9 @@ def _check_resources(config: Config) -> None:
         raise ConfigError("cluster.resources_per_worker", text)
     if gpus and not config.cluster.use_gpu:
         raise ConfigError("cluster.resources_per_worker", "reserves a GPU, which cluster.use_gpu=false does not use")
+    if config.engine.offload != "none" and not config.cluster.use_gpu:
+        text = "is for GPUs (cluster.use_gpu=true): on CPUs weights and optimizer are in the host's memory anyway"
+        raise ConfigError("engine.offload", text)
 
 
 def _check_saves(config: Config) -> None:

@@ -10,7 +10,7 @@ from areal_ray.config.data_schema import DataConfig, SourceConfig
 from areal_ray.config.eval_schema import EvalConfig, ExportConfig
 from areal_ray.config.model_schema import ModelConfig
 from areal_ray.config.plugin import is_plugin
-from areal_ray.config.types import StandbyCount, WorkerRange
+from areal_ray.config.types import Recomputed, StandbyCount, WorkerRange
 
 EVALUATION = "eval/"  # before the name of a set among the corpora of a run
 
@@ -124,9 +124,17 @@ class EngineConfig:
     tf32: bool = False  # float32 matrix products with fewer bits of mantissa, on GPUs that can
     deterministic: bool = False  # the same bits each time on a GPU, too, for some speed
     reshard_after_forward: bool = True  # but for the last unit and the rest, with which the backward pass begins
-    activation_checkpointing: bool = False
-    compile: bool = False
+    # Activations that are computed again in the backward pass instead of kept: none or false · full or true, of all
+    # units · n, of every n-th one · selective, but for matrix products and attention
+    activation_checkpointing: Any = False
+    compile: bool = False  # torch.compile, each unit by itself
+    offload: Literal["none", "all"] = "none"  # all: weights, gradients and optimizer in host memory, which steps there
     accumulate: Literal["auto", "sharded", "unsharded"] = "auto"  # how gradients of micro-batches add up on a rank
+
+    @property
+    def recomputed(self) -> Recomputed:
+        """The units that activation_checkpointing means."""
+        return Recomputed.parse(self.activation_checkpointing)
 
 
 @dataclass(frozen=True)

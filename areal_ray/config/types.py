@@ -56,3 +56,34 @@ class StandbyCount:
 
     def on(self, local_workers: int) -> int:
         return local_workers if self.count is None else self.count
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """The units whose activations are computed again in the backward pass: `engine.activation_checkpointing`.
+
+    Args:
+        every: each so many-th unit, the first one among them; 0: none.
+        keeps_products: whether the results of matrix products and attention are kept, and only the rest is not.
+    """
+
+    every: int
+    keeps_products: bool = False
+
+    @staticmethod
+    def parse(value: Any) -> Recomputed:
+        """The units that a value means.
+
+        Raises:
+            ConfigError: if it is none of these.
+        """
+        if value in ("none", None) or value is False:
+            return Recomputed(0)
+        if value == "full" or value is True:
+            return Recomputed(1)
+        if value == "selective":
+            return Recomputed(1, keeps_products=True)
+        if type(value) is int and value >= 1:
+            return Recomputed(value)
+        text = f"must be none, full, selective, or a number n for every n-th unit, not {value!r}"
+        raise ConfigError("engine.activation_checkpointing", text)

@@ -20,6 +20,7 @@ from areal_ray.data.rendering.special import prompt_ids, trained_tokens
 from areal_ray.data.splits import Splits, check_sizes, open_sets, open_splits, own_splits
 from areal_ray.data.tokenizers import Tokenizer, check_of_model
 from areal_ray.distributed import Ranks
+from areal_ray.distributed.recompute import recompute_activations
 from areal_ray.distributed.tensor_parallel import tensor_plan
 from areal_ray.driver.data import Make, make_corpus, sources_of
 from areal_ray.driver.first_weights import read_at_each_start, says_what_it_is, with_first_weights
@@ -213,6 +214,9 @@ def _check_model(config: Config, vocab_size: int) -> nn.Module:
     split = config.engine.mesh.tensor > 1
     if split:
         tensor_plan(model, config.engine.mesh.tensor)
+    if config.engine.recomputed.every:  # tried on another one: operations are counted on this one as if nothing was
+        blank = models.build_model(config.model)
+        recompute_activations(blank, models.shard_units(blank, config.model.shard_units), config.engine.recomputed)
     if config.model.attention == "auto" and models.attention_of(model) not in (None, "sdpa"):
         name = type(model).__name__
         print(f"{name} has no scaled_dot_product_attention: its attention is {models.attention_of(model)}", flush=True)

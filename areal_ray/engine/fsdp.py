@@ -244,7 +244,7 @@ class FSDPEngine:
             metrics.add(values, weight)
         accumulation.finish(self.model, self._sharded.late, self.accumulate, len(micro_batches), self.dims)
         summed = dist.all_reduce(loss_sum, group=self.dims.batch_group, async_op=True)
-        grad_norm = gradient_norm(self.model.parameters())
+        grad_norm = gradient_norm(self.model.parameters(), self.device)
         summed.wait()
         if not self.dims.only_shards:  # groups may differ in the last bit of what they sum, and must decide alike
             numbers = torch.stack([loss_sum, grad_norm])
@@ -255,6 +255,8 @@ class FSDPEngine:
 
     def optimizer_step(self, refused: torch.Tensor | None = None) -> None:
         assert self._grad_norm is not None, "forward_backward comes first"
+        if refused is not None and self._config.engine.offload == "all":
+            refused = refused.cpu()  # torch's own copy to where the weights are would not be waited for
         clip_gradients(self.model.parameters(), self._config.optim.clip_grad_norm, self._grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._schedule.lr(group["initial_lr"])

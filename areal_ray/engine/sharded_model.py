@@ -63,7 +63,7 @@ class ShardedModel:
             self.needs_logits, self.vocabulary = str(error), 0
         parallelize(self.module, self.units, dims, config.engine)
         self.late = overlap(self.module, dims)
-        models.materialise(self.module, device)
+        models.materialise(self.module, device, config.engine.offload == "all")
 
     def init_weights(self) -> None:
         """Give it the weights with which a run begins: those of model.path, or random ones drawn from run.seed.

@@ -23,14 +23,25 @@ from areal_ray.models.recorded_rule import NeedsWholeTensor, StandIn, recording
 LARGE = 2**22  # elements of a parameter, from which on it is drawn in parts; smaller ones take 40 ms at most
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Give parameters and buffers memory on `device`, with undefined values; tied parameters stay tied."""
+def materialise(model: nn.Module, device: torch.device, offloaded: bool = False) -> None:
+    """Give parameters and buffers memory, with undefined values; tied parameters stay tied.
+
+    Args:
+        model: on the meta device, sharded or not.
+        device: of the buffers, and of the parameters.
+        offloaded: whether the parameters lie in the host's memory instead.
+    """
     ties: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 ties.setdefault(id(parameter), []).append((module, name))
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if offloaded else device)
+    if offloaded:
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device=device)
     for (first, first_name), *others in ties.values():
         for module, name in others:
             module._parameters[name] = first._parameters[first_name]

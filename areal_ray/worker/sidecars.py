@@ -124,10 +124,8 @@ def watchdog(config: Config, run: RunDir, ranks: Ranks) -> Watchdog | None:
 
 def stragglers(
     config: Config, engine: FSDPEngine, batches: GlobalBatches, ranks: Ranks, run: RunDir, nodes: Sequence[str]
-) -> StragglerDetector | None:
-    """The straggler detector of this worker; None where its hooks would be in the way."""
-    if config.engine.compile:  # hooks would cut the compiled graphs
-        return None
+) -> StragglerDetector:
+    """The straggler detector of this worker. Its hooks are beside FSDP's, outside of what is compiled of a unit."""
 
     def slow(rank: int, seconds: float, usual: float) -> None:
         say(f"worker {rank} on {nodes[rank]} is slow: {seconds:.2f} s of its own per step, the others {usual:.2f} s")

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+
+
+class Found(NamedTuple):
+    """What a loss is of some rows.
+
+    Args:
+        sums: (sums,), over these rows.
+        d_logits: (rows, vocabulary), the first sum's gradient by the logits, before it is multiplied with `factors`;
+            None: it was not asked for.
+        factors: (rows), what the gradient of each row is to be multiplied with. Not done here: it would be a pass over
+            all of the logits, where one over the rows' products with the weight is enough.
+    """
+
+    sums: torch.Tensor
+    d_logits: torch.Tensor | None
+    factors: torch.Tensor
 
 
 class RowLoss(Protocol):
@@ -17,17 +33,32 @@ class RowLoss(Protocol):
 
     sums: int
 
-    def __call__(
-        self, logits: torch.Tensor, chosen: slice, gradients: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The sums over some rows, (sums,), and the first one's gradient by the logits, or None.
+    def __call__(self, logits: torch.Tensor, chosen: slice, spare: torch.Tensor | None) -> Found:
+        """The sums over some rows, and the gradient.
 
         Args:
             logits: (rows, vocabulary) in float32; their memory may be used.
             chosen: which rows these are, of all.
-            gradients: whether the gradient is asked for.
+            spare: memory of that shape, for the gradient; None: it is not asked for.
         """
         ...
+
+
+def normalised(logits: torch.Tensor, into: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of rows of logits, in other memory, and the logarithm of the sum that it divides by.
+
+    One exponential of each logit, where logsumexp and a softmax after it would take two and a third piece of memory.
+
+    Args:
+        logits: (rows, vocabulary).
+        into: of that shape.
+
+    Returns:
+        `into`; and log sum exp, (rows, 1).
+    """
+    torch.softmax(logits, 1, out=into)
+    # The largest probability is exp(its logit) / sum; it is never small, so that its logarithm has all its digits.
+    return into, logits.amax(1, keepdim=True) - into.amax(1, keepdim=True).log_()
 
 
 class CrossEntropyRows:
@@ -46,14 +77,15 @@ class CrossEntropyRows:
         self._labels, self._ignored, self._z, self._smoothing = labels, ignored, z_loss, label_smoothing
         self.sums = 2 if z_loss or label_smoothing else 1
 
-    def __call__(
-        self, logits: torch.Tensor, chosen: slice, gradients: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, logits: torch.Tensor, chosen: slice, spare: torch.Tensor | None) -> Found:
         targets = self._labels[chosen]
         predicted = targets != self._ignored
         index = targets.masked_fill(~predicted, 0)[:, None]
         at = logits.gather(1, index)
-        norm = logits.logsumexp(1, keepdim=True)
+        if spare is None:
+            d_logits, norm = None, logits.logsumexp(1, keepdim=True)
+        else:
+            d_logits, norm = normalised(logits, spare)
         nll = ((norm - at)[:, 0] * predicted).sum()
         found = nll[None]
         if self.sums > 1:
@@ -61,17 +93,15 @@ class CrossEntropyRows:
             if self._smoothing:
                 rows = rows + self._smoothing * (norm[:, 0] - logits.mean(1))
             found = torch.stack([(rows * predicted).sum(), nll])
-        if not gradients:
-            return found, None
+        if d_logits is None:
+            return Found(found, None, predicted)
         # softmax minus one at the target, without another tensor of that size; nothing where nothing is predicted.
-        d_logits = logits.sub_(norm).exp_()
         if self._z:
             d_logits.mul_(1 + 2 * self._z * norm)
         if self._smoothing:
             d_logits.sub_(self._smoothing / logits.shape[1])
         d_logits.scatter_add_(1, index, torch.full_like(at, -(1.0 - self._smoothing)))
-        d_logits.mul_(predicted[:, None])
-        return found, d_logits
+        return Found(found, d_logits, predicted)
 
 
 class DistilledRows:
@@ -101,9 +131,7 @@ class DistilledRows:
         self._labels, self._ignored, self._teacher = labels, ignored, teacher
         self._temperature, self._share = temperature, share
 
-    def __call__(
-        self, logits: torch.Tensor, chosen: slice, gradients: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, logits: torch.Tensor, chosen: slice, spare: torch.Tensor | None) -> Found:
         given = self._teacher(chosen)
         columns, heat = min(logits.shape[1], given.shape[1]), self._temperature
         targets = self._labels[chosen]
@@ -112,14 +140,14 @@ class DistilledRows:
         norm = logits.logsumexp(1, keepdim=True)
         nll = ((norm - logits.gather(1, index))[:, 0] * predicted).sum()
         theirs = (given[:, :columns].float() / heat).log_softmax(1)
-        mine = (logits[:, :columns] / heat).log_softmax(1)
+        into = None if spare is None else spare[:, :columns]
+        mine = torch.div(logits[:, :columns], heat, out=into).log_softmax(1)
         wanted = theirs.exp()
         divergence = heat**2 * ((wanted * (theirs - mine)).sum(1) * predicted).sum()
         found = torch.stack([(1 - self._share) * nll + self._share * divergence, nll, divergence])
-        if not gradients:
-            return found, None
+        if spare is None:
+            return Found(found, None, predicted)
         d_logits = logits.sub_(norm).exp_().mul_(1 - self._share)
         d_logits.scatter_add_(1, index, torch.full_like(norm, self._share - 1))
         d_logits[:, :columns] += self._share * heat * (mine.exp_() - wanted)
-        d_logits.mul_(predicted[:, None])
-        return found, d_logits
+        return Found(found, d_logits, predicted)

@@ -38,7 +38,7 @@ def _of_device(config: Config) -> Iterator[_Lever]:
             f"train.micro_batch_size={size // 2}",
             lambda c: replace(c, train=replace(c.train, micro_batch_size=size // 2)),
         )
-    if not config.engine.activation_checkpointing:
+    if (how := config.engine.recomputed).every != 1 or how.keeps_products:
         yield (
             "engine.activation_checkpointing=true",
             lambda c: replace(c, engine=replace(c.engine, activation_checkpointing=True)),
@@ -50,6 +50,8 @@ def _of_device(config: Config) -> Iterator[_Lever]:
             "engine.accumulate=sharded (in a new run)",
             lambda c: replace(c, engine=replace(c.engine, accumulate="sharded")),
         )
+    if config.cluster.use_gpu and config.engine.offload == "none":
+        yield "engine.offload=all", lambda c: replace(c, engine=replace(c.engine, offload="all"))
     if size > 2:
         yield "train.micro_batch_size=1", lambda c: replace(c, train=replace(c.train, micro_batch_size=1))
 

@@ -15,6 +15,8 @@ _FLOAT = 4
 # format: inputs of the norms and matrix products, the gated MLP and attention without its scores. Korthikanti et al.,
 # https://arxiv.org/abs/2205.05198, section 4.1, with the MLP's width apart.
 _PER_HIDDEN, _PER_INTERMEDIATE = 10, 3
+# Of these the results of its seven matrix products, of attention, and its input: what `selective` keeps.
+_PRODUCTS_PER_HIDDEN, _PRODUCTS_PER_INTERMEDIATE = 7, 2
 _CHUNK = 128 << 20  # of logits that there are at a time where the loss is computed in parts, as in engine/hidden.py
 
 
@@ -79,6 +81,7 @@ def estimate(config: Config, workers: int, model: nn.Module | None = None, chunk
         "logits": min(logits, head) if chunked else logits,
     }
     host = {
+        **(_offloaded(device, _FLOAT * trained // shards if whole else 0) if config.engine.offload == "all" else {}),
         "checkpoint image": state if config.checkpoint.async_save else 0,
         "copies in memory": 2 * state if config.checkpoint.memory_every_steps else 0,
         "copies of a partner": 2 * state if config.checkpoint.memory_partner else 0,
@@ -86,14 +89,32 @@ def estimate(config: Config, workers: int, model: nn.Module | None = None, chunk
     return MemoryEstimate(count, trained, device, host)
 
 
+def _offloaded(device: dict[str, int], reduced: int) -> dict[str, int]:
+    """Take what engine.offload=all has in the host's memory off the device.
+
+    Args:
+        device: bytes by what they are for; changed.
+        reduced: bytes of reduced gradients, where whole ones add up on the device before; 0 where they do not.
+    """
+    away = {part: device.pop(part) for part in ("weights", "optimizer", "averages") if part in device}
+    return away | {"gradients": reduced or device.pop("gradients")}
+
+
 def _activations(config: Config, model: nn.Module, tokens: int, width: int, layers: int) -> int:
     about = getattr(model, "config", None)
     hidden = getattr(about, "hidden_size", 0) or getattr(about, "n_embd", 0)
     intermediate = getattr(about, "intermediate_size", 0) or 4 * hidden
     one = tokens * width * (_PER_HIDDEN * hidden + _PER_INTERMEDIATE * intermediate)
-    if config.engine.activation_checkpointing:
-        return layers * tokens * width * hidden + one
-    return layers * one
+    how = config.engine.recomputed
+    if not how.every:
+        return layers * one
+    again = -(-layers // how.every)
+    kept = tokens * width * hidden
+    if how.keeps_products:
+        kept = tokens * width * (_PRODUCTS_PER_HIDDEN * hidden + _PRODUCTS_PER_INTERMEDIATE * intermediate)
+    # The last unit that is computed again has all of its own then, when those behind it are done with theirs.
+    working = one if (again - 1) * how.every == layers - 1 else 0
+    return again * kept + (layers - again) * one + working
 
 
 def _optimizer(config: Config, model: nn.Module, shards: int) -> int:

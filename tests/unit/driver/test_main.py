@@ -169,6 +169,11 @@ def test_parts_of_one_s_own_are_found_to_be_wrong_before_anything_starts(config,
         (["model.config.model_type=gemma2", "model.attention=sdpa"], "model.attention", "sdpa is not for this model"),
         (["engine.mesh.tensor=2", "model.loss=chunked"], "model.loss", "no rank has the whole output layer"),
         (["model.shard_units=[Nobody]"], "model.shard_units", "no module of class Nobody"),
+        (
+            ["model.config.model_type=openai-gpt", "engine.activation_checkpointing=2"],
+            "engine.activation_checkpointing",
+            "does not support activation checkpointing",
+        ),
     ],
 )
 def test_what_a_model_cannot_do_is_found_before_anything_starts(config, overrides, key, part):

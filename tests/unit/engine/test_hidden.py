@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from areal_ray.config import ConfigError, load
 from areal_ray.engine import hidden
+from areal_ray.engine.chunked.row_losses import normalised
 from areal_ray.engine.hidden import Hidden, choose
 from areal_ray.engine.objectives import next_token_loss, regularised_loss, token_log_probs
 from areal_ray.engine.objectives.distillation import TEACHER, Distillation
@@ -139,6 +140,18 @@ def test_distillation_is_that_of_the_logits_and_of_its_definition(theirs, of_sta
         gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
         for got, expected in zip(gradients, torch.autograd.grad(want, tensors, retain_graph=True), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_softmax_and_its_sum_keep_their_digits_whatever_the_logits_are():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 1000, generator=generator)
+    logits[1] *= 1e3
+    logits[2] = -1e4
+    logits[3] = 7.0
+    logits[4, 1:] = -torch.inf
+    found, norm = normalised(logits, torch.empty_like(logits))
+    torch.testing.assert_close(norm, logits.double().logsumexp(1, keepdim=True).float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, logits.double().softmax(1).float(), rtol=1e-5, atol=1e-7)
 
 
 class Largest(TorchDispatchMode):

@@ -159,6 +159,15 @@ def test_a_model_that_tensor_parallelism_cannot_split_is_a_config_error(model, s
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_may_lie_in_the_hosts_memory_and_buffers_on_the_device(tied):
+    model = build_model(ModelConfig(config={**SMALL, "tie_word_embeddings": tied}))
+    materialise(model, torch.device("meta"), offloaded=True)  # for want of another device
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
 def test_first_weights_follow_from_the_seed():
     first, again, other = (dict(initialised(ModelConfig(config=SMALL), seed).named_parameters()) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -38,6 +38,27 @@ def test_an_estimate_is_what_torch_allocates_for_weights_gradients_and_optimizer
     assert whole.device["gradients"] == 4 * count
 
 
+def test_an_estimate_follows_which_activations_are_kept():
+    def activations(way):
+        config = load(TINY, [f"engine.activation_checkpointing={way}", "train.micro_batch_size=8"])
+        return estimate(config, 1).device["activations"]
+
+    assert activations("full") == activations("true") == activations(1) < activations(2)
+    assert activations("full") < activations("selective") < activations("none")
+    assert activations(2) < activations(4) < activations("none") == activations("false")
+
+
+@pytest.mark.parametrize("accumulate", ["sharded", "unsharded"])
+def test_what_is_offloaded_is_counted_in_the_host(accumulate):
+    parts = [f"engine.accumulate={accumulate}", "train.micro_batch_size=1", "cluster.use_gpu=true", "optim.ema={}"]
+    here, there = (estimate(load(TINY, [*parts, f"engine.offload={how}"]), 2) for how in ("none", "all"))
+    moved = here.device.keys() - there.device.keys()
+    assert moved == {"weights", "optimizer", "averages"} | ({"gradients"} if accumulate == "sharded" else set())
+    assert {part: there.host[part] for part in moved} == {part: here.device[part] for part in moved}
+    assert there.host["gradients"] == here.device["weights"]
+    assert {part: there.device[part] for part in there.device} == {part: here.device[part] for part in there.device}
+
+
 def test_an_estimate_of_an_adapter_is_about_what_is_trained():
     pytest.importorskip("peft", reason="adapters by LoRA need the extra areal_ray[lora]")
     whole = estimate(load(TINY, ["cluster.num_workers=1"]), 1)
@@ -100,6 +121,9 @@ def test_a_model_that_is_too_large_comes_with_the_levers(tmp_path):
     assert sizes == sorted(sizes, reverse=True)
     assert f"In this order: {parts[0]} (about " in found.text
     assert re.search(r"more workers \(about .* TB with 4\)$", found.text)
+    for way, pulled in (("full", True), ("selective", False), (4, False)):
+        some = findings(tmp_path, *large, f"engine.activation_checkpointing={way}")["memory of this machine"]
+        assert ("engine.activation_checkpointing=true" not in some.text) == pulled
 
 
 def test_a_storage_that_cannot_be_written_or_gives_back_something_else(tmp_path, monkeypatch):
