@@ -57,8 +57,12 @@ def submit(config: Any, arguments: argparse.Namespace) -> int:
     from areal_ray.driver.jobs.submit import submit
 
     refuse_secrets(arguments.overrides)
+    wait, retries = not arguments.detach, arguments.retries
+    if retries < 0 or (retries and not wait):
+        text = "is 0 or more" if retries < 0 else "takes this command to wait, which --detach does not"
+        raise ConfigError("--retries", text, "command line")
     try:
-        return submit(config, arguments.config, arguments.overrides, arguments.address, not arguments.detach)
+        return submit(config, arguments.config, arguments.overrides, arguments.address, wait, retries)
     except NoCluster as error:
         print(error, end="", file=sys.stderr)
         return 1

@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     waits = submitting.add_mutually_exclusive_group()
     waits.add_argument("--wait", action="store_true", help="show its output until it ends (the default)")
     waits.add_argument("--detach", action="store_true", help="only submit it")
+    text = "submit a job again whose driver, or its node, has died (default 0)"
+    submitting.add_argument("--retries", type=int, default=0, metavar="N", help=text)
     examine = commands.add_parser("doctor", help="look at everything that a run will meet, before it starts")
     _add_experiment(examine, lambda arguments: _with_config(arguments, lambda config: doctor(config, arguments)))
     add_jobs(commands)

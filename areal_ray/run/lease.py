@@ -75,6 +75,24 @@ def holder(run: Storage) -> dict[str, Any] | None:
     return None if now is None or _has_died(now) else now
 
 
+def wait_until_free(run: Storage, silent_s: float = 15.0, look_s: float = 0.5) -> None:
+    """Wait until nobody works on a run: until its driver has given it back, has died here, or has been silent.
+
+    Args:
+        run: the run directory.
+        silent_s: seconds without a sign of life after which a driver elsewhere counts as dead.
+        look_s: seconds between two looks.
+
+    Raises:
+        OSError: if the storage cannot be read.
+    """
+    seen, since = holder(run), time.monotonic()
+    while seen is not None and time.monotonic() - since < silent_s:
+        time.sleep(look_s)
+        if (now := holder(run)) != seen:
+            seen, since = now, time.monotonic()
+
+
 def let_go(run: Storage) -> None:
     """Give back the lease of this process, which is about to end without leaving the block (OSError)."""
     now = _read(run)

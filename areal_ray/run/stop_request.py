@@ -17,7 +17,7 @@ def ask_to_stop(run: Storage, wait_s: float = 30.0) -> None:
     """Ask whoever works on a run to save and leave; returns when that has been heard.
 
     Raises:
-        ValueError: if nobody works on it.
+        ValueError: if nobody works on it, or no longer when it could have heard.
         TimeoutError: if nobody hears.
         OSError: if the directory cannot be written to.
     """
@@ -26,6 +26,10 @@ def ask_to_stop(run: Storage, wait_s: float = 30.0) -> None:
     run.replace(STOP, b"")
     began = time.monotonic()
     while run.size(STOP) is not None:
+        if holder(run) is None:
+            with suppress(FileNotFoundError):
+                run.remove(STOP)
+            raise ValueError(f"nobody works on {run.location} any more")
         if time.monotonic() - began > wait_s:
             with suppress(FileNotFoundError):
                 run.remove(STOP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -17,9 +18,17 @@ from areal_ray.driver.jobs.server import Jobs
 from areal_ray.driver.jobs.upload import upload
 
 _STOP_S = 600.0
+_INTERRUPTED = 130
 
 
-def submit(config: Config, path: str, overrides: Sequence[str], address: str | None = None, wait: bool = True) -> int:
+def submit(
+    config: Config,
+    path: str,
+    overrides: Sequence[str],
+    address: str | None = None,
+    wait: bool = True,
+    retries: int = 0,
+) -> int:
     """Uploads the current folder, trains on the cluster and shows the output.
 
     Args:
@@ -28,9 +37,11 @@ def submit(config: Config, path: str, overrides: Sequence[str], address: str | N
         overrides: key=value strings.
         address: the dashboard's URL, see `Jobs`.
         wait: until the job ends; else it is only submitted.
+        retries: how often a job that has died, of which the run knows nothing, is submitted again while this waits. One
+            that has ended with a status of its own is not: the run has failed for good, or was stopped.
 
     Returns:
-        The job's exit status.
+        The exit status of the last job.
 
     Raises:
         NoCluster: if no cluster answers.
@@ -43,20 +54,38 @@ def submit(config: Config, path: str, overrides: Sequence[str], address: str | N
             logging.getLogger(name).setLevel(logging.ERROR)
     metadata = {"run": config.run.name, "storage_path": config.run.storage_path, "config_hash": config_hash(config)}
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    name, metadata["revision"] = config.run.name, git.stdout.strip() or "unknown"
+    where = f" --address {address}" if address else ""
     with upload(path, overrides) as taken:
         own = Path("jobs/train.py").is_file() and Path("areal_ray").is_dir()  # this repository: its code comes along
         train = ["python", "jobs/train.py"] if own else ["python", "-m", "areal_ray.cli.main", "train"]
         command = shlex.join([*train, "--config", taken.config, *taken.overrides])
-        job = jobs.submit(
-            config.run.name, command, str(taken.folder), {**metadata, "revision": git.stdout.strip() or "unknown"}
-        )
-    name = config.run.name
-    where = f" --address {address}" if address else ""
-    print(f"job {job} on {jobs.address}\nstop it with: areal-ray stop {name}{where}", flush=True)
-    if not wait:
-        print(f"its output: areal-ray logs -f {name}{where}")
-        return 0
-    return follow(jobs, job, name)
+        tried = 0
+        while True:
+            job = jobs.submit(name, command, str(taken.folder), metadata)
+            print(f"job {job} on {jobs.address}\nstop it with: areal-ray stop {name}{where}", flush=True)
+            if not wait:
+                print(f"its output: areal-ray logs -f {name}{where}")
+                return 0
+            status = follow(jobs, job, name)
+            if status in (0, _INTERRUPTED) or tried == retries or not _death(jobs.client.get_job_info(job)):
+                return status
+            tried += 1
+            print(f"submitting it again, retry {tried} of {retries}", flush=True)
+
+
+def _death(job: Any) -> str:
+    """How a job's driver, or the node that it was on, was ended by others; empty if it has ended by itself."""
+    status = job.driver_exit_code
+    if job.status.name != "FAILED" or (status is not None and 0 <= status <= 128):
+        return ""
+    if status is None:
+        return " ".join(str(job.message or "nobody knows how").split())[:200]
+    number = -status if status < 0 else status - 128
+    try:
+        return f"its driver was ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"its driver has left with status {status}"
 
 
 def follow(jobs: Jobs, job: str, name: str) -> int:
@@ -67,12 +96,13 @@ def follow(jobs: Jobs, job: str, name: str) -> int:
             time.sleep(2)
     except KeyboardInterrupt:
         print(f"\njob {job} goes on: areal-ray logs -f {name}, areal-ray stop {name}", flush=True)
-        return 130
+        return _INTERRUPTED
     if info.status.name == "SUCCEEDED":
         return 0
-    if info.driver_exit_code != 130:  # asked to stop, which it has said itself
-        print(f"job {job}: {info.status.value.lower()}", file=sys.stderr)
-    return info.driver_exit_code or 1
+    status = info.driver_exit_code or 1
+    if status != _INTERRUPTED:  # asked to stop, which it has said itself
+        print(f"job {job}: {_death(info) or info.status.value.lower()}", file=sys.stderr, flush=True)
+    return status if status > 0 else 128 - status  # as a shell has it for a signal
 
 
 async def _show(client: Any, job: str) -> None:

@@ -4,122 +4,157 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from areal_ray.config import Config
+from areal_ray.config import Config, ConfigError
+from areal_ray.run import RunDir
+from areal_ray.run.lease import RunInUse, hold_lease
+from areal_ray.storage import Storage, storage_at
+from areal_ray.tools.sweep.draw import draw
+from areal_ray.tools.sweep.record import Record
 from areal_ray.tools.sweep.space import Sweep
 
+_TUNE = "tune"  # folder of Tune's own files; they are not read again
 
-def sweep(config: Config, path: str, overrides: Sequence[str], space: Sweep, address: str) -> list[dict[str, Any]]:
-    """Run the trials of a sweep, or go on with those that are not done.
+
+class SweepFolder:
+    """`<run.storage_path>/<run.name>-sweep`, with the record of a sweep and the output of its runs.
 
     Args:
-        config: of the experiment, with an absolute storage path; the sweep has its run's name.
+        config: of the experiment; the sweep has its run's name.
+        space: what is tried.
+
+    Raises:
+        ConfigError: if there is a sweep of something else.
+        ValueError: if run.storage_path is no place.
+    """
+
+    def __init__(self, config: Config, space: Sweep) -> None:
+        root = storage_at(config.run.storage_path)
+        self.root, self.name = root.location, config.run.name
+        self.storage: Storage = root.sub(f"{self.name}-sweep")
+        self.space = space
+        self.record = Record(self.storage, space, draw(space), self.name)
+
+    def history(self) -> dict[str, list[dict[str, Any]]]:
+        """The evaluations of every trial so far, oldest first, by its name."""
+        found = {}
+        for name, trial in self.record.trials().items():
+            run = RunDir(storage_at(self.root).sub(trial["run"]))
+            lines = run.metrics() if run.exists() else []
+            found[name] = [line for line in lines if self.space.metric in line]
+        return {name: lines for name, lines in found.items() if lines}
+
+    def rows(self, errors: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        """The last result of each trial, the best one first: values of the space by key, step, metric, run, error."""
+        metric, rows = self.space.metric, []
+        for name, trial in self.record.trials().items():
+            last = trial["ended"] or {}
+            error = (errors or {}).get(name)
+            value = last.get(metric)
+            rows.append(
+                {**trial["values"], "step": last.get("step"), metric: value, "run": trial["run"], "error": error}
+            )
+        sign = 1 if self.space.mode == "min" else -1
+        # What is no number (nan) is not the best of all.
+        return sorted(rows, key=lambda row: sign * row[metric] if _is_number(row[metric]) else float("inf"))
+
+
+def sweep(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str], address: str) -> list[dict[str, Any]]:
+    """Train the trials that have not ended: those of an interrupted sweep go on where their runs are.
+
+    Args:
+        folder: of the sweep.
+        steps: of the longest trial.
         path: of the experiment.
         overrides: key=value strings for all trials.
-        space: what is tried.
         address: host:port of the cluster, to which this process is connected.
 
     Returns:
-        The last result of each trial, the best one first: values of the space by key, step, metric, run.
+        As `SweepFolder.rows`.
+
+    Raises:
+        ConfigError: if another process drives this sweep.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # lines of our own
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the runs have logs
+    folder.storage.ensure()
+    try:
+        with hold_lease(folder.storage, lambda: None, print):
+            return folder.rows(_train(folder, steps, path, overrides, address))
+    except RunInUse as error:
+        raise ConfigError("run.name", str(error)) from None
+
+
+def _train(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str], address: str) -> dict[str, str]:
+    """Run Tune; what the trials that have failed say, by their names."""
     from ray import tune
 
     from areal_ray.tools.sweep.progress import Progress
+    from areal_ray.tools.sweep.schedulers import build
     from areal_ray.tools.sweep.trial import Trial
 
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    root, name = config.run.storage_path, f"{config.run.name}-sweep"
+    record, space, history = folder.record, folder.space, folder.history()
+    record.write()
+    place = folder.storage.location
+    left = record.open()
+    if record.goes_on:
+        print(f"going on with {place}: {len(left)} of {len(record.trials())} trials are left", flush=True)
+    shutil.rmtree(f"{place}/{_TUNE}", ignore_errors=True)  # of an earlier start: everything is told to Tune anew
+    tried = [
+        {
+            "name": name,
+            **{key: record.trials()[name][key] for key in ("run", "values")},
+            "seen": history[name][-1]["step"] if name in history else -1,
+        }
+        for name in left
+    ]
     own = {
         "metric": space.metric,
-        "name": config.run.name,
         "overrides": list(overrides),
         "config": str(Path(path).resolve()),
-        "storage_path": root,
+        "storage_path": folder.root,
+        "sweep": place,
         "folder": str(Path.cwd()),
         "address": address,
     }
-    # The runs' workers take the resources; a trial only looks after its run. Tune does not take 0.
-    trainable = tune.with_resources(Trial, {"cpu": 0.001})
-    place = f"{root.rstrip('/')}/{name}"
-    values = {**_domains(space), "areal_ray": own}
-    if tune.Tuner.can_restore(place):
-        print(f"going on with {place}", flush=True)
-        tuner = tune.Tuner.restore(
-            place,
-            trainable,
-            resume_unfinished=True,
-            restart_errored=True,
-            param_space=values,
-        )
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=values,
-            tune_config=tune.TuneConfig(
-                metric=space.metric,
-                mode=space.mode,
-                num_samples=space.trials,
-                scheduler=_scheduler(space, config),
-                search_alg=tune.search.BasicVariantGenerator(random_state=space.seed, max_concurrent=space.concurrent),
+    tuner = tune.Tuner(
+        # The runs' workers take the resources; a trial only looks after its run. Tune does not take 0.
+        tune.with_resources(Trial, {"cpu": 0.001}),
+        param_space={"trial": tune.grid_search(tried), "areal_ray": own},
+        tune_config=tune.TuneConfig(
+            metric=space.metric,
+            mode=space.mode,
+            scheduler=build(space, steps, history),
+            search_alg=tune.search.BasicVariantGenerator(max_concurrent=space.concurrent),
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=_TUNE,
+            storage_path=place,
+            verbose=0,
+            callbacks=[Progress(space.metric, record)],
+            failure_config=tune.FailureConfig(max_failures=3),
+            checkpoint_config=tune.CheckpointConfig(
+                checkpoint_at_end=False, checkpoint_frequency=int(space.scheduler == "pbt")
             ),
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=root,
-                verbose=0,
-                callbacks=[Progress(space)],
-                failure_config=tune.FailureConfig(max_failures=3),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        )
+        ),
+    )
     results = tuner.fit()
-    rows = [_row(space, result) for result in results]
-    sign = 1 if space.mode == "min" else -1
-    return sorted(rows, key=lambda row: sign * row[space.metric] if row[space.metric] is not None else float("inf"))
+    errors = [None if result.error is None else " ".join(str(result.error).split())[-200:] for result in results]
+    return {name: error for name, error in zip(left, errors, strict=True) if error is not None}
 
 
-def _row(space: Sweep, result: Any) -> dict[str, Any]:
-    values = result.metrics or {}
-    tried = {key: (result.config or {}).get(key) for key in space.space}
-    error = None if result.error is None else " ".join(str(result.error).split())[-200:]
-    return {
-        **tried,
-        "step": values.get("step"),
-        space.metric: values.get(space.metric),
-        "run": values.get("run"),
-        "error": error,
-    }
+def _name(trial: Any) -> str:
+    """The name of a trial, for Tune."""
+    return str(trial.config["trial"]["name"])
 
 
-def _domains(space: Sweep) -> dict[str, Any]:
-    from ray import tune
-
-    made: dict[str, Any] = {}
-    for key, what in space.space.items():
-        ((kind, values),) = what.items()
-        if kind == "grid":
-            made[key] = tune.grid_search(values)
-        elif kind == "choice":
-            made[key] = tune.choice(values)
-        else:
-            low, high = float(values[0]), float(values[1])
-            domains: Mapping[str, Any] = {
-                "uniform": lambda low=low, high=high: tune.uniform(low, high),
-                "log_uniform": lambda low=low, high=high: tune.loguniform(low, high),
-                "int_uniform": lambda low=low, high=high: tune.randint(int(low), int(high) + 1),
-            }
-            made[key] = domains[kind]()
-    return made
-
-
-def _scheduler(space: Sweep, config: Config) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    if space.scheduler == "none":
-        return FIFOScheduler()
-    limits = {"grace_period": space.grace_steps, "reduction_factor": space.reduction_factor}
-    return ASHAScheduler(time_attr="step", max_t=config.train.steps, **limits)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import yaml
 from areal_ray.config import ConfigError
 
 _KINDS = {"grid": None, "choice": None, "uniform": 2, "log_uniform": 2, "int_uniform": 2}
-_SCHEDULERS = ("none", "asha")
+_SCHEDULERS = ("none", "asha", "pbt")
+_LEAST = {"trials": 1, "concurrent": 1, "grace_steps": 1, "reduction_factor": 2, "perturb_steps": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,13 @@ class Sweep:
         trials: samples of the whole space; every one of them tries all combinations of the grids.
         metric, mode: by which trials are judged, a metric of an evaluation; min or max.
         concurrent: trials that train at the same time.
-        scheduler: none, or asha: trials that are behind are stopped early (Li et al., https://arxiv.org/abs/1810.05934).
-        grace_steps: training steps that asha grants each trial.
+        scheduler: none; asha: trials that are behind are stopped early (Li et al., https://arxiv.org/abs/1810.05934);
+            or pbt: they go on from the checkpoint of a better one, with other values (Jaderberg et al.,
+            https://arxiv.org/abs/1711.09846). With pbt all trials train at the same time.
+        grace_steps: training steps that asha and pbt grant each trial.
         reduction_factor: of so many trials asha lets one go on.
+        perturb_steps: training steps between two looks of pbt at a trial.
+        quantile: share of the trials that pbt has go on elsewhere, and of those that they go on from; 0.5 at most.
         seed: of the samples.
     """
 
@@ -39,8 +44,9 @@ class Sweep:
     scheduler: str = "none"
     grace_steps: int = 1
     reduction_factor: int = 3
+    perturb_steps: int = 100
+    quantile: float = 0.25
     seed: int = 0
-    names: list[str] = field(default_factory=list, repr=False, compare=False)
 
 
 def read_sweep(path: str) -> Sweep:
@@ -55,7 +61,7 @@ def read_sweep(path: str) -> Sweep:
         raise ConfigError("", " ".join(str(error).split())[:200], path) from None
     if not isinstance(found, dict):
         raise ConfigError("", "must hold a mapping of keys to values", path)
-    known = [name for name in Sweep.__dataclass_fields__ if name != "names"]
+    known = list(Sweep.__dataclass_fields__)
     if unknown := sorted(set(found) - set(known)):
         raise ConfigError(unknown[0], f"no such key; there are: {', '.join(known)}", path)
     space = found.get("space")
@@ -63,9 +69,11 @@ def read_sweep(path: str) -> Sweep:
         raise ConfigError("space", "must name at least one key of the configuration", path)
     for key, what in space.items():
         _check(str(key), what, path)
-    for name in ("trials", "concurrent", "grace_steps", "reduction_factor"):
-        if name in found and not (isinstance(found[name], int) and found[name] >= 1):
-            raise ConfigError(name, f"must be a whole number, 1 or more, not {found[name]!r}", path)
+    for name, least in _LEAST.items():
+        if name in found and not (type(found[name]) is int and found[name] >= least):
+            raise ConfigError(name, f"must be a whole number, {least} or more, not {found[name]!r}", path)
+    if type(share := found.get("quantile", 0.25)) not in (int, float) or not 0 < share <= 0.5:
+        raise ConfigError("quantile", f"must be above 0 and 0.5 at most, not {share!r}", path)
     if found.get("mode", "min") not in ("min", "max"):
         raise ConfigError("mode", f"is min or max, not {found['mode']!r}", path)
     if found.get("scheduler", "none") not in _SCHEDULERS:

@@ -19,7 +19,7 @@ def submitted(monkeypatch):
     """Jobs that a cluster would have been handed; there is none."""
     jobs = []
 
-    def submit(config, path, overrides, address, wait):
+    def submit(config, path, overrides, address, wait, retries):
         jobs.append((path, overrides))
         return 7
 

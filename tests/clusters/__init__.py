@@ -1,0 +1,1 @@
+"""Checks of minutes each on clusters of their own, beside the suite: `make clusters`."""
