@@ -21,7 +21,7 @@ from typing import Any
 # Ray reads RAY_AUTH_MODE when it is imported, so nothing here imports it at the top.
 from areal_ray.cluster import ray_internals
 from areal_ray.cluster.nodes import is_reachable
-from areal_ray.config import Config
+from areal_ray.config import Config, ConfigError
 from areal_ray.processes.fork_server import ForkServer, fork_server_for, process_environment
 from areal_ray.processes.own_session import children_in_own_session
 from areal_ray.processes.reaper import Reaper
@@ -191,10 +191,22 @@ def _init(options: dict[str, Any]) -> list[int]:
 
     ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     with children_in_own_session() as groups:
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except RuntimeError as error:
+            raise _other_versions(str(error)) or error from None
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set a handler
     return [group for group in groups if _leads_a_group(group)]
+
+
+def _other_versions(text: str) -> ConfigError | None:
+    """Ray's paragraph about a cluster of another Ray or Python as one line; None if it is about something else."""
+    found = re.findall(r"(Ray|Python): (\S+)", text)
+    if "Version mismatch" not in text or len(found) != 4:
+        return None
+    theirs, ours = (" and ".join(f"{name} {number}" for name, number in half) for half in (found[:2], found[2:]))
+    return ConfigError("", f"the cluster has {theirs}, and here is {ours}: they must be the same", "RAY_ADDRESS")
 
 
 def _local_options(config: Config) -> dict[str, Any]:

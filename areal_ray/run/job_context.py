@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from areal_ray.run.directory import RunDir
+from areal_ray.run.versions import versions
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class JobContext:
         operations_per_token: of the model, see `areal_ray.models.operations`; None: not known.
         live: whether the driver shows a line that changes in its place, and wants to hear of every step.
         serving: what manifests say for who uses the model later, see `driver.preflight.serving`.
+        versions: of the driver, as `areal_ray.run.versions` has them.
     """
 
     run: RunDir
@@ -29,3 +31,4 @@ class JobContext:
     operations_per_token: float | None = None
     live: bool = False
     serving: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)

@@ -74,6 +74,7 @@ def _train_watched(
     config: Config, context: JobContext, ranks: Ranks, watchdog: Watchdog | None, device: Device | None
 ) -> dict[str, Any]:
     run, clock = context.run, sidecars.Stopwatch()
+    sidecars.check_versions(context, ranks)
     sidecars.check_storage(context, ranks)  # before an attempt is written down, in what may be another directory
     rank = wire(config, context, ranks, watchdog, clock, device)
     start, job, session = rank.start, rank.job, rank.session

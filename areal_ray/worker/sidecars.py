@@ -20,7 +20,7 @@ from areal_ray.config import Config
 from areal_ray.data import GlobalBatches
 from areal_ray.distributed import Ranks, flight_recorder
 from areal_ray.engine import FSDPEngine
-from areal_ray.run import JobContext, RunDir
+from areal_ray.run import JobContext, RunDir, versions
 from areal_ray.run.shared_storage import SharedStorage, agree
 from areal_ray.worker.stragglers import StragglerDetector
 from areal_ray.worker.watchdog import Stuck, Watchdog
@@ -36,6 +36,20 @@ def check_storage(context: JobContext, ranks: Ranks) -> None:
     storage = SharedStorage(context.run.storage, context.submission, node)
     first = place.get_local_rank() == 0
     agree(storage, place.get_node_rank(), first, ranks.all_or_raise, ranks.all_reduce_min)
+
+
+def check_versions(context: JobContext, ranks: Ranks) -> None:
+    """Show that all nodes have the driver's packages; RankError, of OtherVersions, if not. A collective of one word.
+
+    Python and Ray themselves are compared by Ray when a node joins, unless it is told not to.
+    """
+    place, node = ray.train.get_context(), f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+
+    def check() -> None:
+        if place.get_local_rank() == 0:
+            versions.check_versions(context.versions, versions.versions(), node)
+
+    ranks.all_or_raise(check)
 
 
 def head_watch(leave: Callable[[int], object] = os._exit) -> AbstractContextManager[None]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-import platform
 import secrets
 import subprocess
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from areal_ray.config import Config
 from areal_ray.run.units import size_text
+from areal_ray.run.versions import differences, versions
 from areal_ray.storage import Storage
 from areal_ray.tools.doctor.finding import Finding
 from areal_ray.tools.doctor.levers import Estimate
 from areal_ray.tools.doctor.limits import OPEN_FILES, limits
 from areal_ray.tools.doctor.memory import MemoryEstimate, estimate
 
-_PACKAGES = ("areal_ray", "torch", "ray", "transformers", "numpy", "safetensors")
 _CLOCK_S = 2.0  # a lease and a ledger bear that much
 _WAIT_S = 60.0
 _NO_ANSWER = "`ray status` says whether it is alive and has room; restart Ray there, or take it out"
@@ -28,17 +26,6 @@ _NOT_SHARED = (
     "does not show what the driver has written there: it is not shared. Mount one file system at that path on every "
     "node, or give run.storage_path=s3://..."
 )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what a run uses, here."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
 
 
 def look(storage: Storage, name: str, mark: str) -> dict[str, Any]:
@@ -167,8 +154,7 @@ def _memory(who: str, room: int, found: dict[str, Any], config: Config, needs: M
 def _of_node(
     who: str, found: dict[str, Any], here: dict[str, str], place: str, began: float, ended: float
 ) -> Iterator[Finding]:
-    there = found["versions"]
-    wrong = [f"{name} {there[name]} (here {mine})" for name, mine in here.items() if there[name] != mine]
+    wrong = differences(found["versions"], here)
     if wrong:
         text = f"other versions than here: {', '.join(wrong)}. Give all nodes and the driver one image or environment"
         yield Finding("bad", who, text)

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from areal_ray.cli.main import main
-from areal_ray.config import load
+from areal_ray.config import ConfigError, load
 from areal_ray.driver import connect
 
 pytestmark = pytest.mark.unit
@@ -60,6 +60,35 @@ def test_a_start_that_fails_leaves_no_port_behind(opened, config, monkeypatch):
     with pytest.raises(ConnectionError), connect.cluster(config, fast=False):
         pass
     assert PORT not in os.environ
+
+
+OTHERS = """Version mismatch: The cluster was started with:
+    Ray: 2.59.0
+    Python: 3.11.4
+This process on node 10.0.0.1 was started with:
+    Ray: 2.60.0
+    Python: 3.11.9
+"""
+
+
+def test_a_cluster_of_another_ray_or_python_is_one_line(opened, config, monkeypatch):
+    def init(**options):
+        raise RuntimeError(OTHERS)
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError) as caught, connect.cluster(config, fast=False):
+        pass
+    said = "the cluster has Ray 2.59.0 and Python 3.11.4, and here is Ray 2.60.0 and Python 3.11.9"
+    assert str(caught.value) == f"RAY_ADDRESS: {said}: they must be the same"
+
+
+def test_what_else_ray_says_stays_as_it_is(opened, config, monkeypatch):
+    def init(**options):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RuntimeError, match="no room"), connect.cluster(config, fast=False):
+        pass
 
 
 def test_an_address_where_nobody_answers_is_one_line(monkeypatch, capsys):

@@ -8,9 +8,10 @@ import pytest
 from areal_ray.cli.main import main as run_cli
 from areal_ray.config import load
 from areal_ray.driver.memory import estimator
+from areal_ray.run.versions import versions
 from areal_ray.storage import LocalStorage
 from areal_ray.tools.doctor import estimate, local_findings
-from areal_ray.tools.doctor.nodes import _memory, _of_node, _room, look, versions
+from areal_ray.tools.doctor.nodes import _memory, _of_node, _room, look
 
 pytestmark = pytest.mark.unit
 TINY = "conf/experiments/tiny.yaml"

@@ -43,6 +43,7 @@ def start(monkeypatch, tmp_path):
 
         monkeypatch.setattr(main.sidecars, "head_watch", nullcontext)
         monkeypatch.setattr(main.sidecars, "check_storage", lambda context, ranks: calls.append(("storage",)))
+        monkeypatch.setattr(main.sidecars, "check_versions", lambda context, ranks: calls.append(("versions",)))
         monkeypatch.setattr(main, "get_device", lambda: torch.device("cuda", 3))
         monkeypatch.setattr(device_check, "CudaDevice", lambda index, node: f"cuda:{index}")
         monkeypatch.setattr(device_check, "check", check)
@@ -59,14 +60,14 @@ def test_a_gpu_is_checked_before_anything_is_built(start):
     run, calls = start
     with pytest.raises(Built):
         run(True)
-    assert calls == [("storage",), ("settings",), ("check", "cuda:3"), ("build",)]
+    assert calls == [("versions",), ("storage",), ("settings",), ("check", "cuda:3"), ("build",)]
 
 
 def test_a_bad_gpu_ends_the_rank_before_and_is_told_to_the_controller(start):
     run, calls = start
     with pytest.raises(BadDevice) as caught:
         run(True, problem=BAD)
-    assert calls == [("storage",), ("settings",), ("check", "cuda:3")]
+    assert calls == [("versions",), ("storage",), ("settings",), ("check", "cuda:3")]
     assert caught.value.areal_ray["step"] is None
 
 
@@ -81,4 +82,4 @@ def test_on_a_cpu_there_is_no_device(start):
     run, calls = start
     with pytest.raises(Built):
         run(False)
-    assert calls == [("storage",), ("settings",), ("check", None), ("build",)]
+    assert calls == [("versions",), ("storage",), ("settings",), ("check", None), ("build",)]
