@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # Kept open to be told where torch comes from: PIP_INSTALL="pip install --index-url ..." for a CPU-only or CUDA build.
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu families bench pictures bench-gpu chaos fuzz check clean
+.PHONY: help install train submit test test-unit test-distributed test-ray test-gpu families bench pictures bench-gpu chaos clusters fuzz check clean
 
 help:
 	@echo "make train              train the tiny model on this machine (EXP=name, SET=\"key=value ...\")"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench              measure against the peers, side by side (ARMS=saves ROUNDS=5); bench-gpu: the engine on one GPU"
 	@echo "make pictures           draw what bench measured last into the README's pictures (INTO=folder)"
 	@echo "make chaos              real faults for MINUTES=15 in the order of SEED=0, and a check that nothing was lost"
+	@echo "make clusters           several runs on one cluster, submitted drivers and sweeps, killed; NAMES=\"two_runs sweep\""
 	@echo "make fuzz               N=20000 mutated checkpoints, logs and configs of SEED=0; CASE=n repeats one"
 	@echo "make check              format, lint, types, import contracts"
 	@echo "make install            .venv with everything pinned; the others call it when needed"
@@ -79,6 +80,10 @@ bench-gpu:
 # make chaos MINUTES=15 SEED=1 SET="key=value"; MACHINES=1: with a network between the workers
 chaos: install
 	@$(BIN)/areal-ray chaos --config $(CONFIG) --minutes $(or $(MINUTES),15) --seed $(or $(SEED),0) $(if $(MACHINES),--machines) $(SET)
+
+# make clusters NAMES="two_runs sweep": some ten minutes for all of them
+clusters: install
+	@$(BIN)/python -m tests.clusters $(NAMES)
 
 # make fuzz N=20000 SEED=0 CASE=17 (that one again)
 fuzz: install

@@ -17,15 +17,15 @@ def add_runs(commands: Any) -> None:
     for name, run, text in (
         ("runs", _runs, "the runs in a folder: state, step, loss, restarts, age, size"),
         ("watch", _watch, "follow a run from elsewhere, as it logs its steps"),
-        ("compare", _compare, "two runs side by side: what differs in configuration and results"),
+        ("compare", _compare, "runs side by side: what differs in configuration and results"),
         ("report", _report, "write one HTML file with curves, restarts, checkpoints, failures and configuration"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         if run is _runs:
             command.add_argument("path", metavar="PATH", nargs="?", default=_DEFAULT_ROOT, help="default ~/areal_ray")
         elif run is _compare:
-            command.add_argument("a", metavar="A")
-            command.add_argument("b", metavar="B")
+            text = "two run directories or more, or the folder of a sweep for all of its trials"
+            command.add_argument("run_dirs", metavar="RUN", nargs="+", help=text)
         elif run is _report:
             command.add_argument("run_dirs", metavar="RUN", nargs="+", help="a run directory; several are overlaid")
             command.add_argument("--out", metavar="FILE", help="default report.html in the (first) run directory")
@@ -106,13 +106,20 @@ def _compare(arguments: argparse.Namespace) -> int:
     from areal_ray.storage import storage_at
     from areal_ray.tools.report import read_course
     from areal_ray.tools.runs import compare
+    from areal_ray.tools.sweep.record import runs_of
 
-    a, b = (read_course(RunDir(storage_at(path))) for path in (arguments.a, arguments.b))
-    rows = compare(a, b)
+    places = [storage_at(path) for path in arguments.run_dirs]
+    if len(places) == 1:  # a sweep is a folder beside its runs
+        beside = storage_at(places[0].location.rstrip("/").rpartition("/")[0])
+        places = [beside.sub(run) for run in runs_of(places[0])]
+    courses = [read_course(RunDir(place)) for place in places]
+    rows = compare(*courses)
     if arguments.json:
-        print(json.dumps([{"key": key, "a": of_a, "b": of_b} for key, of_a, of_b in rows], indent=2))
+        names = ["a", "b"] if len(courses) == 2 else [course.name for course in courses]
+        print(json.dumps([{"key": key, **dict(zip(names, values, strict=True))} for key, *values in rows], indent=2))
         return 0
-    print(aligned([["", a.name, b.name], *([key, _value(x), _value(y)] for key, x, y in rows)], left=3))
+    heads = ["", *(course.name for course in courses)]
+    print(aligned([heads, *([key, *map(_value, values)] for key, *values in rows)], left=len(heads)))
     return 0
 
 

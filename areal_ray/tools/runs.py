@@ -94,19 +94,19 @@ def follow(run: RunDir, wait_s: float = 2.0) -> Iterator[dict[str, Any]]:
         time.sleep(wait_s)
 
 
-def compare(a: Course, b: Course) -> list[tuple[str, Any, Any]]:
-    """What differs between two runs: (key, of a, of b), the configuration first, then results."""
-    ours, theirs = flat(a.config), flat(b.config)
-    rows = [
-        (key, ours.get(key), theirs.get(key))
-        for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key) and not key.startswith("run.storage_path")
+def compare(*runs: Course) -> list[tuple[Any, ...]]:
+    """What differs between runs: (key, of the first, of the second, ...), the configuration first, then results."""
+    configs = [flat(run.config) for run in runs]
+    rows: list[tuple[Any, ...]] = [
+        (key, *(config.get(key) for config in configs))
+        for key in sorted(set().union(*configs))
+        if not key.startswith("run.storage_path")
     ]
-    results: list[tuple[str, Any, Any]] = [("status", a.status, b.status), ("step", a.step, b.step)]
-    names = sorted({name for run in (a, b) for line in run.metrics for name in line} - {"step", "time"})
-    results += [(name, a.last(name), b.last(name)) for name in names]
-    results += [(name, a.account[name], b.account[name]) for name in ("wall_s", "share", "lost_steps")]
-    return rows + [row for row in results if not _same(row[1], row[2])]
+    rows += [("status", *(run.status for run in runs)), ("step", *(run.step for run in runs))]
+    names = sorted({name for run in runs for line in run.metrics for name in line} - {"step", "time"})
+    rows += [(name, *(run.last(name) for run in runs)) for name in names]
+    rows += [(name, *(run.account[name] for run in runs)) for name in ("wall_s", "share", "lost_steps")]
+    return [row for row in rows if not all(_same(row[1], value) for value in row[2:])]
 
 
 def _same(a: Any, b: Any) -> bool:

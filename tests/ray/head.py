@@ -74,6 +74,9 @@ def started_head() -> Iterator[Head]:
         _wait_for(api, process, folder / "head.log")
         everything = {member.pid: member for member in head.family()}
         yield head
+    except Exception as error:
+        error.add_note(f"the head node: {(folder / 'head.log').read_text()[-2000:]}")
+        raise
     finally:
         # Its own children are somebody else's once it is gone.
         family = list((everything | {member.pid: member for member in head.family()}).values())

@@ -93,6 +93,23 @@ class Record:
         return found
 
 
+def runs_of(folder: Storage) -> list[str]:
+    """Names of the runs of a sweep's trials.
+
+    Args:
+        folder: of the sweep.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        found: dict[str, dict[str, str]] = json.loads(folder.read(RECORD))["trials"]
+        return [trial["run"] for trial in found.values()]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        text = f"{folder.location} is not the folder of a sweep; of runs there must be two or more"
+        raise ValueError(text) from None
+
+
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on with another sweep; trials may be added."""
     changed = [key for key in now if before.get(key) != now[key] and key not in _MAY_CHANGE]
