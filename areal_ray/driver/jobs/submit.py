@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from areal_ray.driver.jobs.upload import upload
 
 _STOP_S = 600.0
 _INTERRUPTED = 130
+_AWAY_S = 120.0
+_LOOK_S = 2.0
 
 
 def submit(
@@ -67,8 +70,8 @@ def submit(
             if not wait:
                 print(f"its output: areal-ray logs -f {name}{where}")
                 return 0
-            status = follow(jobs, job, name)
-            if status in (0, _INTERRUPTED) or tried == retries or not _death(jobs.client.get_job_info(job)):
+            status, death = _watch(jobs, job, name)
+            if not death or tried == retries:
                 return status
             tried += 1
             print(f"submitting it again, retry {tried} of {retries}", flush=True)
@@ -77,7 +80,7 @@ def submit(
 def _death(job: Any) -> str:
     """How a job's driver, or the node that it was on, was ended by others; empty if it has ended by itself."""
     status = job.driver_exit_code
-    if job.status.name != "FAILED" or (status is not None and 0 <= status <= 128):
+    if job.status.name != "FAILED" or (status is not None and (0 <= status <= 128 or status == _INTERRUPTED)):
         return ""
     if status is None:
         return " ".join(str(job.message or "nobody knows how").split())[:200]
@@ -90,19 +93,55 @@ def _death(job: Any) -> str:
 
 def follow(jobs: Jobs, job: str, name: str) -> int:
     """Show a job's output until it ends; its exit status."""
+    return _watch(jobs, job, name)[0]
+
+
+class _Lost(Exception):
+    """A job of which nothing is heard any more; the message says why.
+
+    Args:
+        replaced: whether the job server answers, and has no such job: the cluster is another one.
+    """
+
+    def __init__(self, message: str, replaced: bool) -> None:
+        super().__init__(message)
+        self.replaced = replaced
+
+
+def _watch(jobs: Jobs, job: str, name: str) -> tuple[int, str]:
+    """Show a job's output until it ends: its exit status, and how it has died; "" if it has ended by itself."""
     try:
-        asyncio.run(_show(jobs.client, job))
-        while not (info := jobs.client.get_job_info(job)).status.is_terminal():  # the stream of its log broke off
-            time.sleep(2)
+        with suppress(OSError, RuntimeError):  # the stream of its log broke off; what has become of it is asked below
+            asyncio.run(_show(jobs.client, job))
+        while not (info := _info(jobs, job)).status.is_terminal():
+            time.sleep(_LOOK_S)
     except KeyboardInterrupt:
         print(f"\njob {job} goes on: areal-ray logs -f {name}, areal-ray stop {name}", flush=True)
-        return _INTERRUPTED
+        return _INTERRUPTED, ""
+    except _Lost as lost:
+        print(f"job {job}: {lost}", file=sys.stderr, flush=True)
+        return 1, str(lost) if lost.replaced else ""
     if info.status.name == "SUCCEEDED":
-        return 0
-    status = info.driver_exit_code or 1
+        return 0, ""
+    status, death = info.driver_exit_code or 1, _death(info)
     if status != _INTERRUPTED:  # asked to stop, which it has said itself
-        print(f"job {job}: {_death(info) or info.status.value.lower()}", file=sys.stderr, flush=True)
-    return status if status > 0 else 128 - status  # as a shell has it for a signal
+        print(f"job {job}: {death or info.status.value.lower()}", file=sys.stderr, flush=True)
+    return status if status > 0 else 128 - status, death  # as a shell has it for a signal
+
+
+def _info(jobs: Jobs, job: str) -> Any:
+    """What the job server knows of a job; it may be away for a while, as when the head node starts again (_Lost)."""
+    deadline = time.monotonic() + _AWAY_S
+    while True:
+        try:
+            return jobs.client.get_job_info(job)
+        except (OSError, RuntimeError) as error:
+            if "does not exist" in str(error):
+                raise _Lost(f"{jobs.address} does not know it any more: its cluster is gone", True) from None
+            if time.monotonic() > deadline:
+                text = f"{jobs.address} has not answered for {_AWAY_S:.0f} s; it may go on there"
+                raise _Lost(text, False) from None
+            time.sleep(_LOOK_S)
 
 
 async def _show(client: Any, job: str) -> None:
