@@ -46,7 +46,13 @@ def sweep(config: Any, arguments: argparse.Namespace) -> int:
 
         address = ray.get_runtime_context().gcs_address
         rows = sweep(folder, steps, arguments.config, arguments.overrides, address)
-    return _show(rows, space)
+    status = _show(rows, space)
+    if not status and (left := folder.record.open()):
+        print(
+            f"interrupted: {len(left)} of {len(folder.record.trials())} trials have not ended; the same command goes on"
+        )
+        return 130
+    return status
 
 
 def _check_trials(folder: Any, arguments: argparse.Namespace) -> int:

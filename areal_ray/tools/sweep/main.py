@@ -11,7 +11,7 @@ from typing import Any
 
 from areal_ray.config import Config, ConfigError
 from areal_ray.run import RunDir
-from areal_ray.run.lease import RunInUse, hold_lease
+from areal_ray.run.lease import RunInUse, hold_lease, wait_until_free
 from areal_ray.storage import Storage, storage_at
 from areal_ray.tools.sweep.draw import draw
 from areal_ray.tools.sweep.record import Record
@@ -147,6 +147,8 @@ def _train(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str],
         ),
     )
     results = tuner.fit()
+    for name in record.open():  # interrupted: their runs save and leave, for which there must be a cluster
+        wait_until_free(storage_at(folder.root).sub(record.trials()[name]["run"]))
     errors = [None if result.error is None else " ".join(str(result.error).split())[-200:] for result in results]
     return {name: error for name, error in zip(left, errors, strict=True) if error is not None}
 
