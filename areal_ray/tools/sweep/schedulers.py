@@ -36,6 +36,7 @@ def build(space: Sweep, steps: int, history: History) -> TrialScheduler:
             quantile_fraction=space.quantile,
             custom_explore_fn=_Explore(space),
             log_config=False,
+            require_attrs=False,  # as the end of a trial that was not evaluated
         )
     return FIFOScheduler()
 
