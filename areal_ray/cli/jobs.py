@@ -70,6 +70,9 @@ def submit(config: Any, arguments: argparse.Namespace) -> int:
         raise
     except ValueError as error:
         raise ConfigError("run.name", str(error)) from None
+    except OSError as error:  # of requests, if the server has gone away in between
+        print(f"areal-ray: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return 1
 
 
 def refuse_secrets(overrides: Sequence[str]) -> None:

@@ -82,6 +82,9 @@ class Jobs:
             submitted: str = self.client.submit_job(
                 entrypoint=command, submission_id=job, runtime_env={"working_dir": folder}, metadata=dict(metadata)
             )
+        except OSError:
+            text = f"the job server at {self.address} does not answer any more; areal-ray status {run} says if it runs"
+            raise ConnectionError(text) from None
         except RuntimeError as error:
             raise ValueError(f"{self.address} refuses job {job}: {' '.join(str(error).split())[:300]}") from None
         return submitted
