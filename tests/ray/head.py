@@ -51,19 +51,17 @@ class Head:
 
 @contextlib.contextmanager
 def started_head() -> Iterator[Head]:
-    gcs, dashboard, agent = free_ports(3)
+    gcs, dashboard, agent, client = free_ports(4)
     folder = Path(tempfile.mkdtemp(prefix="ar", dir="/tmp"))  # short: socket paths have a limit of 107 bytes
     bin_folder = Path(sys.executable).parent
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PATH": f"{bin_folder}:{env['PATH']}", "RAY_worker_niceness": "0"}
-    # No server for Ray Client, which nobody here uses: on a busy machine it waits too short for its node, and when it
-    # has ended `ray start --block` ends the whole node.
     with open(folder / "head.log", "w") as log:
         process = subprocess.Popen(
             [
                 *(bin_folder / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
                 *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
-                *("--ray-client-server-port=0", f"--temp-dir={folder / 'ray'}"),
+                *(f"--ray-client-server-port={client}", f"--temp-dir={folder / 'ray'}"),
             ],
             env=env,
             stdout=log,
