@@ -17,6 +17,11 @@ def sweep(config: Any, arguments: argparse.Namespace) -> int:
     from areal_ray.cli.jobs import refuse_secrets
     from areal_ray.config import ConfigError
     from areal_ray.driver.connect import cluster, unreachable, use_token
+
+    if os.environ.get("RAY_ADDRESS"):
+        use_token()  # before the checks of the trials, which import ray
+        if problem := unreachable():
+            raise ConfigError("", problem, "RAY_ADDRESS")
     from areal_ray.tools.sweep import SweepFolder, read_sweep, sweep
 
     refuse_secrets(arguments.overrides)  # the commands of the trials stand in the list of processes
@@ -34,10 +39,6 @@ def sweep(config: Any, arguments: argparse.Namespace) -> int:
     if not folder.record.open():
         print(f"{config.run.name}: all {len(folder.record.trials())} trials have ended")
         return _show(folder.rows(), space)
-    if os.environ.get("RAY_ADDRESS"):
-        use_token()
-        if problem := unreachable():
-            raise ConfigError("", problem, "RAY_ADDRESS")
     # Of its own cluster it needs room for the workers of all trials that train at the same time.
     workers = config.worker_range[1] * min(space.concurrent, len(folder.record.open())) + 1
     roomy = replace(config, cluster=replace(config.cluster, num_workers=workers, standbys="off"))
