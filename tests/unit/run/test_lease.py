@@ -240,3 +240,12 @@ def test_a_driver_that_ends_at_once_gives_back_its_own_lease_only(tmp_path, othe
 
 def test_there_may_be_no_lease_to_give_back(tmp_path):
     lease.let_go(LocalStorage(tmp_path))
+
+
+def test_a_run_is_waited_for_until_its_driver_has_gone_or_is_silent(tmp_path, monkeypatch):
+    run, signs = LocalStorage(tmp_path), [{"id": "x", "time": 1}, {"id": "x", "time": 2}, None]
+    monkeypatch.setattr(lease, "holder", lambda run: signs.pop(0))
+    lease.wait_until_free(run, silent_s=1e9, look_s=0.0)
+    assert signs == []
+    monkeypatch.setattr(lease, "holder", lambda run: {"id": "x", "time": 1})
+    lease.wait_until_free(run, silent_s=0.0, look_s=0.0)

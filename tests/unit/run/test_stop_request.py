@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from areal_ray.run import stop_request
 from areal_ray.run.lease import hold_lease
 from areal_ray.run.stop_request import ask_to_stop, hearing_stop
 from areal_ray.storage import LocalStorage
@@ -36,3 +37,11 @@ def test_what_was_asked_of_an_earlier_driver_does_not_count(tmp_path):
     with hearing_stop(run, lambda: heard.append(os.getpid()), look_s=0.01):
         assert run.names() == []
     assert heard == []
+
+
+def test_who_ends_before_it_has_heard_is_not_waited_for(tmp_path, monkeypatch):
+    run, holders = LocalStorage(tmp_path), iter([{"id": "x"}, None])
+    monkeypatch.setattr(stop_request, "holder", lambda run: next(holders))
+    with pytest.raises(ValueError, match=r"nobody works on .* any more"):
+        ask_to_stop(run)
+    assert run.names() == []
