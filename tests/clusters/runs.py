@@ -13,7 +13,7 @@ import psutil
 
 from tests.ray.conftest import EXPERIMENT, ROOT, Run
 
-_WAIT_S = 300.0  # on a busy machine, too
+_WAIT_S = 900.0  # on a busy machine, too
 COMMAND = [sys.executable, "-m", "areal_ray.cli.main"]
 
 

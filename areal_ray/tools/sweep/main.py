@@ -125,8 +125,9 @@ def _train(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str],
         "address": address,
     }
     tuner = tune.Tuner(
-        # The runs' workers take the resources; a trial only looks after its run. Tune does not take 0.
-        tune.with_resources(Trial, {"cpu": 0.001}),
+        # The runs' workers take the resources; a trial only looks after its run. Tune does not take nothing at all, and
+        # with any share of a CPU a worker would find less than the one that it needs.
+        tune.with_resources(Trial, {"cpu": 0, "memory": 1}),
         param_space={"trial": tune.grid_search(tried), "areal_ray": own},
         tune_config=tune.TuneConfig(
             metric=space.metric,
