@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ def _train(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str],
 
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A trial is a process of its own in any case.
+    warnings.filterwarnings("ignore", "Consider boosting PBT performance", UserWarning)
     record, space, history = folder.record, folder.space, folder.history()
     record.write()
     place = folder.storage.location
