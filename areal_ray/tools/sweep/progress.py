@@ -27,7 +27,8 @@ class Progress(tune.Callback):
         if own["name"] != name:
             print(f"trial {name} goes on from where {own['name']} is, with {values}", flush=True)
         else:
-            print(f"trial {name} {'goes on' if own['seen'] >= 0 else 'begins'}: {values}", flush=True)
+            begun = own["seen"] >= 0 or name in self._seen
+            print(f"trial {name} {'goes on' if begun else 'begins'}: {values}", flush=True)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if self._metric not in result:
