@@ -156,8 +156,8 @@ _REFUSED = "|".join(
         "Access Denied",
         "Invalid Access Key Id",
         "Signature Does Not Match",
-        "(Expired|Invalid) Token",
         "No Credentials",
+        "(Expired|Invalid)_?Token",  # in words it may be one of a text
         r"\b403\b",
     )
 )

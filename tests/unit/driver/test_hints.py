@@ -37,6 +37,7 @@ CONFIG = load(
         ("OSError", "[Errno 28] No space left on device", ["/runs", "checkpoint.keep.last=3"]),
         ("OSError", "[Errno 122] Disk quota exceeded", ["its quota used up"]),
         ("PermissionError", "AccessDenied", ["/runs refuses the credentials"]),
+        ("OSError", "EXPIRED_TOKEN (ListObjects): the provided token has expired", ["/runs refuses the credentials"]),
         ("DistBackendError", "Watchdog caught collective operation timeout", ["77 s", "rank 2 (did not) at mine.py:7"]),
         ("ValueError", "ranks [1] read other data than rank 0", ["run.allow_changes='[data]'"]),
         ("RuntimeError", "mat1 and mat2 shapes cannot be multiplied (4x3 and 2x2)", ["(4, 256)"]),
@@ -50,5 +51,6 @@ def test_the_usual_failures_come_with_what_to_change(run, kind, message, parts):
     assert not re.search(r"-\d", told)
 
 
-def test_of_others_nothing_is_said(run):
-    assert hint(Cause(1, "KeyError", "'mine'"), CONFIG, run) is None
+@pytest.mark.parametrize(("kind", "message"), [("KeyError", "'mine'"), ("ValueError", "invalid token 9 at 3")])
+def test_of_others_nothing_is_said(run, kind, message):
+    assert hint(Cause(1, kind, message), CONFIG, run) is None
