@@ -60,7 +60,7 @@ def _rate(run: Any, config: Any) -> Iterator[Any]:
     from areal_ray.tools.doctor import Finding
 
     newest = Catalog(run.storage).newest()
-    if newest is not None:
+    if newest is not None and newest.info.get("config"):  # older ones do not say how they were trained
         jump = rate_jump(newest, config)
         text = f"goes on from step {newest.step} as it was"
         yield Finding("note" if jump else "ok", "learning rate", jump or text)

@@ -77,9 +77,9 @@ class Recomputed:
         Raises:
             ConfigError: if it is none of these.
         """
-        if value in ("none", None) or value is False:
+        if value in ("none", None, False):  # and 0, which is equal to it: the key was a bool once
             return Recomputed(0)
-        if value == "full" or value is True:
+        if value in ("full", True):
             return Recomputed(1)
         if value == "selective":
             return Recomputed(1, keeps_products=True)

@@ -76,7 +76,8 @@ def estimate(config: Config, workers: int, model: nn.Module | None = None, chunk
         "gradients": _FLOAT * (trained if whole else trained // shards),
         "optimizer": optimizer,
         **({"averages": averages} if averages else {}),
-        "gathered layers": width * sum(largest) if shards > 1 else 0,
+        # What is offloaded comes to the device by units, to a single one, too.
+        "gathered layers": width * sum(largest) if shards > 1 or config.engine.offload == "all" else 0,
         "activations": _activations(config, model, tokens, width, max(1, len(units))),
         "logits": min(logits, head) if chunked else logits,
     }

@@ -66,7 +66,7 @@ WRONG_OVERRIDES = [
     ("cluster.env={LD_LIBRARY_PATH: '/opt:$HOME'}", "cluster.env.LD_LIBRARY_PATH", "without other variables in it"),
     ("cluster.env={'a b': x}", "cluster.env", "'a b' is no name of a variable"),
     ("cluster.resources_per_worker={GPU: 1}", "cluster.resources_per_worker", "cluster.use_gpu=false does not use"),
-    ("engine.activation_checkpointing=0", "engine.activation_checkpointing", "n for every n-th unit, not 0"),
+    ("engine.activation_checkpointing=-1", "engine.activation_checkpointing", "n for every n-th unit, not -1"),
     ("engine.activation_checkpointing=some", "engine.activation_checkpointing", "none, full, selective"),
     ("engine.offload=all", "engine.offload", "is for GPUs"),
     ("engine.offload=optimizer", "engine.offload", "'none', 'all'"),

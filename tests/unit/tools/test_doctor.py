@@ -46,7 +46,7 @@ def test_an_estimate_follows_which_activations_are_kept():
 
     assert activations("full") == activations("true") == activations(1) < activations(2)
     assert activations("full") < activations("selective") < activations("none")
-    assert activations(2) < activations(4) < activations("none") == activations("false")
+    assert activations(2) < activations(4) < activations("none") == activations("false") == activations(0)
 
 
 @pytest.mark.parametrize("accumulate", ["sharded", "unsharded"])
@@ -58,6 +58,8 @@ def test_what_is_offloaded_is_counted_in_the_host(accumulate):
     assert {part: there.host[part] for part in moved} == {part: here.device[part] for part in moved}
     assert there.host["gradients"] == here.device["weights"]
     assert {part: there.device[part] for part in there.device} == {part: here.device[part] for part in there.device}
+    alone = estimate(load(TINY, [*parts, "engine.offload=all"]), 1)
+    assert alone.device["gathered layers"] == there.device["gathered layers"] > 0
 
 
 def test_an_estimate_of_an_adapter_is_about_what_is_trained():
