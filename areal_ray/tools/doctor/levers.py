@@ -68,6 +68,11 @@ def _of_host(config: Config) -> Iterator[_Lever]:
             "checkpoint.memory_every_steps=null",
             lambda c: replace(c, checkpoint=replace(c.checkpoint, memory_every_steps=None, memory_partner=False)),
         )
+    if config.engine.offload == "all":
+        yield (
+            "engine.offload=none (the GPU has it then)",
+            lambda c: replace(c, engine=replace(c.engine, offload="none")),
+        )
 
 
 def _text(levers: Iterable[_Lever], config: Config, workers: int, taken: Callable[[Config, int], int]) -> str:

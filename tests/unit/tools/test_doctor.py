@@ -10,7 +10,7 @@ from areal_ray.config import load
 from areal_ray.driver.memory import estimator
 from areal_ray.run.versions import versions
 from areal_ray.storage import LocalStorage
-from areal_ray.tools.doctor import estimate, local_findings
+from areal_ray.tools.doctor import estimate, host_levers, local_findings
 from areal_ray.tools.doctor.nodes import _memory, _of_node, _room, look
 
 pytestmark = pytest.mark.unit
@@ -60,6 +60,8 @@ def test_what_is_offloaded_is_counted_in_the_host(accumulate):
     assert {part: there.device[part] for part in there.device} == {part: here.device[part] for part in there.device}
     alone = estimate(load(TINY, [*parts, "engine.offload=all"]), 1)
     assert alone.device["gathered layers"] == there.device["gathered layers"] > 0
+    assert "engine.offload=none" in host_levers(load(TINY, [*parts, "engine.offload=all"]), 2, estimate)
+    assert "engine.offload" not in host_levers(load(TINY, parts), 2, estimate)
 
 
 def test_an_estimate_of_an_adapter_is_about_what_is_trained():
