@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import partial
 
 import psutil
@@ -33,9 +33,10 @@ class Network(World):
     def _start_cluster(self) -> None:
         self._lock = threading.Lock()
         self.machines = Machines(1 + self._workers, self._folder)
-        self.machines.__enter__()
-        cpus = [0] + [1] * self._workers
-        joined = self.machines.start_ray(cpus)
+        with ExitStack() as stack:  # what has begun ends if the rest does not come about
+            stack.enter_context(self.machines)
+            joined = self.machines.start_ray([0] + [1] * self._workers)
+            stack.pop_all()
         self._nodes: dict[Machine, subprocess.Popen[str]] = dict(zip(self.machines[1:], joined, strict=True))
 
     def _end_cluster(self) -> None:
@@ -76,11 +77,15 @@ class Network(World):
             del self._nodes[machine]
 
     def replace_head(self) -> None:
-        """The head is off, with the driver on it; another one gets its address, and another driver."""
+        """The head is off, with the driver on it; another one gets its address, and another driver.
+
+        The driver starts when the head answers, as a job that is submitted to it does: it waits for seconds only.
+        """
         self.hit()
         self.machines.head.off()
         time.sleep(_AWAY_S)
         self.machines.another_head()
+        self.machines.wait_for_nodes(1)
         self.start_driver()
 
     def _look(self) -> None:
@@ -132,12 +137,11 @@ def _slow(world: World, draw: random.Random) -> None:
     assert isinstance(world, Network)
     machine = world.of_a_worker(draw)
     world.hit()
-    machine.slow(_SLOW)
     try:
+        machine.slow(_SLOW)
         time.sleep(_SLOW_S)
     finally:
-        with suppress(subprocess.CalledProcessError):
-            machine.fast()
+        machine.fast()
 
 
 def _head(world: World, draw: random.Random) -> None:

@@ -21,26 +21,26 @@ NOTHING = Here(workers=1, mounts=False, own_storage=False, storage_process=None,
 
 
 def test_there_are_many_kinds_and_all_are_possible_where_there_is_all():
-    kinds, lacking = possible(ALL, ())
+    kinds, lacking = possible(KINDS, ALL, ())
     assert kinds == list(KINDS)
     assert len(kinds) >= 28
     assert not lacking
 
 
 def test_what_is_not_here_is_left_out_by_name():
-    kinds, lacking = possible(NOTHING, ())
+    kinds, lacking = possible(KINDS, NOTHING, ())
     assert set(kinds) | set(lacking) == set(KINDS)
     assert not set(kinds) & set(lacking)
     assert lacking["a worker has no memory"] == "a memory cgroup that can be written"
     assert lacking["the disk is full"] == "a small disk, which takes root and no run.storage_path"
     assert lacking["SIGKILL of a raylet"] == "a second worker"
-    assert "the file system is read-only" in possible(dataclasses.replace(ALL, own_storage=False), ())[1]
+    assert "the file system is read-only" in possible(KINDS, dataclasses.replace(ALL, own_storage=False), ())[1]
 
 
 def test_one_that_is_named_must_be_possible():
-    assert possible(NOTHING, ["SIGKILL of rank 0"])[0] == ["SIGKILL of rank 0"]
+    assert possible(KINDS, NOTHING, ["SIGKILL of rank 0"])[0] == ["SIGKILL of rank 0"]
     with pytest.raises(RuntimeError, match=r"no such faults here: a node is lost; there are: SIGKILL of a worker, "):
-        possible(NOTHING, ["a node is lost"])
+        possible(KINDS, NOTHING, ["a node is lost"])
 
 
 @pytest.mark.skipif(not unreadable.compiler(), reason="needs gcc")
