@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,18 @@ def _train(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str],
     results = tuner.fit()
     for name in record.open():  # interrupted: their runs save and leave, for which there must be a cluster
         wait_until_free(storage_at(folder.root).sub(record.trials()[name]["run"]))
-    errors = [None if result.error is None else " ".join(str(result.error).split())[-200:] for result in results]
-    return {name: error for name, error in zip(left, errors, strict=True) if error is not None}
+    return errors_of(left, results)
+
+
+def errors_of(trials: Sequence[str], results: Iterable[Any]) -> dict[str, str]:
+    """What the trials that have failed say, by their names.
+
+    Args:
+        trials: names, in the order in which Tune makes them.
+        results: Tune's, in the same order; the last ones lack if the sweep was interrupted before they were made.
+    """
+    found = zip(trials, results, strict=False)
+    return {name: " ".join(str(each.error).split())[-200:] for name, each in found if each.error is not None}
 
 
 def _name(trial: Any) -> str:

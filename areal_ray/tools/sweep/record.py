@@ -38,11 +38,10 @@ class Record:
         if before is not None:
             _check_same(before["space"], asked)
         found = {} if before is None else before["trials"]
-        width = max(2, len(str(len(trials) - 1)))
         self._space = asked
         self._trials: dict[str, dict[str, Any]] = {}
         for number, values in enumerate(trials):
-            trial = f"{name}-{number:0{width}}"
+            trial = f"{name}-{number:02}"  # whatever their number: more may come later
             begun = {"run": trial, "values": json.loads(json.dumps(values)), "ended": None}
             self._trials[trial] = found.get(trial, begun)
         self.goes_on = bool(found)
