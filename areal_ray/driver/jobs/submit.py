@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientError
+
 from areal_ray.config import Config, config_hash
 from areal_ray.driver.jobs.server import Jobs
 from areal_ray.driver.jobs.upload import upload
@@ -111,7 +113,8 @@ class _Lost(Exception):
 def _watch(jobs: Jobs, job: str, name: str) -> tuple[int, str]:
     """Show a job's output until it ends: its exit status, and how it has died; "" if it has ended by itself."""
     try:
-        with suppress(OSError, RuntimeError):  # the stream of its log broke off; what has become of it is asked below
+        # If the stream of its log breaks off, it is asked below what has become of it.
+        with suppress(OSError, RuntimeError, ClientError):
             asyncio.run(_show(jobs.client, job))
         while not (info := _info(jobs, job)).status.is_terminal():
             time.sleep(_LOOK_S)

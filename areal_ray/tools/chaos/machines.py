@@ -26,7 +26,8 @@ _CODE = Path(__file__).parents[3]  # of this package, which the machines see as 
 BIN = Path(sys.executable).parent
 PORT = 6379  # of the head node's store, which no other process of that machine has
 _READY_S = 180.0  # on a busy machine, too
-_TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")  # of iproute2, util-linux and mount
+_TOOLS = ("ip", "unshare", "nsenter", "mount")  # of iproute2, util-linux and mount
+_SLOW = "rate 1mbit burst 64kb latency 1ms"  # to see whether it can be
 # The first process of a machine: reads until its standard input is closed, and collects the dead meanwhile.
 _INIT = """set -e
 mount -t tmpfs tmpfs /mnt
@@ -61,8 +62,22 @@ def impossible() -> str | None:
     return None
 
 
+def no_slow_links() -> str | None:
+    """What a slow link lacks here, where there can be machines; None if nothing."""
+    if shutil.which("tc") is None:
+        return "tc, of iproute2"
+    name = f"ar{secrets.token_hex(3)}"
+    _ip("netns", "add", name)
+    try:
+        command = ["tc", "-n", name, "qdisc", "replace", "dev", "lo", "root", "tbf", *_SLOW.split()]
+        made = subprocess.run(command, capture_output=True, check=False)
+    finally:
+        _ip("netns", "del", name)
+    return "the kernel's token bucket filter, sch_tbf" if made.returncode else None
+
+
 def _keep(shared: Path) -> str:
-    """Commands that bring what must be seen, and lies in /tmp, to the new one: the shared folder, where one is, code."""
+    """Commands that bring what must be seen, and lies in /tmp, to the new one: shared and present folder, this code."""
     places = [place.resolve() for place in (shared, Path.cwd(), _CODE, Path(sys.prefix))]
     kept = [place.relative_to("/tmp") for place in places if Path("/tmp") in place.parents]
     within = [place for place in kept if not any(place != other and place.is_relative_to(other) for other in kept)]

@@ -66,12 +66,12 @@ def chaos(
     given = load(path, overrides)
     if given.cluster.use_gpu:
         raise ConfigError("cluster.use_gpu", "chaos starts nodes of its own, on this machine, with CPUs only")
-    workers = given.usable_sizes[-1]
-    here = look_around(workers, not _elsewhere(overrides), storage_process)
-    table = NETWORK_KINDS if machines else KINDS
     if machines and _elsewhere(overrides):
         text = "with --machines is below --folder: nothing else is seen by all machines and by chaos itself"
         raise ConfigError("run.storage_path", text)
+    workers = given.usable_sizes[-1]
+    here = look_around(workers, not _elsewhere(overrides), storage_process)
+    table = NETWORK_KINDS if machines else KINDS
     if machines and (lacks := impossible()):
         raise RuntimeError(f"no machines here: {lacks}")
     kinds, lacking = possible(table, here, only)

@@ -15,7 +15,7 @@ import psutil
 
 from areal_ray.tools.chaos import faults
 from areal_ray.tools.chaos.kinds import Kind
-from areal_ray.tools.chaos.machines import Machine, Machines
+from areal_ray.tools.chaos.machines import Machine, Machines, no_slow_links
 from areal_ray.tools.chaos.world import BACK_S, World
 
 _SLOW_S = 20.0
@@ -155,7 +155,7 @@ NETWORK_KINDS: dict[str, Kind] = {
     "a link is down for 60 s": Kind(partial(_away, 60.0, Network.of_a_worker), quiet=True),
     "a link is down for good": Kind(_for_good),
     "the head is cut off for 10 s": Kind(partial(_away, 10.0, lambda world, _: world.machines.head), quiet=True),
-    "a link is slow and lossy for 20 s": Kind(_slow, quiet=True),
+    "a link is slow and lossy for 20 s": Kind(_slow, lambda _: no_slow_links(), quiet=True),
     "a node is off without a word": Kind(_off),
     "another head has its address": Kind(_head),
 }

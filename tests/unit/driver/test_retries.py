@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from aiohttp import ServerDisconnectedError
 from ray.job_submission import JobStatus
 
 from areal_ray.cli.main import main
@@ -28,7 +29,7 @@ class Server:
 
     async def tail_job_logs(self, job):
         yield f"output of {job}\n"
-        raise RuntimeError("the connection was closed")  # the job is asked after
+        raise ServerDisconnectedError if len(self.jobs) == 1 else RuntimeError("closed")  # the job is asked after
 
     def get_job_info(self, job):
         end = self._ends[len(self.jobs) - 1]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import random
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,9 +11,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from areal_ray.cli.main import main as run_cli
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
-from areal_ray.tools.chaos import unreadable
+from areal_ray.tools.chaos import faults, network, unreadable
 from areal_ray.tools.chaos.kinds import KINDS, Here, possible, survived
 from areal_ray.tools.chaos.world import World
 
@@ -63,6 +66,29 @@ def test_what_is_to_be_refused_cannot_be_opened_and_everything_else_can(tmp_path
     assert opened() == ["False", "False"]
     order.write_text(f"5 {tmp_path}/shard-")
     assert opened() == ["5", "False"]
+
+
+def test_machines_of_a_network_see_no_other_storage(capsys):
+    assert run_cli(["chaos", "--machines", "--config", "conf/experiments/tiny.yaml", "run.storage_path=s3://a/b"]) == 2
+    assert "run.storage_path: with --machines is below --folder" in capsys.readouterr().err
+
+
+def test_a_driver_starts_when_another_head_answers(monkeypatch):
+    monkeypatch.setattr(network, "_AWAY_S", 0.0)
+    calls = []
+    head = SimpleNamespace(off=lambda: calls.append("off"))
+    machines = SimpleNamespace(
+        head=head, another_head=lambda: calls.append("another"), wait_for_nodes=lambda n: calls.append(f"wait for {n}")
+    )
+    world = SimpleNamespace(
+        machines=machines, hit=lambda: calls.append("hit"), start_driver=lambda: calls.append("start")
+    )
+    network.Network.replace_head(world)
+    assert calls == ["hit", "off", "another", "wait for 1", "start"]
+
+
+def test_a_kill_that_finds_no_worker_hits_nobody():
+    faults.one(signal.SIGKILL, SimpleNamespace(workers=lambda: []), random.Random(0))
 
 
 @pytest.fixture
