@@ -78,7 +78,7 @@ def sweep(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str], 
         As `SweepFolder.rows`.
 
     Raises:
-        ConfigError: if another process drives this sweep.
+        ConfigError: if another process drives this sweep, or has done so since its record was read.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # lines of our own
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the runs have logs
@@ -86,6 +86,9 @@ def sweep(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str], 
     folder.storage.ensure()
     try:
         with hold_lease(folder.storage, lambda: None, print):
+            if not folder.record.is_current():
+                text = f"another process has just gone on with {folder.storage.location}; the same command says how far"
+                raise ConfigError("run.name", text)
             return folder.rows(_train(folder, steps, path, overrides, address))
     except RunInUse as error:
         raise ConfigError("run.name", str(error)) from None

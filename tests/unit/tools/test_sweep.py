@@ -235,6 +235,8 @@ def test_an_interrupted_sweep_goes_on_with_what_has_not_ended(written, tmp_path)
     RunDir(LocalStorage(tmp_path / "it-02")).log_metrics(6, {"loss": 9.0})
     again = SweepFolder(config, space)
     assert again.record.open() == ["it-02"]
+    assert again.record.is_current()
+    assert not folder.record.is_current()
     assert again.history() == {"it-02": [{"step": 5, "held_out_loss": 9.0}]}
     rows = again.rows({"it-02": "failed"})
     assert (rows[0]["run"], rows[0]["optim.lr"], rows[0]["step"]) == ("it-01-g1", 0.25, 20)
