@@ -16,7 +16,7 @@ import psutil
 from areal_ray.tools.chaos import faults
 from areal_ray.tools.chaos.kinds import Kind
 from areal_ray.tools.chaos.machines import Machine, Machines, no_slow_links
-from areal_ray.tools.chaos.world import BACK_S, World
+from areal_ray.tools.chaos.world import World
 
 _SLOW_S = 20.0
 _SLOW = "rate 100mbit burst 64kb latency 100ms"  # what waits longer is dropped: every large message loses packets
@@ -51,7 +51,7 @@ class Network(World):
         assert self.driver is not None
         for each in psutil.Process(self.driver.pid).children():  # nsenter hands no signal on
             each.send_signal(signal.SIGTERM)
-        return self.driver.wait(timeout=BACK_S)
+        return self.await_end(self.driver)
 
     def workers(self) -> list[int]:
         attempt = self.run.events("attempt")[-1]
