@@ -111,11 +111,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     places = [storage_at(path) for path in arguments.run_dirs]
     if len(places) == 1:  # a sweep is a folder beside its runs
         beside = storage_at(places[0].location.rstrip("/").rpartition("/")[0])
-        places = [beside.sub(run) for run in runs_of(places[0])]
+        trials = [beside.sub(run) for run in runs_of(places[0])]
+        if not (places := [trial for trial in trials if trial.names()]):  # the others have not begun
+            raise ValueError(f"no trial of {arguments.run_dirs[0]} has begun")
     courses = [read_course(RunDir(place)) for place in places]
     rows = compare(*courses)
     if arguments.json:
         names = ["a", "b"] if len(courses) == 2 else [course.name for course in courses]
+        names = names if len(set(names)) == len(names) else [place.location for place in places]
         print(json.dumps([{"key": key, **dict(zip(names, values, strict=True))} for key, *values in rows], indent=2))
         return 0
     heads = ["", *(course.name for course in courses)]

@@ -61,7 +61,7 @@ def check_room_for_one(folder: Path) -> None:
             first.wait_for(lambda: seen_events(a, "fault"), "the first stop")
             second = stack.enter_context(train(head.environment, b, *_ALONE, *wide, "run.seed=2"))
             second.wait_for(lambda: "waiting for room" in second.text(), "the second says nothing")
-            (said,) = {line for line in second.text().splitlines() if "waiting for room" in line}
+            said = next(line for line in second.text().splitlines() if "waiting for room" in line)
             print(f"  {said.strip()}", flush=True)
             for number in range(1, len(_STOPS) + 1):
                 kill_worker(a)

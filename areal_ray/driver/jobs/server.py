@@ -42,9 +42,17 @@ class Jobs:
         except (ConnectionError, RuntimeError):
             raise NoCluster(NO_CLUSTER.format(address=self.address)) from None
 
+    def all(self) -> list[Any]:
+        """All jobs (ConnectionError if the server has none to tell of, as while a head node starts)."""
+        try:
+            return list(self.client.list_jobs())
+        except RuntimeError as error:
+            text = f"{self.address} does not say which jobs it has: {' '.join(str(error).split())[:300]}"
+            raise ConnectionError(text) from None
+
     def of(self, run: str) -> list[Any]:
         """The jobs of a run, by its name, or the one with that id; oldest first."""
-        details = [each for each in self.client.list_jobs() if each.submission_id]
+        details = [each for each in self.all() if each.submission_id]
         found = [each for each in details if run in (each.submission_id, (each.metadata or {}).get("run"))]
         return sorted(found, key=lambda each: each.start_time or 0)
 
@@ -56,7 +64,7 @@ class Jobs:
         """
         found = self.of(run)
         if not found:
-            known = sorted({each.metadata["run"] for each in self.client.list_jobs() if "run" in (each.metadata or {})})
+            known = sorted({each.metadata["run"] for each in self.all() if "run" in (each.metadata or {})})
             there = f"; there are: {', '.join(known)}" if known else ""
             raise ValueError(f"no job of a run {run!r} on {self.address}{there}")
         return found[-1]
@@ -74,7 +82,7 @@ class Jobs:
                 f"areal-ray status {run}, stop it with areal-ray stop {run}"
             )
         prefix = re.sub(r"[^A-Za-z0-9_.-]", "-", run)
-        ids = [each.submission_id or "" for each in self.client.list_jobs()]
+        ids = [each.submission_id or "" for each in self.all()]
         numbers = [int(found[1]) for each in ids if (found := re.fullmatch(rf"{re.escape(prefix)}-(\d+)", each))]
         # A number that no earlier job has: two that are submitted at the same time get the same, and one is refused.
         job = f"{prefix}-{max(numbers, default=0) + 1}"

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientError
+
 from areal_ray.config import Config, config_hash
 from areal_ray.driver.jobs.server import Jobs
 from areal_ray.driver.jobs.upload import upload
@@ -111,7 +113,8 @@ class _Lost(Exception):
 def _watch(jobs: Jobs, job: str, name: str) -> tuple[int, str]:
     """Show a job's output until it ends: its exit status, and how it has died; "" if it has ended by itself."""
     try:
-        with suppress(OSError, RuntimeError):  # the stream of its log broke off; what has become of it is asked below
+        # If the stream of its log breaks off, it is asked below what has become of it.
+        with suppress(OSError, RuntimeError, ClientError):
             asyncio.run(_show(jobs.client, job))
         while not (info := _info(jobs, job)).status.is_terminal():
             time.sleep(_LOOK_S)
@@ -174,17 +177,30 @@ def stop(run: str, address: str | None = None, wait_s: float = _STOP_S) -> int:
     env = {"working_dir": job.runtime_env["working_dir"]} if "working_dir" in (job.runtime_env or {}) else {}
     asking = jobs.client.submit_job(entrypoint=ask, runtime_env=env, metadata={"stops": name})
     print(f"asked {name} (job {job.submission_id}) to save and leave", flush=True)
+    try:
+        return _await_stop(jobs, job.submission_id, asking, name, wait_s)
+    except _Lost as lost:
+        print(f"job {job.submission_id}: {lost}", file=sys.stderr)
+        return 1
+
+
+def _await_stop(jobs: Jobs, job: str, asking: str, name: str, wait_s: float) -> int:
+    """Wait until a job has left that another one, `asking`, asks to; the exit status of `stop`. _Lost as `_info`."""
     began = time.monotonic()
     while time.monotonic() - began < wait_s:
-        asked = jobs.client.get_job_info(asking)
-        if asked.status.name == "FAILED":
-            print(f"it could not be asked: {jobs.client.get_job_logs(asking).strip()[-500:]}", file=sys.stderr)
+        if _info(jobs, asking).status.name == "FAILED":
+            print(f"it could not be asked: {_logs(jobs, asking)[-500:]}", file=sys.stderr)
             return 1
-        info = jobs.client.get_job_info(job.submission_id)
-        if info.status.is_terminal():
-            lines = jobs.client.get_job_logs(job.submission_id).strip().splitlines()
-            print("\n".join(lines[-1:]))
+        if _info(jobs, job).status.is_terminal():
+            print("\n".join(_logs(jobs, job).splitlines()[-1:]))
             return 0
         time.sleep(0.5)
     print(f"{name} has not left within {wait_s:.0f} s; it still tries to", file=sys.stderr)
     return 1
+
+
+def _logs(jobs: Jobs, job: str) -> str:
+    """What a job has printed; empty if the job server is away just now."""
+    with suppress(OSError, RuntimeError):
+        return str(jobs.client.get_job_logs(job)).strip()
+    return ""

@@ -25,7 +25,9 @@ STAGES = {  # of a commit: what is there in the directory of the checkpoint
 
 
 def one(number: signal.Signals, world: World, draw: random.Random) -> None:
-    world.kill(draw.choice(world.workers()[1:] or world.workers()), number)
+    pids = world.workers()  # none, where machines of a network are about to start them again
+    if pids:
+        world.kill(draw.choice(pids[1:] or pids), number)
 
 
 def first(world: World, draw: random.Random) -> None:

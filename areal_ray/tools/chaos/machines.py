@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ _CODE = Path(__file__).parents[3]  # of this package, which the machines see as 
 BIN = Path(sys.executable).parent
 PORT = 6379  # of the head node's store, which no other process of that machine has
 _READY_S = 180.0  # on a busy machine, too
+_TOOLS = ("ip", "unshare", "nsenter", "mount")  # of iproute2, util-linux and mount
+_SLOW = "rate 1mbit burst 64kb latency 1ms"  # to see whether it can be
 # The first process of a machine: reads until its standard input is closed, and collects the dead meanwhile.
 _INIT = """set -e
 mount -t tmpfs tmpfs /mnt
@@ -49,6 +52,8 @@ def impossible() -> str | None:
     """Why there can be no machines here; None if there can."""
     if os.geteuid() != 0:
         return "takes root, for network namespaces"
+    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
+        return f"there is no {', '.join(missing)} here (of iproute2 and util-linux)"
     name = f"ar{secrets.token_hex(3)}"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
     if made.returncode:
@@ -57,10 +62,24 @@ def impossible() -> str | None:
     return None
 
 
+def no_slow_links() -> str | None:
+    """What a slow link lacks here, where there can be machines; None if nothing."""
+    if shutil.which("tc") is None:
+        return "tc, of iproute2"
+    name = f"ar{secrets.token_hex(3)}"
+    _ip("netns", "add", name)
+    try:
+        command = ["tc", "-n", name, "qdisc", "replace", "dev", "lo", "root", "tbf", *_SLOW.split()]
+        made = subprocess.run(command, capture_output=True, check=False)
+    finally:
+        _ip("netns", "del", name)
+    return "the kernel's token bucket filter, sch_tbf" if made.returncode else None
+
+
 def _keep(shared: Path) -> str:
-    """Commands that bring what must be seen, and lies in /tmp, to the new one: the shared folder, and this code."""
-    places = [place.resolve() for place in (shared, _CODE, Path(sys.prefix))]
-    kept = [place.relative_to("/tmp") for place in places if place.is_relative_to("/tmp")]
+    """Commands that bring what must be seen, and lies in /tmp, to the new one: shared and present folder, this code."""
+    places = [place.resolve() for place in (shared, Path.cwd(), _CODE, Path(sys.prefix))]
+    kept = [place.relative_to("/tmp") for place in places if Path("/tmp") in place.parents]
     within = [place for place in kept if not any(place != other and place.is_relative_to(other) for other in kept)]
     names = [shlex.quote(str(place)) for place in within]
     return "\n".join(f"mkdir -p /mnt/{name}; mount --bind /tmp/{name} /mnt/{name}" for name in names) or "true"
@@ -94,11 +113,16 @@ class Machine:
         self._processes: list[subprocess.Popen[str]] = []
 
     def run(self, *command: str | Path, log: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-        """Start a command here; what it prints, errors among it, goes to its `stdout` unless there is a file for it."""
+        """Start a command here, in the present folder, whose path is the same.
+
+        What it prints, errors among it, goes to its `stdout` unless there is a file for it.
+        """
         own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AREAL_"))}
-        own |= {"HOME": "/tmp/home", "PATH": f"{BIN}:{own['PATH']}", "PYTHONPATH": str(_CODE), "TMPDIR": "/tmp"}
+        own |= {"HOME": "/tmp/home", "PATH": f"{BIN}:{own['PATH']}", "TMPDIR": "/tmp"}
+        own["PYTHONPATH"] = os.pathsep.join([str(_CODE), *filter(None, [own.get("PYTHONPATH")])])
         own |= {"RAY_worker_niceness": "0", "PYTHONUNBUFFERED": "1", **environment}
-        enter = ["nsenter", "--target", str(self._first), "--all", f"--wd={_CODE}"]
+        enter = ["nsenter", "--target", str(self._first), "--all"]
+        enter += ["sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd())]  # nsenter's own --wd does not know a new /tmp
         with contextlib.ExitStack() as stack:
             out = subprocess.PIPE if log is None else stack.enter_context(open(log, "ab"))
             process = subprocess.Popen(
@@ -132,8 +156,10 @@ class Machine:
             subprocess.run([*place, "root", "tbf", *how.split()], check=True)
 
     def fast(self) -> None:
+        """Take back what `slow` has done, at whichever end."""
         for place in self._ends:
-            subprocess.run([*(word if word != "replace" else "del" for word in place), "root"], check=True)
+            command = [*(word if word != "replace" else "del" for word in place), "root"]
+            subprocess.run(command, capture_output=True, check=False)
 
     @property
     def _ends(self) -> list[list[str]]:
@@ -143,15 +169,17 @@ class Machine:
 
     def processes(self) -> list[psutil.Process]:
         """All that run here, by the numbers that this process knows them by."""
-        started = [psutil.Process(each.pid) for each in self._processes if each.poll() is None]
-        roots = [psutil.Process(self._first), *started]  # Ray's own belong to the first when their parent is gone
-        found = [each for root in roots for each in root.children(recursive=True)]
+        started = [each.pid for each in self._processes if each.poll() is None]
+        found = list[psutil.Process]()
+        for pid in (self._first, *started):  # Ray's own belong to the first when their parent is gone
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                found += psutil.Process(pid).children(recursive=True)
         return [each for each in found if each.pid not in self._own]
 
     def process(self, pid: int) -> psutil.Process | None:
         """The process that has this number here; None if there is none."""
         for each in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                 status = Path(f"/proc/{each.pid}/status").read_text()
                 if re.search(rf"^NSpid:.*\t{pid}$", status, re.M):
                     return each

@@ -45,7 +45,7 @@ def chaos(
     """Disturb an experiment for some minutes, stop it, run it undisturbed as far, and compare.
 
     Args:
-        path, overrides: the experiment; its storage may be elsewhere than `folder`.
+        path, overrides: the experiment; its storage may be elsewhere than `folder`, but not with machines.
         folder: an empty directory for the runs and their logs.
         minutes: of disturbed training.
         seed: of order, targets and moments of the faults.
@@ -60,12 +60,15 @@ def chaos(
 
     Raises:
         ConfigError: if the experiment is wrong.
-        RuntimeError: if a kind of fault is unknown, or not possible here.
+        RuntimeError: if a kind of fault is unknown, or not possible here; or machines are not.
         NotSurvived: if the run did not come back after a fault.
     """
     given = load(path, overrides)
     if given.cluster.use_gpu:
         raise ConfigError("cluster.use_gpu", "chaos starts nodes of its own, on this machine, with CPUs only")
+    if machines and _elsewhere(overrides):
+        text = "with --machines is below --folder: nothing else is seen by all machines and by chaos itself"
+        raise ConfigError("run.storage_path", text)
     workers = given.usable_sizes[-1]
     here = look_around(workers, not _elsewhere(overrides), storage_process)
     table = NETWORK_KINDS if machines else KINDS

@@ -8,15 +8,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import partial
 
 import psutil
 
 from areal_ray.tools.chaos import faults
 from areal_ray.tools.chaos.kinds import Kind
-from areal_ray.tools.chaos.machines import Machine, Machines
-from areal_ray.tools.chaos.world import BACK_S, World
+from areal_ray.tools.chaos.machines import Machine, Machines, no_slow_links
+from areal_ray.tools.chaos.world import World
 
 _SLOW_S = 20.0
 _SLOW = "rate 100mbit burst 64kb latency 100ms"  # what waits longer is dropped: every large message loses packets
@@ -33,9 +33,10 @@ class Network(World):
     def _start_cluster(self) -> None:
         self._lock = threading.Lock()
         self.machines = Machines(1 + self._workers, self._folder)
-        self.machines.__enter__()
-        cpus = [0] + [1] * self._workers
-        joined = self.machines.start_ray(cpus)
+        with ExitStack() as stack:  # what has begun ends if the rest does not come about
+            stack.enter_context(self.machines)
+            joined = self.machines.start_ray([0] + [1] * self._workers)
+            stack.pop_all()
         self._nodes: dict[Machine, subprocess.Popen[str]] = dict(zip(self.machines[1:], joined, strict=True))
 
     def _end_cluster(self) -> None:
@@ -50,7 +51,7 @@ class Network(World):
         assert self.driver is not None
         for each in psutil.Process(self.driver.pid).children():  # nsenter hands no signal on
             each.send_signal(signal.SIGTERM)
-        return self.driver.wait(timeout=BACK_S)
+        return self.await_end(self.driver)
 
     def workers(self) -> list[int]:
         attempt = self.run.events("attempt")[-1]
@@ -76,11 +77,15 @@ class Network(World):
             del self._nodes[machine]
 
     def replace_head(self) -> None:
-        """The head is off, with the driver on it; another one gets its address, and another driver."""
+        """The head is off, with the driver on it; another one gets its address, and another driver.
+
+        The driver starts when the head answers, as a job that is submitted to it does: it waits for seconds only.
+        """
         self.hit()
         self.machines.head.off()
         time.sleep(_AWAY_S)
         self.machines.another_head()
+        self.machines.wait_for_nodes(1)
         self.start_driver()
 
     def _look(self) -> None:
@@ -132,12 +137,11 @@ def _slow(world: World, draw: random.Random) -> None:
     assert isinstance(world, Network)
     machine = world.of_a_worker(draw)
     world.hit()
-    machine.slow(_SLOW)
     try:
+        machine.slow(_SLOW)
         time.sleep(_SLOW_S)
     finally:
-        with suppress(subprocess.CalledProcessError):
-            machine.fast()
+        machine.fast()
 
 
 def _head(world: World, draw: random.Random) -> None:
@@ -151,7 +155,7 @@ NETWORK_KINDS: dict[str, Kind] = {
     "a link is down for 60 s": Kind(partial(_away, 60.0, Network.of_a_worker), quiet=True),
     "a link is down for good": Kind(_for_good),
     "the head is cut off for 10 s": Kind(partial(_away, 10.0, lambda world, _: world.machines.head), quiet=True),
-    "a link is slow and lossy for 20 s": Kind(_slow, quiet=True),
+    "a link is slow and lossy for 20 s": Kind(_slow, lambda _: no_slow_links(), quiet=True),
     "a node is off without a word": Kind(_off),
     "another head has its address": Kind(_head),
 }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
 
-from areal_ray.tools.chaos.world import BACK_S, NotSurvived, World
+from areal_ray.tools.chaos.world import World
 
 _STOPPED_S = 5.0  # shorter than anything waits before it counts as dead
 _LEASE_S = 20.0  # longer than a driver's lease lasts without it
@@ -55,7 +54,8 @@ def node(find: Callable[[World], set[int]], world: World, draw: random.Random) -
 def head(world: World, draw: random.Random) -> None:
     """The cluster's own process dies: the driver ends, and is started on another cluster."""
     send(signal.SIGKILL, World.gcs, world, draw)
-    _await_end(world, world.driver)
+    assert world.driver is not None
+    world.await_end(world.driver)
     world.change_cluster()
     world.start_driver()
 
@@ -76,14 +76,14 @@ def take_over(world: World, draw: random.Random) -> None:
         world.until("an attempt of another driver", lambda: world.count("attempt") > attempts)
     finally:
         old.send_signal(signal.SIGCONT)
-    _await_end(world, old)
+    world.await_end(old)
 
 
 def group(number: signal.Signals, world: World, draw: random.Random) -> None:
     """A signal to the driver's process group, as job schedulers send it: it saves and ends, and is started anew."""
     assert world.driver is not None
     world.send_to_group(number)
-    _await_end(world, world.driver)
+    world.await_end(world.driver)
     world.start_driver()
 
 
@@ -94,11 +94,3 @@ def early(second: int, world: World, draw: random.Random) -> None:
     for pid in sorted(world.processes("ray::RayTrainWorker"))[:1]:
         world.kill(pid)
     world.restart_driver()
-
-
-def _await_end(world: World, driver: subprocess.Popen[bytes] | None) -> None:
-    assert driver is not None
-    try:
-        driver.wait(timeout=BACK_S)
-    except subprocess.TimeoutExpired:
-        raise NotSurvived(f"waited {BACK_S:.0f} s for the driver to end; see {world.log}") from None

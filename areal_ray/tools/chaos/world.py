@@ -116,7 +116,14 @@ class World:
         """Ask the driver to save and to end; its exit status."""
         assert self.driver is not None
         self.driver.terminate()
-        return self.driver.wait(timeout=BACK_S)
+        return self.await_end(self.driver)
+
+    def await_end(self, driver: subprocess.Popen[Any]) -> int:
+        """Wait for the end of a driver; its exit status. NotSurvived if it does not end."""
+        try:
+            return driver.wait(timeout=BACK_S)
+        except subprocess.TimeoutExpired:
+            raise NotSurvived(f"waited {BACK_S:.0f} s for the driver to end; see {self.log}") from None
 
     def restart_driver(self) -> None:
         assert self.driver is not None

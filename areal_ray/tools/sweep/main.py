@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def sweep(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str], 
         As `SweepFolder.rows`.
 
     Raises:
-        ConfigError: if another process drives this sweep.
+        ConfigError: if another process drives this sweep, or has done so since its record was read.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # lines of our own
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the runs have logs
@@ -86,6 +86,9 @@ def sweep(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str], 
     folder.storage.ensure()
     try:
         with hold_lease(folder.storage, lambda: None, print):
+            if not folder.record.is_current():
+                text = f"another process has just gone on with {folder.storage.location}; the same command says how far"
+                raise ConfigError("run.name", text)
             return folder.rows(_train(folder, steps, path, overrides, address))
     except RunInUse as error:
         raise ConfigError("run.name", str(error)) from None
@@ -154,8 +157,18 @@ def _train(folder: SweepFolder, steps: int, path: str, overrides: Sequence[str],
     results = tuner.fit()
     for name in record.open():  # interrupted: their runs save and leave, for which there must be a cluster
         wait_until_free(storage_at(folder.root).sub(record.trials()[name]["run"]))
-    errors = [None if result.error is None else " ".join(str(result.error).split())[-200:] for result in results]
-    return {name: error for name, error in zip(left, errors, strict=True) if error is not None}
+    return errors_of(left, results)
+
+
+def errors_of(trials: Sequence[str], results: Iterable[Any]) -> dict[str, str]:
+    """What the trials that have failed say, by their names.
+
+    Args:
+        trials: names, in the order in which Tune makes them.
+        results: Tune's, in the same order; the last ones lack if the sweep was interrupted before they were made.
+    """
+    found = zip(trials, results, strict=False)
+    return {name: " ".join(str(each.error).split())[-200:] for name, each in found if each.error is not None}
 
 
 def _name(trial: Any) -> str:

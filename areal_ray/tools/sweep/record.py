@@ -34,15 +34,15 @@ class Record:
     def __init__(self, folder: Storage, space: Sweep, trials: Sequence[dict[str, Any]], name: str) -> None:
         self._folder, self._metric = folder, space.metric
         asked = json.loads(json.dumps(asdict(space)))
-        before = self._read()
+        self._was = self._content()
+        before = None if self._was is None else self._read(self._was)
         if before is not None:
             _check_same(before["space"], asked)
         found = {} if before is None else before["trials"]
-        width = max(2, len(str(len(trials) - 1)))
         self._space = asked
         self._trials: dict[str, dict[str, Any]] = {}
         for number, values in enumerate(trials):
-            trial = f"{name}-{number:0{width}}"
+            trial = f"{name}-{number:02}"  # whatever their number: more may come later
             begun = {"run": trial, "values": json.loads(json.dumps(values)), "ended": None}
             self._trials[trial] = found.get(trial, begun)
         self.goes_on = bool(found)
@@ -71,19 +71,26 @@ class Record:
         self._trials[trial]["ended"] = {"step": step, self._metric: value}
         self.write()
 
+    def is_current(self) -> bool:
+        """Whether nobody has written it since it was read; to be asked with the lease of the folder, before `write`."""
+        return self._content() == self._was
+
     def write(self) -> None:
         """Write all of it (OSError)."""
         content = {"space": self._space, "trials": self._trials}
         self._folder.replace(RECORD, json.dumps(content, indent=2).encode() + b"\n")
 
-    def _read(self) -> dict[str, Any] | None:
-        if self._folder.size(RECORD) is None:
-            if self._folder.size("tuner.pkl") is not None:
-                text = f"{self._folder.location} has a sweep of an earlier version; choose another run.name"
-                raise ConfigError("run.name", text)
-            return None
+    def _content(self) -> bytes | None:
+        if self._folder.size(RECORD) is not None:
+            return self._folder.read(RECORD)
+        if self._folder.size("tuner.pkl") is not None:
+            text = f"{self._folder.location} has a sweep of an earlier version; choose another run.name"
+            raise ConfigError("run.name", text)
+        return None
+
+    def _read(self, content: bytes) -> dict[str, Any]:
         try:
-            found = json.loads(self._folder.read(RECORD))
+            found = json.loads(content)
             assert isinstance(found, dict)
             assert isinstance(found["space"], dict)
             assert all({"run", "values", "ended"} <= trial.keys() for trial in found["trials"].values())

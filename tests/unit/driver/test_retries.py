@@ -4,9 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from aiohttp import ServerDisconnectedError
+from ray import job_submission
 from ray.job_submission import JobStatus
 
 from areal_ray.cli.main import main
+from areal_ray.driver.jobs import server as server_of
 from areal_ray.driver.jobs import submit as submitting
 
 pytestmark = pytest.mark.unit
@@ -28,7 +31,7 @@ class Server:
 
     async def tail_job_logs(self, job):
         yield f"output of {job}\n"
-        raise RuntimeError("the connection was closed")  # the job is asked after
+        raise ServerDisconnectedError if len(self.jobs) == 1 else RuntimeError("closed")  # the job is asked after
 
     def get_job_info(self, job):
         end = self._ends[len(self.jobs) - 1]
@@ -102,3 +105,31 @@ def test_what_cannot_be_retried_is_a_mistake(submit, capsys, options):
     assert submit(server, *options) == 2
     assert "config error: command line: --retries: " in capsys.readouterr().err
     assert server.jobs == []
+
+
+def test_a_job_server_that_has_no_answer_yet_is_one_line(monkeypatch, capsys):
+    def list_jobs():
+        raise RuntimeError("Request failed with status code 500: <html>")
+
+    monkeypatch.setattr(server_of, "use_token", lambda: None)
+    monkeypatch.setattr(job_submission, "JobSubmissionClient", lambda *_, **__: SimpleNamespace(list_jobs=list_jobs))
+    assert main(["status", "it", "--address", "http://h:1"]) == 1
+    assert capsys.readouterr().err.startswith("areal-ray: http://h:1 does not say which jobs it has: Request failed")
+    with pytest.raises(ConnectionError):
+        server_of.Jobs("http://h:1").newest("it")
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"), [((DONE, 0), 0, "output of it-1"), (GONE, 1, "its cluster is gone")]
+)
+def test_stop_waits_for_what_becomes_of_the_job(monkeypatch, capsys, end, status, said):
+    server = Server(end)
+    server.jobs.append("train")
+    server.get_job_logs = lambda job: f"output of {job}\n"
+    server.submit_job = lambda **_: "asking"
+    running = SimpleNamespace(is_terminal=lambda: False)
+    facts = {"run": "it", "storage_path": "/runs"}
+    server.newest = lambda run: SimpleNamespace(submission_id="it-1", status=running, metadata=facts, runtime_env={})
+    monkeypatch.setattr(submitting, "Jobs", lambda address: server)
+    assert submitting.stop("it") == status
+    assert said in "".join(capsys.readouterr())

@@ -26,6 +26,7 @@ def test_all_that_differs_is_named_at_once():
 def test_the_same_is_fine_and_so_is_what_does_not_change_a_run(monkeypatch):
     check_versions(versions(), versions(), "node")
     check_versions(versions(), {**versions(), "numpy": "0.0.1"}, "node")
+    check_versions({"python": "3.11.7"}, {"python": "3.11.15"}, "node")
     check_versions({}, versions(), "node")  # a driver that does not say
     monkeypatch.setattr(module, "version", lambda package: "2.13.0+cu130")
     gpu = versions()

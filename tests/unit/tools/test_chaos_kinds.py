@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import random
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,9 +11,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from areal_ray.cli.main import main as run_cli
 from areal_ray.run import RunDir
 from areal_ray.storage import LocalStorage
-from areal_ray.tools.chaos import unreadable
+from areal_ray.tools.chaos import faults, network, unreadable
 from areal_ray.tools.chaos.kinds import KINDS, Here, possible, survived
 from areal_ray.tools.chaos.world import World
 
@@ -21,26 +24,26 @@ NOTHING = Here(workers=1, mounts=False, own_storage=False, storage_process=None,
 
 
 def test_there_are_many_kinds_and_all_are_possible_where_there_is_all():
-    kinds, lacking = possible(ALL, ())
+    kinds, lacking = possible(KINDS, ALL, ())
     assert kinds == list(KINDS)
     assert len(kinds) >= 28
     assert not lacking
 
 
 def test_what_is_not_here_is_left_out_by_name():
-    kinds, lacking = possible(NOTHING, ())
+    kinds, lacking = possible(KINDS, NOTHING, ())
     assert set(kinds) | set(lacking) == set(KINDS)
     assert not set(kinds) & set(lacking)
     assert lacking["a worker has no memory"] == "a memory cgroup that can be written"
     assert lacking["the disk is full"] == "a small disk, which takes root and no run.storage_path"
     assert lacking["SIGKILL of a raylet"] == "a second worker"
-    assert "the file system is read-only" in possible(dataclasses.replace(ALL, own_storage=False), ())[1]
+    assert "the file system is read-only" in possible(KINDS, dataclasses.replace(ALL, own_storage=False), ())[1]
 
 
 def test_one_that_is_named_must_be_possible():
-    assert possible(NOTHING, ["SIGKILL of rank 0"])[0] == ["SIGKILL of rank 0"]
+    assert possible(KINDS, NOTHING, ["SIGKILL of rank 0"])[0] == ["SIGKILL of rank 0"]
     with pytest.raises(RuntimeError, match=r"no such faults here: a node is lost; there are: SIGKILL of a worker, "):
-        possible(NOTHING, ["a node is lost"])
+        possible(KINDS, NOTHING, ["a node is lost"])
 
 
 @pytest.mark.skipif(not unreadable.compiler(), reason="needs gcc")
@@ -63,6 +66,29 @@ def test_what_is_to_be_refused_cannot_be_opened_and_everything_else_can(tmp_path
     assert opened() == ["False", "False"]
     order.write_text(f"5 {tmp_path}/shard-")
     assert opened() == ["5", "False"]
+
+
+def test_machines_of_a_network_see_no_other_storage(capsys):
+    assert run_cli(["chaos", "--machines", "--config", "conf/experiments/tiny.yaml", "run.storage_path=s3://a/b"]) == 2
+    assert "run.storage_path: with --machines is below --folder" in capsys.readouterr().err
+
+
+def test_a_driver_starts_when_another_head_answers(monkeypatch):
+    monkeypatch.setattr(network, "_AWAY_S", 0.0)
+    calls = []
+    head = SimpleNamespace(off=lambda: calls.append("off"))
+    machines = SimpleNamespace(
+        head=head, another_head=lambda: calls.append("another"), wait_for_nodes=lambda n: calls.append(f"wait for {n}")
+    )
+    world = SimpleNamespace(
+        machines=machines, hit=lambda: calls.append("hit"), start_driver=lambda: calls.append("start")
+    )
+    network.Network.replace_head(world)
+    assert calls == ["hit", "off", "another", "wait for 1", "start"]
+
+
+def test_a_kill_that_finds_no_worker_hits_nobody():
+    faults.one(signal.SIGKILL, SimpleNamespace(workers=lambda: []), random.Random(0))
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_two_are_compared_by_what_differs(runs, capsys):
     assert "optim.eps" not in rows
     assert "distance" not in rows
     (folder / "it-sweep").mkdir()
-    trials = {f"it-{name}": {"run": name} for name in ("whole", "killed")}
+    trials = {f"it-{name}": {"run": name} for name in ("whole", "killed", "not-begun")}
     (folder / "it-sweep" / "sweep.json").write_text(json.dumps({"trials": trials}))
     assert run_cli(["compare", str(folder / "it-sweep")]) == 0
     assert re.search(r"^optim\.lr +0\.002 +0\.5$", capsys.readouterr().out, re.M)
@@ -141,6 +141,9 @@ def test_two_are_compared_by_what_differs(runs, capsys):
     assert "is not the folder of a sweep; of runs there must be two or more" in capsys.readouterr().err
     assert run_cli(["compare", str(folder / "whole"), str(folder / "killed"), str(folder / "whole")]) == 0
     assert capsys.readouterr().out.split()[:3] == ["whole", "killed", "whole"]
+    places = [str(folder / name) for name in ("whole", "killed", "whole")]
+    assert run_cli(["compare", "--json", *places]) == 0
+    assert {"key": "step", places[0]: 200, places[1]: 150} in json.loads(capsys.readouterr().out)
     assert run_cli(["compare", str(folder / "whole"), str(folder / "killed")]) == 0
     assert re.search(r"^optim\.lr +0\.002 +0\.5$", capsys.readouterr().out, re.M)
 

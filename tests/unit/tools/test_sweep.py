@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from areal_ray.tools.sweep import SweepFolder, read_sweep
 from areal_ray.tools.sweep import trial as trials
 from areal_ray.tools.sweep.draw import clamp, draw
 from areal_ray.tools.sweep.fork import fork
+from areal_ray.tools.sweep.main import errors_of
 from areal_ray.tools.sweep.schedulers import Halving
 
 pytestmark = pytest.mark.unit
@@ -233,12 +235,16 @@ def test_an_interrupted_sweep_goes_on_with_what_has_not_ended(written, tmp_path)
     RunDir(LocalStorage(tmp_path / "it-02")).log_metrics(6, {"loss": 9.0})
     again = SweepFolder(config, space)
     assert again.record.open() == ["it-02"]
+    assert again.record.is_current()
+    assert not folder.record.is_current()
     assert again.history() == {"it-02": [{"step": 5, "held_out_loss": 9.0}]}
     rows = again.rows({"it-02": "failed"})
     assert (rows[0]["run"], rows[0]["optim.lr"], rows[0]["step"]) == ("it-01-g1", 0.25, 20)
     assert [row["error"] for row in rows] == [None, None, "failed"]
     more = SweepFolder(config, read_sweep(written("space: {optim.lr: {grid: [0.1, 0.2, 0.3]}}\ntrials: 2")))
     assert more.record.open() == ["it-02", "it-03", "it-04", "it-05"]
+    many = SweepFolder(config, read_sweep(written("space: {optim.lr: {grid: [0.1, 0.2, 0.3]}}\ntrials: 40")))
+    assert (many.record.open()[0], many.record.open()[-1], len(many.record.open())) == ("it-02", "it-119", 118)
     for text, key in (("space: {optim.lr: {grid: [0.1, 0.2]}}", "space"), ("metric: loss", "metric")):
         given = text if key == "space" else f"space: {{optim.lr: {{grid: [0.1, 0.2, 0.3]}}}}\n{text}"
         with pytest.raises(ConfigError, match=f"{key} was .*; choose another run.name"):
@@ -246,6 +252,11 @@ def test_an_interrupted_sweep_goes_on_with_what_has_not_ended(written, tmp_path)
     (tmp_path / "it-sweep" / "sweep.json").write_text("{")
     with pytest.raises(ConfigError, match="is damaged: move it away"):
         SweepFolder(config, space)
+
+
+def test_what_has_failed_is_known_by_its_trial_also_where_others_have_not_begun():
+    results = [SimpleNamespace(error=None), SimpleNamespace(error=RuntimeError("run it-02\nended"))]
+    assert errors_of(["it-00", "it-02", "it-03"], results) == {"it-02": "run it-02 ended"}
 
 
 def test_successive_halving_remembers_earlier_starts():
