@@ -15,6 +15,7 @@ from areal_ray.run.fence import FENCE, Fence
 from areal_ray.run.logs.event_index import HISTORY, NEWEST, EventIndex
 from areal_ray.run.logs.event_log import open_log
 from areal_ray.run.logs.log_schema import is_batch, is_event, is_metric
+from areal_ray.run.logs.rewound import REWOUND, RewoundLines
 from areal_ray.run.shared_storage import TOKEN
 from areal_ray.run.stop_request import STOP
 from areal_ray.storage import NotAFile, Storage, set_obstacle_aside
@@ -25,7 +26,7 @@ DATA = "data.json"  # which prepared corpora the run trains on
 CHECKPOINTS = "checkpoints.json"  # index of the checkpoints, see checkpoint/catalog.py
 GENERATIONS = "generations"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints in a run directory
-_OTHERS = (DATA, REPORT, FENCE, TOKEN, STOP)  # files of which each is written whole
+_OTHERS = (DATA, REPORT, FENCE, TOKEN, STOP, REWOUND)  # files of which each is written whole
 _INDEX_EVERY = 4096  # events of one process: what a reader finds behind the index stays below a few megabytes
 
 
@@ -44,6 +45,8 @@ class RunDir:
         self._metrics = open_log(storage, METRICS, at_once=False, is_good=is_metric, may_write=may_write)
         self._samples = open_log(storage, SAMPLES, at_once=False, is_good=is_batch, may_write=may_write)
         self._index = EventIndex(storage, EVENT_INDEX, self._events)
+        places = {METRICS: (self._metrics, _step), SAMPLES: (self._samples, _first)}
+        self._rewound = RewoundLines(storage, places)
         self._told = 0
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
 
@@ -162,6 +165,15 @@ class RunDir:
         """The global batches, in order, if the run was asked to write them down (logging.sample_ids)."""
         return sorted(self._samples.lines(), key=lambda line: line["first"])
 
+    def keep_rewound(self, step: int, samples: int) -> None:
+        """Keep a copy of what is about to be taken back, behind a step and from a cursor on, for `bring_back`."""
+        self.fence.check()
+        self._rewound.keep({METRICS: step, SAMPLES: samples - 1})
+
+    def bring_back(self, step: int, samples: int) -> None:
+        """Add what was taken back and belongs to a run that goes on behind that step and from that cursor on."""
+        self._rewound.bring_back({METRICS: step, SAMPLES: samples - 1})
+
     def rewind_metrics(self, step: int) -> None:
         """Take back the lines of steps after `step`: a restored run computes them once more, and each stands once."""
         self._metrics.keep(lambda line: line["step"] <= step)
@@ -262,3 +274,11 @@ class RunDir:
     def _write_index(self, attempts: int = 0) -> None:
         with suppress(OSError):  # nothing depends on it: the next one reads more of the ledger
             self._index.write(attempts)
+
+
+def _step(line: dict[str, Any]) -> int:
+    return int(line["step"])
+
+
+def _first(line: dict[str, Any]) -> int:
+    return int(line["first"])

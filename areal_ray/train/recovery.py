@@ -197,6 +197,11 @@ class RecoverHandler:
         """Name of the newest directory of a save, committed or not. For one rank; looks at the storage."""
         return next((name for *_, name in self._catalog.names()), None)
 
+    def is_older(self, name: str | None) -> bool:
+        """Whether a checkpoint was committed after that one, or after the beginning. For one rank."""
+        last = self._catalog.last_committed()
+        return last is not None and (name is None or Catalog.version(last) > Catalog.version(name))
+
     def restore_from_memory(self) -> Copy | None:
         """Restore the newest copy in memory, if it is newer than all checkpoints. A collective, at the beginning.
 

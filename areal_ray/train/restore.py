@@ -98,7 +98,7 @@ class Restore:
         loaded()
 
         def tell() -> None:
-            reached = self._rewind(source)
+            reached = self._rewind(source, passed_over=copy is None and self._recover.is_older(name))
             if source is None:
                 self._note("started", step=0, reached=reached)
                 self._say(f"attempt {self._attempt}: {workers}, from the beginning")
@@ -126,15 +126,19 @@ class Restore:
         source = _Source(name)
 
         def tell() -> None:
-            self._rewind(source)
+            self._rewind(source, passed_over=False)
             self._receipt(source, "rolled_back", "", checkpoint=name)
 
         self._ranks.on_rank_zero(tell)
         return True
 
-    def _rewind(self, source: _Source | None) -> int:
-        """Take back what is computed again; how far the run had come at least."""
+    def _rewind(self, source: _Source | None, passed_over: bool) -> int:
+        """Take back what is computed again; how far the run had come at least.
+
+        If a later checkpoint was passed over, which may be readable the next time, what is taken back is kept for then.
+        """
         reached = self._run.reached()
+        (self._run.keep_rewound if passed_over else self._run.bring_back)(self._progress.step, self._progress.samples)
         self._metrics.rewind(self._progress.step if source else -1)  # the beginning has a line too, that of step 0
         self._run.rewind_samples(self._progress.samples)
         for line in self._run.damage():
