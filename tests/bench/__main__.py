@@ -32,7 +32,7 @@ PARTS = {
     "accumulate": "peak memory and speed of a step with several micro-batches, gradients sharded and not",
     "loss": "peak memory and speed of a step at a vocabulary of 128k, with all logits at once and without",
     "memory": "peak proportional set size, /dev/shm included",
-    "data": "13 MB and 1 GB of text: preparing, start, restart, memory of a rank; a corpus on S3",
+    "data": "13 MB and 1 GB of text: preparing (beside datasets.map), start, restart, memory of a rank; a corpus on S3",
 }
 
 

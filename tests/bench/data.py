@@ -1,8 +1,9 @@
-"""Corpora of 13 MB and 1 GB: preparing them (killed on the way, too), start, restart and memory with each; one on S3.
+"""Corpora of 13 MB and 1 GB: preparing (killed on the way, too), start, restart and memory with each; one on S3.
 
 The text is Python's standard library, varied: every copy has its lines in another order. Preparing goes through the
 command, peak memory is that of all its processes, Ray's among them. Start and restart are those of the tiny experiment,
-on corpora that are prepared already.
+on corpora that are prepared already. Beside preparing stands `datasets.map` over the same files with as many processes:
+with bytes, and with a vocabulary of 16,384 that is made of the text.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .restart import measure
 
 SIZES_MB = (13, 1000)
 KILLS = 3
+WORDS, WORDS_MB = 16_384, 100  # tokens of the vocabulary, and the text that is cut by it
 WARM, STEPS = 10, 40  # steps that are left out, and measured, with the corpus on disk or in S3
 _LOOK_S = 0.5
 
@@ -58,8 +60,10 @@ def overrides(text: Path, prepared: str) -> list[str]:
     return ["data=text", f"data.paths=[{text}]", f"data.prepared_path={prepared}"]
 
 
-def command(text: Path, prepared: Path) -> list[str]:
+def command(text: Path, prepared: Path, tokenizer: str = "bytes") -> list[str]:
     own = [*overrides(text, str(prepared)), f"run.storage_path={prepared.parent}/runs"]
+    if tokenizer != "bytes":  # in as many processes as datasets.map, though it is no large corpus
+        own += [f"data.tokenizer={tokenizer}", f"model.config.vocab_size={WORDS}", "data.prepare_in_process_mb=1"]
     return [sys.executable, "-m", "areal_ray.cli.main", "prepare", "--config", arms.EXPERIMENT, *own]
 
 
@@ -81,6 +85,59 @@ def prepare(text: Path, prepared: Path, stop_after_s: float | None = None) -> tu
     end([each for each in seen.values() if each.is_running()])
     process.wait()
     return took, peak / 1e9
+
+
+def tokenizing(folder: Path, options: Options) -> list[dict]:
+    """Tokens/s of both commands, from their start to their end."""
+    shown = []
+    for megabytes, tokenizer in ((max(SIZES_MB), "bytes"), (WORDS_MB, write_tokenizer(folder))):
+        text = folder / f"text-{megabytes}"
+        if not text.exists():
+            write_text(text, megabytes)
+        rates: dict[str, list[float]] = {"areal_ray": [], "datasets.map": []}
+        for number in range(options.rounds):
+            for arm in Options.order(list(rates), number):
+                rates[arm].append(rate(arm, text, folder / "tokenized", tokenizer))
+                report.said(arm, f"{megabytes} MB, {rates[arm][-1]:,.0f} tokens/s")
+        name = "bytes" if tokenizer == "bytes" else f"a vocabulary of {WORDS:,}"
+        title = f"preparing {megabytes:,} MB of text as {name}, beside datasets.map"
+        shown.append(report.show(title, "tokens/s", rates, "datasets.map", report.HIGHER))
+    return shown
+
+
+def rate(arm: str, text: Path, out: Path, tokenizer: str) -> float:
+    own = command(text, out, tokenizer)
+    peer = [sys.executable, "-m", "tests.bench.peers.datasets_map", str(text), str(out), tokenizer]
+    began = time.monotonic()
+    ran = subprocess.run(
+        own if arm == "areal_ray" else peer,
+        cwd=ROOT,
+        env=environment(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1"),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    took = time.monotonic() - began
+    splits = manifest(out).splits if arm == "areal_ray" else {}
+    tokens = sum(shard.tokens for shards in splits.values() for shard in shards) or int(ran.stdout.split()[-1])
+    for left in (out, Path(f"{out}.cache")):
+        shutil.rmtree(left, ignore_errors=True)
+    return tokens / took
+
+
+def write_tokenizer(folder: Path) -> str:
+    """A byte-level BPE of WORDS tokens, made of some of the text; its directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=WORDS, special_tokens=["<|end|>"], show_progress=False)
+    source = build_source(DataConfig())
+    texts = (each.content.decode(errors="replace") for part in source.parts() for each in source.read(part))
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder / "words")
+    return str(folder / "words")
 
 
 def manifest(prepared: Path) -> Manifest:
@@ -178,6 +235,7 @@ def run(options: Options) -> list[dict]:
     folder = Path(tempfile.mkdtemp(prefix="areal_ray-data-"))
     try:
         prepared = [table for megabytes in SIZES_MB for table in preparing(folder, megabytes)]
-        return [*prepared, *training(folder, options), *reading(folder, options)]
+        beside = tokenizing(folder, options)
+        return [*prepared, *beside, *training(folder, options), *reading(folder, options)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
