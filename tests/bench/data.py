@@ -33,7 +33,7 @@ from .restart import measure
 
 SIZES_MB = (13, 1000)
 KILLS = 3
-WORDS, WORDS_MB = 16_384, 100  # tokens of the vocabulary, and the text that is cut by it
+WORDS, WORDS_MB = 16_384, 400  # tokens of the vocabulary, and the text that is cut by it: six groups of 64 MiB
 WARM, STEPS = 10, 40  # steps that are left out, and measured, with the corpus on disk or in S3
 _LOOK_S = 0.5
 
