@@ -17,8 +17,10 @@ import subprocess, sys
 from areal_ray.processes.own_session import children_in_own_session
 from areal_ray.processes.reaper import Reaper
 with children_in_own_session() as groups:
-    subprocess.Popen(["/bin/sh", "-c", "sleep 1000 & echo $! $$; wait"])
+    child = subprocess.Popen(["/bin/sh", "-c", "sleep 1000 & echo $! $$; wait"], stdout=subprocess.PIPE, text=True)
+started = child.stdout.readline()
 reaper = Reaper(groups)
+print(started, end="", flush=True)  # not before: what is killed sooner leaves them
 sys.stdin.read()
 """
 

@@ -83,6 +83,9 @@ class Recover:
     def newest(self):
         return f"step-{max(self.kept):08d}.a1" if self.kept else None
 
+    def is_older(self, name):
+        return False
+
     def restore_from_memory(self):
         return None
 
