@@ -8,10 +8,11 @@ pytestmark = pytest.mark.ray
 
 # Step 6, as two batches are of the evaluation at the beginning, on rank 1.
 POISON = {"calls": 7}
+SYNC = "checkpoint.async_save=false"  # the save of step 4 is not news between the first failure and the second
 
 
 def test_the_same_error_twice_at_one_step_ends_the_run_and_may_be_left_out(run, tmp_path, capfd):
-    assert train(run, "poisoned", folder=str(tmp_path), **POISON) == 1
+    assert train(run, "poisoned", SYNC, folder=str(tmp_path), **POISON) == 1
     out, panel = capfd.readouterr()
     assert "the same error at step 6 twice, without a new checkpoint in between" in out
     assert "training failed" in panel
@@ -21,7 +22,7 @@ def test_the_same_error_twice_at_one_step_ends_the_run_and_may_be_left_out(run, 
     assert run.result()["status"] == "failed"
     assert [(event["step"], event["cause"]) for event in run.events("failure")] == [(6, "ValueError")] * 2
 
-    assert train(run, "poisoned", "train.skip_poison_steps=true", folder=str(tmp_path), **POISON) == 0
+    assert train(run, "poisoned", SYNC, "train.skip_poison_steps=true", folder=str(tmp_path), **POISON) == 0
     assert [event["step"] for event in run.events("poison_step")] == [6]
     assert "step 6 has failed 2 times, and is left out from now on" in capfd.readouterr().out
     assert run.result()["status"] == "finished"
