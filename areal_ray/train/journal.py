@@ -53,9 +53,10 @@ class Journal:
             self._retention.committed(save.name, manifest)
         else:
             self._say(f"saving {save.name} failed: {error}")
+            # First: what has made the save fail may make this fail, too.
+            self._event("save_failed", step=save.step, checkpoint=save.name, error=str(error)[:500], **times)
             if not (isinstance(error, RankError) and error.only(FileExistsError)):  # it was there before: not ours
                 self._retention.discard(save.name)
-            self._event("save_failed", step=save.step, checkpoint=save.name, error=str(error)[:500], **times)
 
     def skipped(self, step: int) -> None:
         self._say(f"the save at step {step} falls out: storage is still busy with the one before")
