@@ -15,7 +15,7 @@ from areal_ray.run.fence import FENCE, Fence
 from areal_ray.run.logs.event_index import HISTORY, NEWEST, EventIndex
 from areal_ray.run.logs.event_log import open_log
 from areal_ray.run.logs.log_schema import is_batch, is_event, is_metric
-from areal_ray.run.logs.rewound import REWOUND, RewoundLines
+from areal_ray.run.logs.rewound import REWOUND, Rewindable, RewoundLines
 from areal_ray.run.shared_storage import TOKEN
 from areal_ray.run.stop_request import STOP
 from areal_ray.storage import NotAFile, Storage, set_obstacle_aside
@@ -45,8 +45,8 @@ class RunDir:
         self._metrics = open_log(storage, METRICS, at_once=False, is_good=is_metric, may_write=may_write)
         self._samples = open_log(storage, SAMPLES, at_once=False, is_good=is_batch, may_write=may_write)
         self._index = EventIndex(storage, EVENT_INDEX, self._events)
-        places = {METRICS: (self._metrics, _step), SAMPLES: (self._samples, _first)}
-        self._rewound = RewoundLines(storage, places)
+        metrics, samples = Rewindable(self._metrics, "step", is_metric), Rewindable(self._samples, "first", is_batch)
+        self._rewound = RewoundLines(storage, {METRICS: metrics, SAMPLES: samples})
         self._told = 0
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
 
@@ -166,12 +166,13 @@ class RunDir:
         return sorted(self._samples.lines(), key=lambda line: line["first"])
 
     def keep_rewound(self, step: int, samples: int) -> None:
-        """Keep a copy of what is about to be taken back, behind a step and from a cursor on, for `bring_back`."""
+        """Keep a copy of the lines behind a step and from a cursor on, which are about to be taken back (OSError)."""
         self.fence.check()
         self._rewound.keep({METRICS: step, SAMPLES: samples - 1})
 
     def bring_back(self, step: int, samples: int) -> None:
-        """Add what was taken back and belongs to a run that goes on behind that step and from that cursor on."""
+        """Add the lines that `keep_rewound` has kept, up to a step and a cursor (OSError)."""
+        self.fence.check()
         self._rewound.bring_back({METRICS: step, SAMPLES: samples - 1})
 
     def rewind_metrics(self, step: int) -> None:
@@ -274,11 +275,3 @@ class RunDir:
     def _write_index(self, attempts: int = 0) -> None:
         with suppress(OSError):  # nothing depends on it: the next one reads more of the ledger
             self._index.write(attempts)
-
-
-def _step(line: dict[str, Any]) -> int:
-    return int(line["step"])
-
-
-def _first(line: dict[str, Any]) -> int:
-    return int(line["first"])

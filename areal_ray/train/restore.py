@@ -138,7 +138,12 @@ class Restore:
         If a later checkpoint was passed over, which may be readable the next time, what is taken back is kept for then.
         """
         reached = self._run.reached()
-        (self._run.keep_rewound if passed_over else self._run.bring_back)(self._progress.step, self._progress.samples)
+        try:
+            (self._run.keep_rewound if passed_over else self._run.bring_back)(
+                self._progress.step, self._progress.samples
+            )
+        except OSError as error:  # a gap in the logs is no reason not to train
+            self._say(f"could not keep or bring back lines of the logs: {error}")
         self._metrics.rewind(self._progress.step if source else -1)  # the beginning has a line too, that of step 0
         self._run.rewind_samples(self._progress.samples)
         for line in self._run.damage():

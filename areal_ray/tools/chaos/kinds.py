@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from areal_ray.tools.chaos import faults, machine, processes, unreadable
 from areal_ray.tools.chaos.world import World
@@ -71,12 +72,12 @@ class Kind:
     """A kind of fault.
 
     Args:
-        inject: does it to the run.
+        inject: does it to the run; to one of the world that the table is for.
         lacks: what it needs and is not here; None: it can be done.
         quiet: nobody has to start again: survived is a checkpoint later.
     """
 
-    inject: Callable[[World, random.Random], None]
+    inject: Callable[[Any, random.Random], None]
     lacks: Callable[[Here], str | None] = nothing
     quiet: bool = False
 

@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 PORT = 6379  # of the head node's store, which no other process of that machine has
 _READY_S = 180.0  # on a busy machine, too
 _TOOLS = ("ip", "unshare", "nsenter", "mount")  # of iproute2, util-linux and mount
-_SLOW = "rate 1mbit burst 64kb latency 1ms"  # to see whether it can be
+_ANY_LINK = "rate 1mbit burst 64kb latency 1ms"  # to see whether it can be
 # The first process of a machine: reads until its standard input is closed, and collects the dead meanwhile.
 _INIT = """set -e
 mount -t tmpfs tmpfs /mnt
@@ -69,7 +69,7 @@ def no_slow_links() -> str | None:
     name = f"ar{secrets.token_hex(3)}"
     _ip("netns", "add", name)
     try:
-        command = ["tc", "-n", name, "qdisc", "replace", "dev", "lo", "root", "tbf", *_SLOW.split()]
+        command = ["tc", "-n", name, "qdisc", "replace", "dev", "lo", "root", "tbf", *_ANY_LINK.split()]
         made = subprocess.run(command, capture_output=True, check=False)
     finally:
         _ip("netns", "del", name)

@@ -97,10 +97,9 @@ class Network(World):
 
 
 def _away(
-    seconds: float, which: Callable[[Network, random.Random], Machine], world: World, draw: random.Random
+    seconds: float, which: Callable[[Network, random.Random], Machine], world: Network, draw: random.Random
 ) -> None:
     """A cable is pulled and put back."""
-    assert isinstance(world, Network)
     machine = which(world, draw)
     world.hit()
     machine.cut()
@@ -110,9 +109,8 @@ def _away(
         machine.mend()
 
 
-def _for_good(world: World, draw: random.Random) -> None:
+def _for_good(world: Network, draw: random.Random) -> None:
     """A cable is pulled; the run goes on elsewhere, while what is cut off lives on, until it is switched off."""
-    assert isinstance(world, Network)
     world.another()
     machine, attempts = world.of_a_worker(draw), world.count("attempt")
     world.without(machine)
@@ -122,9 +120,8 @@ def _for_good(world: World, draw: random.Random) -> None:
     machine.off()
 
 
-def _off(world: World, draw: random.Random) -> None:
+def _off(world: Network, draw: random.Random) -> None:
     """A machine is switched off, and another one comes."""
-    assert isinstance(world, Network)
     machine = world.of_a_worker(draw)
     world.without(machine)
     world.hit()
@@ -132,9 +129,8 @@ def _off(world: World, draw: random.Random) -> None:
     world.another()
 
 
-def _slow(world: World, draw: random.Random) -> None:
+def _slow(world: Network, draw: random.Random) -> None:
     """A link is slow and loses packets for a while; nobody has to start again."""
-    assert isinstance(world, Network)
     machine = world.of_a_worker(draw)
     world.hit()
     try:
@@ -142,11 +138,6 @@ def _slow(world: World, draw: random.Random) -> None:
         time.sleep(_SLOW_S)
     finally:
         machine.fast()
-
-
-def _head(world: World, draw: random.Random) -> None:
-    assert isinstance(world, Network)
-    world.replace_head()
 
 
 NETWORK_KINDS: dict[str, Kind] = {
@@ -157,5 +148,5 @@ NETWORK_KINDS: dict[str, Kind] = {
     "the head is cut off for 10 s": Kind(partial(_away, 10.0, lambda world, _: world.machines.head), quiet=True),
     "a link is slow and lossy for 20 s": Kind(_slow, lambda _: no_slow_links(), quiet=True),
     "a node is off without a word": Kind(_off),
-    "another head has its address": Kind(_head),
+    "another head has its address": Kind(lambda world, _: world.replace_head()),
 }

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 import pytest
 
 from areal_ray.checkpoint import Catalog
+from areal_ray.checkpoint.retention import Retention
 from areal_ray.config import KeepConfig
 from areal_ray.distributed import RankError
 from areal_ray.run import RunDir
@@ -43,6 +44,16 @@ def test_what_a_failed_save_left_is_deleted(journal, run):
     run.storage.sub(NAME).make()
     journal.saved(failed(RankError([(1, "OSError: full", ["OSError"])])), 0.1, 0.0, 0.2)
     assert not run.storage.sub(NAME).names()
+    assert [event["event"] for event in run.events()] == ["save_failed"]
+
+
+def test_a_failed_save_is_in_the_ledger_even_if_what_it_left_cannot_be_deleted(journal, run, monkeypatch):
+    def away(*_):
+        raise ConnectionError("storage is away")
+
+    monkeypatch.setattr(Retention, "discard", away)
+    with pytest.raises(ConnectionError):
+        journal.saved(failed(RankError([(1, "OSError: full", ["OSError"])])), 0.1, 0.0, 0.2)
     assert [event["event"] for event in run.events()] == ["save_failed"]
 
 

@@ -95,3 +95,23 @@ def test_a_restore_that_passes_nothing_over_keeps_nothing(run, tmp_path):
     assert restored(run, tmp_path) == 6
     assert logged(run) == [1, 2, 3, 4, 5, 6]
     assert run.storage.size(REWOUND) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[]", b"7", b'{"metrics": 3}', b'{"metrics": [3, {"step": "x"}, {}]}']
+)
+def test_what_is_damaged_of_them_is_no_reason_not_to_train(run, tmp_path, content):
+    run.storage.replace(REWOUND, content)
+    assert restored(run, tmp_path, [Catalog.name(6, 1)]) == 3
+    run.storage.replace(REWOUND, content)
+    assert restored(run, tmp_path) == 6
+    assert run.storage.size(REWOUND) is None
+
+
+def test_what_cannot_be_read_of_them_is_no_reason_not_to_train(run, tmp_path):
+    (tmp_path / REWOUND).mkdir()
+    said = []
+    there = job(run)
+    restore_run(tmp_path, there, said)
+    assert there.progress.step == 6
+    assert any(line.startswith("could not keep or bring back lines of the logs: ") for line in said)
