@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -15,6 +16,7 @@ from areal_ray.data.build import build_renderer, build_source
 from areal_ray.data.corpus import planning, prepare
 from areal_ray.data.corpus.corpus import Corpus, TokenSource
 from areal_ray.data.corpus.manifest import Manifest
+from areal_ray.data.corpus.process_prepare import in_processes
 from areal_ray.data.splits import open_source
 from areal_ray.data.tokenizers import Tokenizer
 from areal_ray.driver.connect import cluster
@@ -45,16 +47,24 @@ def leave_unprepared(config: Config, plan: planning.Plan, say: Say) -> None:
 
 
 def make_corpus(config: Config, plan: planning.Plan, say: Say) -> None:
-    """A Make that prepares a corpus: in this process if its sources are small, else with Ray Data."""
+    """A Make that prepares a corpus: in this process if its sources are small, else with all cores there are.
+
+    Those of the cluster's nodes, if there is one, else of this machine: to start a cluster for it takes longer than
+    some of the work.
+    """
     limit = config.data.prepare_in_process_mb
+    what = f"preparing data: {plan.bytes / 1e6:,.0f} MB in {len(plan.groups)} parts"
     if len(plan.groups) == 1 or plan.bytes <= limit * 1_000_000:
         manifest = prepare.prepare(plan, prepare.in_process, say)
-    else:
+    elif ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         from areal_ray.data.corpus.ray_prepare import on_cluster
 
-        say(f"preparing data: {plan.bytes / 1e6:,.0f} MB in {len(plan.groups)} parts, with Ray Data")
+        say(f"{what}, with Ray Data")
         with nullcontext() if ray.is_initialized() else cluster(config):
             manifest = prepare.prepare(plan, on_cluster, say)
+    else:
+        say(f"{what}, in processes of this machine")
+        manifest = prepare.prepare(plan, in_processes, say)
     sources, skipped = manifest.sources, manifest.sources["skipped"]
     left_out = "".join(f", {count:,} {reason}" for reason, count in skipped.items())
     tokens = sum(manifest.count(split, "tokens") for split in manifest.splits)

@@ -1,59 +1,111 @@
-"""Preparing a corpus on a cluster: the bytes of one process, though tasks are killed; errors as they were raised."""
+"""Preparing a corpus in many processes: the bytes of one, though some are killed; errors as they were raised."""
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import build_tokenizer
 from areal_ray.data.corpus import planning, prepare
+from areal_ray.data.corpus.process_prepare import in_processes
 from areal_ray.data.corpus.ray_prepare import on_cluster
 from areal_ray.storage import LocalStorage
 
 pytestmark = pytest.mark.ray
 
 
-def test_tasks_give_the_same_bytes_though_one_is_killed_and_raise_what_a_source_raises(
-    ray_cluster, tmp_path, monkeypatch
-):
-    class Harmful:
-        """Kills its process in the middle of a file, once, or finds that it cannot be read; sent by value."""
+class Harmful:
+    """Kills its process in the middle of a file, as often as it is told, or finds that it cannot be read."""
 
-        def __init__(self, source, marker, fails):
-            self.source, self.marker, self.fails = source, marker, fails
-            self.notes, self.skipped = [], source.skipped
+    def __init__(self, source, marks, kills, fails=False):
+        self.source, self.marks, self.kills, self.fails = source, marks, kills, fails
+        self.notes, self.skipped = [], source.skipped
 
-        def read(self, part):
-            if part.path.endswith("07.txt"):
-                if self.fails:
-                    raise ConfigError("data.paths", f"{part.path} is no text")
-                if not os.path.exists(self.marker):
-                    Path(self.marker).touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-            yield from self.source.read(part)
+    def read(self, part):
+        if part.path.endswith("07.txt"):
+            if self.fails:
+                raise ConfigError("data.paths", f"{part.path} is no text")
+            marks = Path(self.marks)
+            if (killed := len(list(marks.iterdir()))) < self.kills:
+                (marks / str(killed)).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        yield from self.source.read(part)
 
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """Prepares twenty files, each a group or two of its own, and reads what came of it."""
     monkeypatch.setattr(planning, "GROUP_BYTES", 300)
     text = tmp_path / "text"
     text.mkdir()
+    (tmp_path / "marks").mkdir()
     for i in range(20):
         (text / f"{i:02}.txt").write_bytes(bytes([i]) * (37 + i))
 
-    def prepared(folder, map_groups, fails=None):
+    def run(folder, map_groups, **harm):
         config = DataConfig(source="text", paths=[str(text)], held_out=0.25)
         plan = planning.make_plan(config, build_tokenizer("bytes"), LocalStorage(tmp_path / folder))
-        if fails is not None:
-            harmful = Harmful(plan.work.source, str(tmp_path / "marker"), fails)
+        if harm:
+            harmful = Harmful(plan.work.source, str(tmp_path / "marks"), **harm)
             plan = replace(plan, work=replace(plan.work, source=harmful))
         prepare.prepare(plan, map_groups, print)
         (corpus,) = (tmp_path / folder).iterdir()
         return {path.name: path.read_bytes() for path in corpus.iterdir()}
 
+    return run
+
+
+@pytest.fixture
+def map_groups(request):
+    if request.param is on_cluster:
+        request.getfixturevalue("ray_cluster")
+    return request.param
+
+
+@pytest.mark.parametrize("map_groups", [on_cluster, in_processes], indirect=True)
+def test_processes_give_the_same_bytes_though_one_is_killed_and_raise_what_a_source_raises(
+    map_groups, prepared, tmp_path
+):
     expected = prepared("here", prepare.in_process)
-    assert prepared("there", on_cluster, fails=False) == expected
-    assert (tmp_path / "marker").exists()
+    assert prepared("there", map_groups, kills=2) == expected
+    assert len(list((tmp_path / "marks").iterdir())) == 2
     with pytest.raises(ConfigError, match=r"07\.txt is no text") as caught:
-        prepared("nowhere", on_cluster, fails=True)
+        prepared("nowhere", map_groups, kills=0, fails=True)
     assert caught.value.key == "data.paths"
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_processes_that_are_killed_for_ever_end_it(prepared):
+    with pytest.raises(OSError, match="killed again and again"):
+        prepared("there", in_processes, kills=1000)
+
+
+def test_processes_end_with_the_one_that_is_killed_and_what_they_finished_is_used(tmp_path):
+    """The whole command, killed with -9 in the middle: nobody is left, and the next one goes on."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(150):
+        (text / f"{i:03}.txt").write_bytes(os.urandom(500_000).hex().encode())
+    own = ["data=text", f"data.paths=[{text}]", "data.prepare_in_process_mb=1", f"run.storage_path={tmp_path}/runs"]
+    command = [sys.executable, "-m", "areal_ray.cli.main", "prepare", "--config", "conf/experiments/tiny.yaml", *own]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE)
+    first = killed.stdout.readline()
+    assert b"in processes of this machine" in first
+    while not (started := psutil.Process(killed.pid).children(recursive=True)) or not list(
+        tmp_path.glob("runs/data/*/*.done")
+    ):
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    gone, left = psutil.wait_procs(started, timeout=60)
+    assert gone
+    assert not left
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "150 documents" in ran.stdout
+    assert not ran.stderr
