@@ -17,6 +17,8 @@ from areal_ray.data.corpus.process_prepare import in_processes
 from areal_ray.data.corpus.ray_prepare import on_cluster
 from areal_ray.storage import LocalStorage
 
+from .conftest import ROOT
+
 pytestmark = pytest.mark.ray
 
 
@@ -79,6 +81,16 @@ def test_processes_give_the_same_bytes_though_one_is_killed_and_raise_what_a_sou
         prepared("nowhere", map_groups, kills=0, fails=True)
     assert caught.value.key == "data.paths"
     assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_lost_node_costs_the_groups_that_it_had_in_work(prepared, tmp_path):
+    expected = prepared("here", prepare.in_process)
+    command = [sys.executable, "-m", "tests.ray.prepare_nodes_script", str(tmp_path / "text"), str(tmp_path / "there")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (corpus,) = (tmp_path / "there").iterdir()
+    found = {path.name: path.read_bytes() for path in corpus.iterdir()}
+    assert found == expected, sorted(found)
 
 
 def test_processes_that_are_killed_for_ever_end_it(prepared):
