@@ -1,18 +1,20 @@
-"""Bad devices: the exception that names one, and the nodes that a run leaves out for them.
+"""Bad devices: the exception that names one, and the nodes that a run leaves out for them, or for other packages.
 
 A node is known by its name (`nodes.node_name`), as its id in Ray is another one whenever `ray start` is repeated. The
-ledger has it all: events `bad_device`, `left_out` and `readmitted`.
+ledger has it all: events `bad_device`, `other_versions`, `left_out` and `readmitted`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from areal_ray.cluster.nodes import node_name
 from areal_ray.run import RunDir
+from areal_ray.run.versions import OtherVersions
 
 UUID_UNKNOWN = "UUID unknown"
 _ENOUGH = 2  # failures of a node, or of one device, after which its node is left out
@@ -60,16 +62,23 @@ def left_out(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Find the nodes to leave out, and why.
 
     A node is left out when it has failed twice since it was last taken back, or when a device was seen there last that
-    has failed twice: in a container the host name may be another one at every start.
+    has failed twice: in a container the host name may be another one at every start. One with other packages than the
+    driver is left out at once, until the run is submitted again: then the driver may have others, too.
 
     Args:
         events: of a run's ledger, oldest first.
     """
     failures: list[Mapping[str, Any]] = []
+    strangers: dict[str, str] = {}
     for event in events:
         if event["event"] == "bad_device":
             failures.append(event)
+        elif event["event"] == "other_versions":
+            strangers[event["node"]] = event["problem"]
+        elif event["event"] == "submitted":
+            strangers.clear()
         elif event["event"] == "readmitted":
+            strangers.pop(event["node"], None)
             # And what its devices did elsewhere, or one that has moved would still count.
             devices = {_device(failure) for failure in failures if failure["node"] == event["node"]}
             failures = [each for each in failures if each["node"] != event["node"] and _device(each) not in devices]
@@ -79,7 +88,7 @@ def left_out(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     of_devices = Counter(device for device, _ in {(_device(each), each["failure"]) for each in failures})
     found = {node for node, times in of_nodes.items() if times >= _ENOUGH}
     found |= {last[device]["node"] for device, times in of_devices.items() if times >= _ENOUGH}
-    return {node: _why(node, failures) for node in sorted(found)}
+    return {node: _why(node, failures) for node in sorted(found)} | strangers
 
 
 def _device(failure: Mapping[str, Any]) -> str:
@@ -107,25 +116,44 @@ class BadNodes:
 
     def load(self) -> None:
         """Read from the ledger what has been left out so far, and say it (OSError)."""
-        kinds = ("bad_device", "readmitted")
+        kinds = ("bad_device", "other_versions", "readmitted", "submitted")
         self._events = [event for event in self._run.turning_points() if event["event"] in kinds]
         self._out = left_out(self._events)
         for node, why in self._out.items():
             self._say(f"{node} is left out, as before: {why}; {_way_back(node)}")
 
     def record(self, errors: Iterable[BaseException]) -> bool:
-        """Write the bad devices among the exceptions of the workers to the ledger; whether there were any."""
+        """Write the bad devices among the exceptions of the workers to the ledger; whether there were any.
+
+        And nodes with other packages, if the run has trained without them since it was submitted. Before that it is to
+        end: what is wrong is the cluster, or the driver, and nobody has waited for long.
+        """
+        errors = list(errors)
         found = [error for error in errors if isinstance(error, BadDevice)]
+        strangers = {error.node: str(error) for error in errors if isinstance(error, OtherVersions) and error.node}
+        if strangers and not self._has_trained():
+            strangers = {}
         number = max((event.get("failure", 0) for event in self._events), default=0) + 1
         for error in found:
             fields = {**asdict(error.device), "problem": error.problem[:500], "failure": number}
             self._events.append({"event": "bad_device", **fields})
             self._run.note("bad_device", self._say, **fields)
+        for node, problem in strangers.items():
+            self._events.append({"event": "other_versions", "node": node, "problem": problem})
+            self._run.note("other_versions", self._say, node=node, problem=problem)
         before, self._out = self._out, left_out(self._events)
         for node in self._out.keys() - before.keys():
-            self._say(f"{node} has failed twice and is left out from now on: {self._out[node]}; {_way_back(node)}")
+            failed = "" if node in strangers else " has failed twice and"
+            self._say(f"{node}{failed} is left out from now on: {self._out[node]}; {_way_back(node)}")
             self._run.note("left_out", self._say, node=node, why=self._out[node])
-        return bool(found)
+        return bool(found or strangers)
+
+    def _has_trained(self) -> bool:
+        trained = False
+        with suppress(OSError):  # storage that is away: then it ends, as it does before it has trained
+            for event in self._run.turning_points():
+                trained = event["event"] == "training" or (trained and event["event"] != "submitted")
+        return trained
 
     def ids(self, nodes: Callable[[], Iterable[Mapping[str, Any]]]) -> set[str]:
         """Find the present ids of the nodes that are left out.
@@ -157,13 +185,13 @@ def readmit(run: RunDir, names: Iterable[str], say: Callable[[str], None]) -> No
         OSError: if the ledger can be neither read nor written.
     """
     names = list(names)
-    failed = {event["node"] for event in run.events("bad_device")} if names else set()
+    failed = {event["node"] for event in run.events_of("bad_device", "other_versions")} if names else set()
     for name in names:
         if name in failed:
             run.event("readmitted", node=name)
             say(f"{name} is used again, as cluster.use_again says")
         else:
-            say(f"cluster.use_again: no device of {name} has failed in this run; known are: {sorted(failed) or 'none'}")
+            say(f"cluster.use_again: {name} was not left out in this run; known are: {sorted(failed) or 'none'}")
 
 
 def _way_back(node: str) -> str:

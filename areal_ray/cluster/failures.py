@@ -22,6 +22,7 @@ from areal_ray.distributed import RankError
 from areal_ray.distributed.flight_recorder import late_rank
 from areal_ray.run import RunDir
 from areal_ray.run.stack_frames import innermost
+from areal_ray.run.versions import OtherVersions
 
 # Errors of ranks that did nothing wrong, when another one is gone.
 _COLLATERAL = re.compile(
@@ -72,10 +73,10 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
 
     def order(item: tuple[int, Exception]) -> tuple[bool, bool, bool, bool, int]:
         rank, error = item
-        # A bad device explains whatever else went wrong; then an exception of one's own code explains most, then a dead
-        # process, then errors of the survivors of either.
+        # A bad device, or other packages, explain all the rest; then an exception of one's own code explains most; then
+        # a dead process; then errors of the survivors of either.
         return (
-            not isinstance(error, BadDevice),
+            not isinstance(error, BadDevice | OtherVersions),
             _is_collateral(error),
             isinstance(error, RankError),
             not hasattr(error, "__notes__"),

@@ -15,7 +15,19 @@ _MISSING = "missing"
 
 
 class OtherVersions(ValueError):
-    """A node has other packages than the driver; the message says which."""
+    """A node that has other packages than the driver.
+
+    Args:
+        message: names the node and every package that differs.
+        node: its name in Ray (`nodes.node_name`), where that is known.
+    """
+
+    def __init__(self, message: str, node: str = "") -> None:
+        super().__init__(message, node)  # with which it is pickled
+        self.message, self.node = message, node
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def versions() -> dict[str, str]:

@@ -13,15 +13,16 @@ import ray.train
 
 from areal_ray.cluster.console import log, say
 from areal_ray.cluster.head_watch import watching
-from areal_ray.cluster.nodes import this_node_id
+from areal_ray.cluster.nodes import this_node, this_node_id
 from areal_ray.cluster.spare_nodes import SpareNodes
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.config import Config
 from areal_ray.data import GlobalBatches
-from areal_ray.distributed import Ranks, flight_recorder
+from areal_ray.distributed import RankError, Ranks, flight_recorder
 from areal_ray.engine import FSDPEngine
 from areal_ray.run import JobContext, RunDir, versions
 from areal_ray.run.shared_storage import SharedStorage, agree
+from areal_ray.run.versions import OtherVersions
 from areal_ray.worker.stragglers import StragglerDetector
 from areal_ray.worker.watchdog import Stuck, Watchdog
 
@@ -39,17 +40,29 @@ def check_storage(context: JobContext, ranks: Ranks) -> None:
 
 
 def check_versions(context: JobContext, ranks: Ranks) -> None:
-    """Show that all nodes have the driver's packages; RankError, of OtherVersions, if not. A collective of one word.
+    """Show that all nodes have the driver's packages. A collective of one word.
 
     Python and Ray themselves are compared by Ray when a node joins, unless it is told not to.
+
+    Raises:
+        OtherVersions: on a node that has others; RankError elsewhere.
     """
-    place, node = ray.train.get_context(), f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+    found: list[OtherVersions] = []
 
     def check() -> None:
-        if place.get_local_rank() == 0:
+        try:
+            node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
             versions.check_versions(context.versions, versions.versions(), node)
+        except OtherVersions as error:
+            found.append(error)
+            raise
 
-    ranks.all_or_raise(check)
+    try:
+        ranks.all_or_raise(check)
+    except RankError:
+        if found:  # with the name by which the node can be left out
+            raise OtherVersions(found[0].message, this_node()[0]) from None
+        raise
 
 
 def head_watch(leave: Callable[[int], object] = os._exit) -> AbstractContextManager[None]:

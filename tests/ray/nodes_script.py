@@ -1,8 +1,9 @@
 """Trains on a cluster of two nodes that changes under the run; a process of its own, as one process knows one cluster.
 
 python -m tests.ray.nodes_script CHANGE ARGUMENTS...: CHANGE is add, remove or drain (the second node), once the run has
-its first checkpoint; ARGUMENTS are those of `areal-ray train`. When the run has gone on in another number of workers
-and saved, it is asked to stop. With none for CHANGE the run is left to itself, to its end. Ends with its exit status.
+its first checkpoint, or strange: one is added that says it has another torch; ARGUMENTS are those of `areal-ray train`.
+When the run has gone on, perhaps in another number of workers, and saved, it is asked to stop. With none for CHANGE the
+run is left to itself, to its end. Ends with its exit status.
 """
 
 import json
@@ -31,13 +32,22 @@ def events(run: Path, kind: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
+def another_torch(folder: Path) -> str:
+    """What an installation says of itself, to be found before the right one."""
+    about = folder / "site" / "torch-2.99.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.99.0\n")
+    return str(about.parent)
+
+
 def main(change: str, arguments: list[str]) -> int:
     run = Path(option(arguments, "run.storage_path"), option(arguments, "run.name"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     status: list[int] = []
     try:
         ray.init(address=cluster.address, logging_level="ERROR")
-        second = cluster.add_node(num_cpus=1, node_name="second") if change != "add" else None
+        there = change not in ("add", "strange")
+        second = cluster.add_node(num_cpus=1, node_name="second") if there else None
         training = threading.Thread(target=lambda: status.append(run_cli(["train", *arguments])))
         training.start()
         if change == "none":
@@ -48,6 +58,8 @@ def main(change: str, arguments: list[str]) -> int:
         # Nodes start and end in the main thread only: they set signal handlers.
         if change == "add":
             cluster.add_node(num_cpus=1)
+        elif change == "strange":
+            cluster.add_node(num_cpus=1, node_name="second", env_vars={"PYTHONPATH": another_torch(run.parent)})
         elif change == "remove":
             cluster.remove_node(second, allow_graceful=False)
         else:

@@ -52,6 +52,17 @@ def test_a_node_that_comes_is_used_and_no_finished_step_is_lost(alone):
     assert_every_batch_once(alone)
 
 
+def test_a_node_that_comes_with_another_torch_is_left_out(alone):
+    out = change_nodes("strange", alone)
+    assert sizes(alone) == [1, 1]
+    (event,) = alone.events("left_out")
+    assert event["node"] == "second"
+    assert re.search(r"has torch 2\.99\.0 \(the driver has 2\.\S+\): all nodes must have the same", event["why"])
+    assert out.count("second is left out from now on: ") == 1
+    assert alone.result()["restarts"] == 0
+    assert_every_batch_once(alone)
+
+
 def test_a_node_that_goes_leaves_the_run_on_what_is_left(alone):
     out = change_nodes("remove", alone)
     assert sizes(alone) == [2, 1]

@@ -19,6 +19,7 @@ HISTORY = (
     "poison_step",
     "passed_over",
     "bad_device",
+    "other_versions",
     "readmitted",
     "fault",
     "spare_standbys",

@@ -5,6 +5,7 @@ import pytest
 from areal_ray.cluster.bad_devices import UUID_UNKNOWN, BadDevice, BadNodes, DeviceName, left_out, readmit
 from areal_ray.cluster.nodes import node_name
 from areal_ray.run import RunDir
+from areal_ray.run.versions import OtherVersions
 from areal_ray.storage import LocalStorage
 
 pytestmark = pytest.mark.unit
@@ -95,12 +96,33 @@ def test_the_next_submission_leaves_it_out_until_it_is_taken_back(run):
     assert "a is left out, as before" in said[0]
     readmit(run, ["a", "z"], said.append)
     assert said[1] == "a is used again, as cluster.use_again says"
-    assert "no device of z has failed in this run; known are: ['a']" in said[2]
+    assert "z was not left out in this run; known are: ['a']" in said[2]
     third = BadNodes(run, print)
     third.load()
     assert third.ids(nodes) == set()
     third.record([bad("a")])
     assert third.ids(nodes) == set()
+
+
+def test_a_node_with_other_packages_is_left_out_at_once_if_the_run_has_trained_without_it(run):
+    said = []
+    known = BadNodes(run, said.append)
+    other = OtherVersions("host-b has torch 1 (the driver has 2): all nodes must have the same", "b")
+    run.event("training", attempt=1)
+    run.event("submitted", submission="x")
+    assert known.record([other]) is False  # of this submission nothing has trained
+    run.event("training", attempt=2)
+    assert known.record([ValueError(), OtherVersions("somewhere")]) is False
+    assert known.record([ValueError(), other]) is True
+    assert known.ids(nodes) == {"id-b"}
+    assert said == [f"b is left out from now on: {other}; cluster.use_again='[b]' takes it back"]
+    restarted = BadNodes(run, print)
+    restarted.load()
+    assert restarted.ids(nodes) == {"id-b"}
+    run.event("submitted", submission="y")
+    later = BadNodes(run, print)
+    later.load()
+    assert later.ids(nodes) == set()
 
 
 def test_a_ledger_that_cannot_be_written_now_changes_nothing(run, monkeypatch):

@@ -48,3 +48,11 @@ def test_a_jump_is_told_with_what_makes_it_and_what_to_do(step, now, parts):
     text = said(step, [], now)
     assert [part for part in parts if part not in text] == []
     assert "To go on as before, put that back" in text
+
+
+@pytest.mark.parametrize(("schedule", "advised"), [("cosine", True), ("wsd", False)])
+def test_a_schedule_that_is_there_already_is_not_advised(schedule, advised):
+    own = [f"optim.schedule={schedule}"]
+    text = said(200, own, [*own, "train.steps=900"])
+    assert ("optim.schedule=wsd or constant" in text) == advised
+    assert "an optim.lr that fits" in text
