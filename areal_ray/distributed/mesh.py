@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from areal_ray.config import MeshConfig
+
+_GLOO_THREAD = "pt_gloo_runloop"  # as torch names them
+_LOOKS = 3  # at which all of them sleep
 
 
 def init_distributed(
@@ -61,6 +67,32 @@ def init_distributed(
         dist.init_process_group(backend, init_method=method, rank=0, world_size=1, timeout=timeout, device_id=gpu)
     connect("all ranks", dist.group.WORLD, device, entering)
     return device
+
+
+def leave_distributed(limit_s: float = 10.0) -> None:
+    """End the process group, and wait until gloo's threads are at rest: this process may end then.
+
+    They tell who waits for a collective that it is done before they let go of its tensors. Where a busy machine has
+    Python end in between, the last reference to a tensor aborts the process: "terminate called without an active
+    exception" (torch: `ProcessGroupGloo::runLoop`, which takes the lock of an interpreter that is gone).
+
+    Args:
+        limit_s: longest wait.
+    """
+    dist.destroy_process_group()
+    until, looks = time.monotonic() + limit_s, 0
+    while looks < _LOOKS and time.monotonic() < until:
+        looks = 0 if _gloo_is_busy() else looks + 1
+        time.sleep(0.001)  # in which a thread gets the lock, if it was that for which it slept
+
+
+def _gloo_is_busy() -> bool:
+    for task in Path("/proc/self/task").glob("*/stat"):  # of Linux; elsewhere there is nothing to be seen
+        with suppress(OSError):  # a thread that has ended
+            name, _, state = task.read_text().partition("(")[2].rpartition(") ")
+            if name == _GLOO_THREAD and not state.startswith("S"):  # sleeping
+                return True
+    return False
 
 
 def _local_gpu() -> int:

@@ -15,7 +15,7 @@ from torch import nn
 from areal_ray import models
 from areal_ray.config import Config, ModelConfig, plugin
 from areal_ray.distributed import Ranks, accumulation
-from areal_ray.distributed.mesh import ParallelDims, init_distributed
+from areal_ray.distributed.mesh import ParallelDims, init_distributed, leave_distributed
 from areal_ray.engine import adapters, first_weights, hidden, save_load
 from areal_ray.engine.base import EvalResult, SaveLoadMeta, StepResult, finite
 from areal_ray.engine.frozen import FrozenShards
@@ -152,7 +152,7 @@ class FSDPEngine:
         for name in ("_sharded", "_references", "optimizer", "_averages"):
             self.__dict__.pop(name, None)
         if self._owns_group:
-            dist.destroy_process_group()
+            leave_distributed()
             self._owns_group = False
 
     @property

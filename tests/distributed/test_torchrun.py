@@ -51,3 +51,10 @@ def test_saves_and_loads_both_formats_and_goes_on_identically(results: list[dict
     for result in results:
         assert result["went on"][0] < result["losses"][0]
         assert result["goes on"] == [result["went on"]] * 2
+
+
+def test_processes_that_leave_end_well_though_gloo_lags_behind() -> None:
+    command = [sys.executable, "-m", "tests.distributed.leaving_script", "30"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == [0] * 60, ran.stderr

@@ -62,7 +62,7 @@ def main(config: str, out: str, *overrides: str) -> None:
         "ray": sorted(name for name, module in sys.modules.items() if name.split(".")[0] == "ray" and module),
     }
     Path(out, f"rank-{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    engine.destroy()
 
 
 if __name__ == "__main__":
