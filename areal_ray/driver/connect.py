@@ -30,6 +30,7 @@ from areal_ray.storage.local import deny_writing_to_all
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
 _PORT = "RAY_GCS_SERVER_PORT"  # of a cluster that `ray.init` starts
 _TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+WRONG_TOKEN = "the cluster there takes another token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to it"
 _SHARED = ("logs", "logs/old", "sockets", "runtime_resources")  # directories of a session that Ray opens to all
 BESIDE = 1  # actors that Ray Train starts beside every group: for synchronisation
 
@@ -195,6 +196,10 @@ def _init(options: dict[str, Any]) -> list[int]:
             ray.init(**options)
         except RuntimeError as error:
             raise _other_versions(str(error)) or error from None
+        except ConnectionError as error:
+            if ray.exceptions.AuthenticationError.__name__ not in str(error.__cause__):  # with the text of a traceback
+                raise
+            raise ConfigError("", WRONG_TOKEN, "RAY_ADDRESS") from None
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set a handler
     return [group for group in groups if _leads_a_group(group)]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from areal_ray.driver.connect import use_token
+from areal_ray.driver.connect import WRONG_TOKEN, use_token
 
 NO_CLUSTER = """no Ray cluster answers at {address}
 start one:        . .venv/bin/activate && ray start --head
@@ -28,11 +28,12 @@ class Jobs:
             with every request, as Ray's own client does.
 
     Raises:
-        NoCluster: if nobody answers there.
+        NoCluster: if nobody answers there, or not to this token.
     """
 
     def __init__(self, address: str | None = None) -> None:
         use_token()
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
@@ -41,6 +42,8 @@ class Jobs:
             self.client: Any = JobSubmissionClient(self.address, headers=json.loads(headers) if headers else None)
         except (ConnectionError, RuntimeError):
             raise NoCluster(NO_CLUSTER.format(address=self.address)) from None
+        except AuthenticationError:
+            raise NoCluster(f"{self.address}: {WRONG_TOKEN}\n") from None
 
     def all(self) -> list[Any]:
         """All jobs (ConnectionError if the server has none to tell of, as while a head node starts)."""

@@ -82,6 +82,19 @@ def test_a_cluster_of_another_ray_or_python_is_one_line(opened, config, monkeypa
     assert str(caught.value) == f"RAY_ADDRESS: {said}: they must be the same"
 
 
+def test_a_token_that_the_cluster_does_not_take_is_one_line(opened, config, monkeypatch):
+    def init(**options):  # as Ray does it
+        told = (
+            "Failed to connect to GCS. Last connection error: Traceback\nray.exceptions.AuthenticationError: RPC error"
+        )
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.7:6379") from RuntimeError(told)
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError) as caught, connect.cluster(config, fast=False):
+        pass
+    assert str(caught.value) == f"RAY_ADDRESS: {connect.WRONG_TOKEN}"
+
+
 def test_what_else_ray_says_stays_as_it_is(opened, config, monkeypatch):
     def init(**options):
         raise RuntimeError("no room")
