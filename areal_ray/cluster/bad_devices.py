@@ -63,20 +63,21 @@ def left_out(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
     A node is left out when it has failed twice since it was last taken back, or when a device was seen there last that
     has failed twice: in a container the host name may be another one at every start. One with other packages than the
-    driver is left out at once, until the run is submitted again: then the driver may have others, too.
+    driver is left out at once, until a driver with others than that one takes over.
 
     Args:
         events: of a run's ledger, oldest first.
     """
     failures: list[Mapping[str, Any]] = []
-    strangers: dict[str, str] = {}
+    strangers: dict[str, Mapping[str, Any]] = {}
     for event in events:
         if event["event"] == "bad_device":
             failures.append(event)
         elif event["event"] == "other_versions":
-            strangers[event["node"]] = event["problem"]
+            strangers[event["node"]] = event
         elif event["event"] == "submitted":
-            strangers.clear()
+            now = event.get("versions")
+            strangers = {node: each for node, each in strangers.items() if each["driver"] == now}
         elif event["event"] == "readmitted":
             strangers.pop(event["node"], None)
             # And what its devices did elsewhere, or one that has moved would still count.
@@ -88,7 +89,8 @@ def left_out(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     of_devices = Counter(device for device, _ in {(_device(each), each["failure"]) for each in failures})
     found = {node for node, times in of_nodes.items() if times >= _ENOUGH}
     found |= {last[device]["node"] for device, times in of_devices.items() if times >= _ENOUGH}
-    return {node: _why(node, failures) for node in sorted(found)} | strangers
+    out = {node: _why(node, failures) for node in sorted(found)}
+    return out | {node: event["problem"] for node, event in strangers.items()}
 
 
 def _device(failure: Mapping[str, Any]) -> str:
@@ -125,22 +127,23 @@ class BadNodes:
     def record(self, errors: Iterable[BaseException]) -> bool:
         """Write the bad devices among the exceptions of the workers to the ledger; whether there were any.
 
-        And nodes with other packages, if the run has trained without them since it was submitted. Before that it is to
-        end: what is wrong is the cluster, or the driver, and nobody has waited for long.
+        And nodes with other packages, if there are nodes without, and the run has trained on them since it was
+        submitted. Else it is to end: what is wrong is the driver or the cluster, and submitting it again is what helps.
         """
         errors = list(errors)
         found = [error for error in errors if isinstance(error, BadDevice)]
-        strangers = {error.node: str(error) for error in errors if isinstance(error, OtherVersions) and error.node}
-        if strangers and not self._has_trained():
-            strangers = {}
+        others = next((error for error in errors if isinstance(error, OtherVersions)), None)
+        strangers = others.nodes if others and not others.everywhere and self._has_trained() else {}
         number = max((event.get("failure", 0) for event in self._events), default=0) + 1
         for error in found:
             fields = {**asdict(error.device), "problem": error.problem[:500], "failure": number}
             self._events.append({"event": "bad_device", **fields})
             self._run.note("bad_device", self._say, **fields)
         for node, problem in strangers.items():
-            self._events.append({"event": "other_versions", "node": node, "problem": problem})
-            self._run.note("other_versions", self._say, node=node, problem=problem)
+            assert others is not None
+            fields = {"node": node, "problem": problem, "driver": others.driver}
+            self._events.append({"event": "other_versions", **fields})
+            self._run.note("other_versions", self._say, **fields)
         before, self._out = self._out, left_out(self._events)
         for node in self._out.keys() - before.keys():
             failed = "" if node in strangers else " has failed twice and"
@@ -174,18 +177,19 @@ class BadNodes:
 
 
 def readmit(run: RunDir, names: Iterable[str], say: Callable[[str], None]) -> None:
-    """Take nodes back whose devices have failed, by an event in the ledger.
+    """Take nodes back that were left out, by an event in the ledger.
 
     Args:
         run: the run directory.
-        names: of the nodes; one that has not failed is passed over with a line.
+        names: of the nodes; one that was not left out is passed over with a line.
         say: prints a line for the user.
 
     Raises:
         OSError: if the ledger can be neither read nor written.
     """
     names = list(names)
-    failed = {event["node"] for event in run.events_of("bad_device", "other_versions")} if names else set()
+    kinds = ("bad_device", "other_versions")
+    failed = {event["node"] for event in run.turning_points() if event["event"] in kinds} if names else set()
     for name in names:
         if name in failed:
             run.event("readmitted", node=name)

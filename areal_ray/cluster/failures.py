@@ -76,7 +76,7 @@ def root_cause(errors: dict[int, Exception]) -> Cause:
         # A bad device, or other packages, explain all the rest; then an exception of one's own code explains most; then
         # a dead process; then errors of the survivors of either.
         return (
-            not isinstance(error, BadDevice | OtherVersions),
+            not (isinstance(error, BadDevice) or (isinstance(error, OtherVersions) and error.here)),
             _is_collateral(error),
             isinstance(error, RankError),
             not hasattr(error, "__notes__"),

@@ -45,7 +45,7 @@ class DataConfig(SourceConfig):
     truncation: Literal["split", "error", "left", "right", "drop"] | None = None  # of what is longer than
     # train.seq_len, where documents stay whole: left cuts their beginning; null: text is split, a record an error
     prepared_path: str | None = None  # of prepared corpora, or of one; null: <run.storage_path>/data
-    prepare_in_process_mb: float = 128.0  # of sources that the driver prepares itself; more by Ray Data on the cluster
+    prepare_in_process_mb: float = 128.0  # of sources that the driver prepares itself; more with all cores
     prefetch_batches: int = 2  # that are read ahead of training, in a thread; 0: each when it is needed
 
     @property

@@ -54,7 +54,7 @@ class ClusterConfig:
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = field(default_factory=dict)  # default: one CPU, or one CPU and one GPU
     max_failures: int = -1  # before the run is given up; -1: no limit, but the same error twice at one step
-    use_again: list[str] = field(default_factory=list)  # nodes that were left out for bad devices, mended since
+    use_again: list[str] = field(default_factory=list)  # nodes that were left out, mended since
     watchdog: WatchdogConfig | None = field(default_factory=WatchdogConfig)  # null: none
     fast_restarts: Any = "auto"  # auto: by Ray's internals, if they are the known ones · off: by its public API
     standbys: Any = "auto"  # processes per node that wait for a restart: auto (one a worker), off, or a number

@@ -48,8 +48,8 @@ class RestartPolicy:
     Args:
         count: told of workers that could not be placed, and when to wait.
         run: the run directory.
-        bad_nodes: told of bad devices. These count neither as failures nor as errors of the code: the run goes on
-            elsewhere, or waits until it can.
+        bad_nodes: told of bad devices and of other packages. These count neither as failures nor as errors of the code:
+            the run goes on elsewhere, or waits until it can.
         max_failures: failures of workers that are restarted; -1: no limit. Planned restarts, preempted nodes and
             failures of the controller do not count.
         skip_poison_steps: leave out a step that fails again and again instead of ending the run.
@@ -99,21 +99,21 @@ class RestartPolicy:
         if any(isinstance(each, _FINAL) for each in workers.values()) or isinstance(error, StoppedWhileWaiting):
             return False
         storage_answers = self._look_for_progress()
-        bad_device = self._bad_nodes.record(workers.values())
+        bad_node = self._bad_nodes.record(workers.values())
         if workers and storage_answers:
             with suppress(OSError):  # storage that is away says nothing of a checkpoint
-                self._restores.record(workers, bad_device or any(map(_is_preempted, workers.values())))
-        if workers and not bad_device:
+                self._restores.record(workers, bad_node or any(map(_is_preempted, workers.values())))
+        if workers and not bad_node:
             if self._is_final(root_cause(workers), step_of(workers, lambda: self._run)):
                 return False
         elif error is not None and _is_not_started(error):
             self._not_started(error)
         elif error is not None and not self._retry_controller_error(error):
             return False
-        if storage_answers and not bad_device and self._is_early_death_too_many(workers, error):
+        if storage_answers and not bad_node and self._is_early_death_too_many(workers, error):
             return False
         self._wait_if_rapid()
-        if not workers or bad_device or any(map(_is_preempted, workers.values())):
+        if not workers or bad_node or any(map(_is_preempted, workers.values())):
             return True
         self._worker_failures += 1
         return self._max_failures == -1 or self._worker_failures <= self._max_failures

@@ -30,7 +30,9 @@ from areal_ray.storage.local import deny_writing_to_all
 PREPARATION = "areal_ray.driver.fork_preparation"  # of the fork server, which imports it
 _PORT = "RAY_GCS_SERVER_PORT"  # of a cluster that `ray.init` starts
 _TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-WRONG_TOKEN = "the cluster there takes another token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to it"
+WRONG_TOKEN = (
+    "the cluster there does not take this token, or none: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its own"
+)
 _SHARED = ("logs", "logs/old", "sockets", "runtime_resources")  # directories of a session that Ray opens to all
 BESIDE = 1  # actors that Ray Train starts beside every group: for synchronisation
 
@@ -196,8 +198,9 @@ def _init(options: dict[str, Any]) -> list[int]:
             ray.init(**options)
         except RuntimeError as error:
             raise _other_versions(str(error)) or error from None
-        except ConnectionError as error:
-            if ray.exceptions.AuthenticationError.__name__ not in str(error.__cause__):  # with the text of a traceback
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            # The one has the text of the other's traceback in its cause.
+            if ray.exceptions.AuthenticationError.__name__ not in f"{type(error).__name__} {error.__cause__}":
                 raise
             raise ConfigError("", WRONG_TOKEN, "RAY_ADDRESS") from None
     if ignored and threading.current_thread() is threading.main_thread():

@@ -16,7 +16,7 @@ from areal_ray.data.build import build_renderer, build_source
 from areal_ray.data.corpus import planning, prepare
 from areal_ray.data.corpus.corpus import Corpus, TokenSource
 from areal_ray.data.corpus.manifest import Manifest
-from areal_ray.data.corpus.process_prepare import in_processes
+from areal_ray.data.corpus.process_prepare import InProcesses
 from areal_ray.data.splits import open_source
 from areal_ray.data.tokenizers import Tokenizer
 from areal_ray.driver.connect import cluster
@@ -64,7 +64,7 @@ def make_corpus(config: Config, plan: planning.Plan, say: Say) -> None:
             manifest = prepare.prepare(plan, on_cluster, say)
     else:
         say(f"{what}, in processes of this machine")
-        manifest = prepare.prepare(plan, in_processes, say)
+        manifest = prepare.prepare(plan, InProcesses(say), say)
     sources, skipped = manifest.sources, manifest.sources["skipped"]
     left_out = "".join(f", {count:,} {reason}" for reason, count in skipped.items())
     tokens = sum(manifest.count(split, "tokens") for split in manifest.splits)

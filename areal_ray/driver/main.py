@@ -155,7 +155,8 @@ def _drive(
     exporter: Exporter | None,
 ) -> int:
     run = context.run
-    run.note("submitted", print, last_step=config.last_step, submission=context.submission)
+    about = {"submission": context.submission, "versions": context.versions}
+    run.note("submitted", print, last_step=config.last_step, **about)
     address = ray.get_runtime_context().gcs_address
     try:
         identity = partial(ray_internals.cluster_id, address) if context.fast_restarts else lambda: None

@@ -9,7 +9,7 @@ from areal_ray.config import Config, OptimConfig
 from areal_ray.engine.optim.schedule import LrSchedule
 
 _JUMP = 1.25  # times as large or as small; a run that is made longer, or warmed up anew, is far beyond
-_OPEN = ("wsd", "constant")
+_OPEN = ("wsd", "constant")  # schedules that go on for as long as they are told
 _SHAPE = ("lr", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio")
 
 
@@ -36,7 +36,7 @@ def rate_jump(newest: Entry, config: Config) -> str | None:
     changed = [text for name, text in zip(_SHAPE, changed, strict=True) if getattr(old, name) != getattr(new, name)]
     if steps != config.train.steps:
         changed.append(f"train.steps was {steps} and is {config.train.steps}")
-    ending = new.schedule not in _OPEN  # such schedules go on for as long as they are told
+    ending = new.schedule not in _OPEN
     longer = f"optim.schedule={' or '.join(_OPEN)}, or an optim.lr that fits" if ending else "an optim.lr that fits"
     return (
         f"it jumps from {was:.3g} to {now:.3g} after step {step}, as {', '.join(changed)}. To go on as before, put "

@@ -15,19 +15,21 @@ _MISSING = "missing"
 
 
 class OtherVersions(ValueError):
-    """A node that has other packages than the driver.
+    """Nodes that have other packages than the driver.
 
     Args:
-        message: names the node and every package that differs.
-        node: its name in Ray (`nodes.node_name`), where that is known.
+        nodes: by their names in Ray (`nodes.node_name`), one line each that names every package that differs.
+        driver: versions of the driver.
+        everywhere: whether no node has what the driver has.
+        here: whether that of the process that raises it has others.
     """
 
-    def __init__(self, message: str, node: str = "") -> None:
-        super().__init__(message, node)  # with which it is pickled
-        self.message, self.node = message, node
+    def __init__(self, nodes: Mapping[str, str], driver: Mapping[str, str], everywhere: bool, here: bool) -> None:
+        super().__init__(nodes, driver, everywhere, here)  # with which it is pickled
+        self.nodes, self.driver, self.everywhere, self.here = dict(nodes), dict(driver), everywhere, here
 
     def __str__(self) -> str:
-        return self.message
+        return "; ".join(self.nodes.values())
 
 
 def versions() -> dict[str, str]:
@@ -52,23 +54,21 @@ def differences(there: Mapping[str, str], here: Mapping[str, str], names: tuple[
     return [f"{name} {there[name]} (here {here[name]})" for name in both if there[name] != here[name]]
 
 
-def check_versions(driver: Mapping[str, str], mine: Mapping[str, str], node: str) -> None:
-    """Compare those of a worker's node with the driver's.
+def strange(driver: Mapping[str, str], mine: Mapping[str, str], node: str) -> str | None:
+    """What differs on a worker's node from the driver, in one line; None if nothing does that binds.
 
     Args:
         driver: its versions.
         mine: those of this process.
-        node: its name, for the message.
-
-    Raises:
-        OtherVersions: one line that names the node and every package that differs.
+        node: its name and address, for the line.
     """
     # Ray itself only warns of another patch release of Python: compiled code and pickles are the same.
     same_python = _minor(mine) == _minor(driver)
     names = tuple(name for name in BINDING if not (name == "python" and same_python))
-    if found := differences(mine, driver, names):
-        told = ", ".join(text.replace("(here ", "(the driver has ") for text in found)
-        raise OtherVersions(f"{node} has {told}: all nodes must have the same")
+    if not (found := differences(mine, driver, names)):
+        return None
+    told = ", ".join(text.replace("(here ", "(the driver has ") for text in found)
+    return f"{node} has {told}: all nodes must have the same"
 
 
 def _minor(versions: Mapping[str, str]) -> list[str]:

@@ -18,7 +18,7 @@ from areal_ray.cluster.spare_nodes import SpareNodes
 from areal_ray.cluster.standbys import Standbys
 from areal_ray.config import Config
 from areal_ray.data import GlobalBatches
-from areal_ray.distributed import RankError, Ranks, flight_recorder
+from areal_ray.distributed import Ranks, flight_recorder
 from areal_ray.engine import FSDPEngine
 from areal_ray.run import JobContext, RunDir, versions
 from areal_ray.run.shared_storage import SharedStorage, agree
@@ -40,29 +40,20 @@ def check_storage(context: JobContext, ranks: Ranks) -> None:
 
 
 def check_versions(context: JobContext, ranks: Ranks) -> None:
-    """Show that all nodes have the driver's packages. A collective of one word.
+    """Show that all nodes have the driver's packages. A collective, of one word if they have.
 
     Python and Ray themselves are compared by Ray when a node joins, unless it is told not to.
 
     Raises:
-        OtherVersions: on a node that has others; RankError elsewhere.
+        OtherVersions: on every rank, with all nodes that have others: the controller acts on the first that it hears.
     """
-    found: list[OtherVersions] = []
-
-    def check() -> None:
-        try:
-            node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-            versions.check_versions(context.versions, versions.versions(), node)
-        except OtherVersions as error:
-            found.append(error)
-            raise
-
-    try:
-        ranks.all_or_raise(check)
-    except RankError:
-        if found:  # with the name by which the node can be left out
-            raise OtherVersions(found[0].message, this_node()[0]) from None
-        raise
+    mine = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+    problem = versions.strange(context.versions, versions.versions(), mine)
+    if not ranks.all_reduce_min(problem is None):
+        told = ranks.gather((this_node()[0], problem))
+        nodes = {node: text for node, text in told if text is not None}
+        everywhere = len(nodes) == len({node for node, _ in told})
+        raise OtherVersions(nodes, context.versions, everywhere, here=problem is not None)
 
 
 def head_watch(leave: Callable[[int], object] = os._exit) -> AbstractContextManager[None]:

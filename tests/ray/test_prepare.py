@@ -13,7 +13,7 @@ import pytest
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import build_tokenizer
 from areal_ray.data.corpus import planning, prepare
-from areal_ray.data.corpus.process_prepare import in_processes
+from areal_ray.data.corpus.process_prepare import InProcesses
 from areal_ray.data.corpus.ray_prepare import on_cluster
 from areal_ray.storage import LocalStorage
 
@@ -70,7 +70,7 @@ def map_groups(request):
     return request.param
 
 
-@pytest.mark.parametrize("map_groups", [on_cluster, in_processes], indirect=True)
+@pytest.mark.parametrize("map_groups", [on_cluster, InProcesses(print)], indirect=True)
 def test_processes_give_the_same_bytes_though_one_is_killed_and_raise_what_a_source_raises(
     map_groups, prepared, tmp_path
 ):
@@ -93,9 +93,11 @@ def test_a_lost_node_costs_the_groups_that_it_had_in_work(prepared, tmp_path):
     assert found == expected, sorted(found)
 
 
-def test_processes_that_are_killed_for_ever_end_it(prepared):
-    with pytest.raises(OSError, match="killed again and again"):
-        prepared("there", in_processes, kills=1000)
+def test_half_as_many_processes_go_on_after_a_death_and_many_deaths_end_it(prepared, capsys):
+    with pytest.raises(ConfigError, match="die again and again"):
+        prepared("there", InProcesses(print, most=4), kills=1000)
+    said = [line for line in capsys.readouterr().out.splitlines() if "was killed" in line]
+    assert [line.rpartition(" ")[2] for line in said[:2]] == ["2", "1"]
 
 
 def test_processes_end_with_the_one_that_is_killed_and_what_they_finished_is_used(tmp_path):

@@ -25,6 +25,10 @@ def _text(value: Any) -> bool:
     return type(value) is str
 
 
+def _dict(value: Any) -> bool:
+    return type(value) is dict
+
+
 def _or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
@@ -51,8 +55,12 @@ _FIELDS: dict[str, Check] = {
     "pids": _list_of(_count),
     "checkpoint": _or_none(_text),
     "where": _or_none(_text),
-    "collectives": _or_none(lambda value: type(value) is dict),
-} | dict.fromkeys(("action", "cause", "error", "fault", "job", "node", "node_id", "phase", "reason", "uuid"), _text)
+    "collectives": _or_none(_dict),
+    "driver": _dict,
+    "versions": _dict,
+} | dict.fromkeys(
+    ("action", "cause", "error", "fault", "job", "node", "node_id", "phase", "problem", "reason", "uuid"), _text
+)
 
 # What each kind of event is asked for, and would be no event of its kind without.
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -65,7 +73,8 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "bad_step": ("step",),
     "poison_step": ("step",),
     "passed_over": ("checkpoint",),
-    "bad_device": ("node", "uuid", "index", "failure"),
+    "bad_device": ("node", "uuid", "index", "failure", "problem"),
+    "other_versions": ("node", "problem", "driver"),
     "readmitted": ("node",),
     "fault": ("fault",),
     "spare_standbys": ("node_id", "job"),

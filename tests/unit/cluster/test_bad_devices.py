@@ -104,25 +104,46 @@ def test_the_next_submission_leaves_it_out_until_it_is_taken_back(run):
     assert third.ids(nodes) == set()
 
 
+DRIVER = {"torch": "2"}
+
+
+def strangers(*names, everywhere=False):
+    told = {name: f"{name} has torch 1 (the driver has 2): all nodes must have the same" for name in names}
+    return OtherVersions(told, DRIVER, everywhere, here=False)
+
+
+def loaded(run):
+    known = BadNodes(run, print)
+    known.load()
+    return known.ids(nodes)
+
+
 def test_a_node_with_other_packages_is_left_out_at_once_if_the_run_has_trained_without_it(run):
     said = []
     known = BadNodes(run, said.append)
-    other = OtherVersions("host-b has torch 1 (the driver has 2): all nodes must have the same", "b")
     run.event("training", attempt=1)
-    run.event("submitted", submission="x")
-    assert known.record([other]) is False  # of this submission nothing has trained
+    run.event("submitted", submission="x", versions=DRIVER)
+    assert known.record([strangers("b")]) is False  # of this submission nothing has trained
     run.event("training", attempt=2)
-    assert known.record([ValueError(), OtherVersions("somewhere")]) is False
-    assert known.record([ValueError(), other]) is True
+    assert known.record([strangers("b", everywhere=True)]) is False  # what is wrong is the driver
+    assert known.record([ValueError(), strangers("b"), strangers("b")]) is True
     assert known.ids(nodes) == {"id-b"}
-    assert said == [f"b is left out from now on: {other}; cluster.use_again='[b]' takes it back"]
-    restarted = BadNodes(run, print)
-    restarted.load()
-    assert restarted.ids(nodes) == {"id-b"}
-    run.event("submitted", submission="y")
-    later = BadNodes(run, print)
-    later.load()
-    assert later.ids(nodes) == set()
+    told = "b has torch 1 (the driver has 2): all nodes must have the same"
+    assert said == [f"b is left out from now on: {told}; cluster.use_again='[b]' takes it back"]
+    assert loaded(run) == {"id-b"}  # a controller that is started again
+    run.event("submitted", submission="y", versions=DRIVER)
+    assert loaded(run) == {"id-b"}  # the same driver again
+    readmit(run, ["b"], print)
+    assert loaded(run) == set()
+
+
+def test_a_driver_with_other_packages_tries_all_nodes_again(run):
+    run.event("submitted", submission="x", versions=DRIVER)
+    run.event("training", attempt=1)
+    BadNodes(run, print).record([strangers("b", "c")])
+    assert loaded(run) == {"id-b", "id-c"}
+    run.event("submitted", submission="y", versions={"torch": "1"})
+    assert loaded(run) == set()
 
 
 def test_a_ledger_that_cannot_be_written_now_changes_nothing(run, monkeypatch):

@@ -1,9 +1,11 @@
 """Another Python, Ray, torch or areal_ray on a node is named."""
 
+import pickle
+
 import pytest
 
 from areal_ray.run import versions as module
-from areal_ray.run.versions import BINDING, OtherVersions, check_versions, differences, versions
+from areal_ray.run.versions import BINDING, OtherVersions, differences, strange, versions
 
 pytestmark = pytest.mark.unit
 
@@ -11,27 +13,32 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("name", BINDING)
 def test_what_differs_on_a_node_is_named_with_both_versions(name):
     mine = {**versions(), name: "0.0.1"}
-    with pytest.raises(OtherVersions) as caught:
-        check_versions(versions(), mine, "node-b (10.0.0.2)")
     expected = f"node-b (10.0.0.2) has {name} 0.0.1 (the driver has {versions()[name]}): all nodes must have the same"
-    assert str(caught.value) == expected
+    assert strange(versions(), mine, "node-b (10.0.0.2)") == expected
     assert differences(mine, versions()) == [f"{name} 0.0.1 (here {versions()[name]})"]
 
 
 def test_all_that_differs_is_named_at_once():
-    with pytest.raises(OtherVersions, match=r"has torch 1 \(the driver has 2\), ray 3 \(the driver has 4\): all"):
-        check_versions({"torch": "2", "ray": "4"}, {"torch": "1", "ray": "3"}, "node")
+    told = strange({"torch": "2", "ray": "4"}, {"torch": "1", "ray": "3"}, "node")
+    assert told == "node has torch 1 (the driver has 2), ray 3 (the driver has 4): all nodes must have the same"
+
+
+def test_what_is_raised_reaches_the_controller_in_one_piece():
+    error = OtherVersions({"b": "b has torch 1", "c": "c has torch 2"}, {"torch": "3"}, everywhere=False, here=True)
+    sent = pickle.loads(pickle.dumps(error))  # noqa: S301  (its own)
+    assert str(sent) == "b has torch 1; c has torch 2"
+    assert vars(sent) == vars(error)
 
 
 def test_the_same_is_fine_and_so_is_what_does_not_change_a_run(monkeypatch):
-    check_versions(versions(), versions(), "node")
-    check_versions(versions(), {**versions(), "numpy": "0.0.1"}, "node")
-    check_versions({"python": "3.11.7"}, {"python": "3.11.15"}, "node")
-    check_versions({}, versions(), "node")  # a driver that does not say
+    assert strange(versions(), versions(), "node") is None
+    assert strange(versions(), {**versions(), "numpy": "0.0.1"}, "node") is None
+    assert strange({"python": "3.11.7"}, {"python": "3.11.15"}, "node") is None
+    assert strange({}, versions(), "node") is None  # a driver that does not say
     monkeypatch.setattr(module, "version", lambda package: "2.13.0+cu130")
     gpu = versions()
     monkeypatch.setattr(module, "version", lambda package: "2.13.0+cpu")
-    check_versions(gpu, versions(), "node")
+    assert strange(gpu, versions(), "node") is None
 
 
 def test_a_package_that_is_not_there_is_missing(monkeypatch):
