@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from areal_ray.cli.main import main
+
 pytestmark = pytest.mark.unit
 
 EXPERIMENT = str(Path(__file__).parents[3] / "conf/experiments/tiny.yaml")
@@ -54,3 +56,13 @@ def test_without_an_output_there_is_nothing_to_write(tmp_path):
         preexec_fn=lambda: __import__("os").close(1),
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(config, say):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("areal_ray.driver.data.prepare_all", interrupted)
+    assert main(["prepare", "--config", "conf/experiments/tiny.yaml"]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "areal-ray: interrupted; the same command goes on with what is finished"
