@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -286,3 +288,21 @@ def test_sources_that_cannot_be_read_leave_no_corpus(sources, tmp_path):
     with pytest.raises(ConfigError, match=r"07\.txt"):
         prepare.prepare(plan, prepare.in_process, print)
     assert plan.work.storage.names() == []
+
+
+def test_a_process_that_prepares_does_without_torch_and_ray():
+    code = """
+import sys
+import areal_ray.data.build, areal_ray.data.corpus.process_prepare, areal_ray.data.tokenizers
+print([name for name in ("torch", "ray", "transformers") if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
+
+
+def test_what_the_package_names_is_there():
+    import areal_ray.data
+
+    assert {name for name in areal_ray.data.__all__ if hasattr(areal_ray.data, name)} == set(areal_ray.data.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        areal_ray.data.nothing  # noqa: B018
