@@ -64,7 +64,7 @@ def run_row(run: RunDir) -> RunRow:
     return RunRow(
         name=run.storage.location.rstrip("/").rpartition("/")[2],
         status=status(run, events),
-        step=max((line["step"] for line in metrics), default=0),
+        step=_ended_at(events) or max((line["step"] for line in metrics), default=0),
         steps=config.get("train", {}).get("steps"),
         loss=_newest(metrics, "loss"),
         held_out_loss=_newest(metrics, "held_out_loss"),
@@ -72,6 +72,11 @@ def run_row(run: RunDir) -> RunRow:
         age_s=max(0.0, time.time() - max(times)) if times else None,
         bytes=sum(stored(events).values()),
     )
+
+
+def _ended_at(events: list[dict[str, Any]]) -> int | None:
+    """The step at which a run has ended, which may have no line of its own; None if that is not written down."""
+    return events[-1].get("step") if events and events[-1]["event"] in ENDS else None
 
 
 def _newest(metrics: list[dict[str, Any]], name: str) -> float | None:

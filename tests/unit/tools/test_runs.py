@@ -112,11 +112,14 @@ def test_a_long_run_is_sampled_and_keeps_its_evaluations_and_its_end(tmp_path):
 
 
 def test_the_list_says_what_became_of_each(runs, capsys):
-    folder, _, killed = runs
+    folder, whole, killed = runs
     rows = {row.name: row for row in list_runs(LocalStorage(folder))}
     assert (rows["whole"].status, rows["whole"].step, rows["whole"].steps) == ("finished", 200, 200)
     assert (rows["killed"].status, rows["killed"].restarts, rows["killed"].bytes) == ("failed", 1, 1000)
     assert rows["killed"].held_out_loss == 5.1 - 1.5
+    whole.run.event("stopped", step=205)  # between two lines of metrics
+    assert {row.name: row.step for row in list_runs(LocalStorage(folder))} == {"whole": 205, "killed": 150}
+    whole.run.event("finished", step=200)
     killed.run.event("submitted", last_step=200, submission="c")
     assert {row.name: row.status for row in list_runs(LocalStorage(folder))}["killed"] == "gone"
     killed.run.storage.replace("driver.json", json.dumps({"id": "x", "host": "elsewhere", "time": 4e9}).encode())
