@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             status = int(arguments.run(arguments))
         except KeyboardInterrupt:  # where there is nothing to be saved, as in `train`, once it trains
-            print("areal-ray: interrupted; the same command goes on with what is finished", file=sys.stderr)
+            more = "; the same command goes on with what is finished" if arguments.run in (_train, _prepare) else ""
+            print(f"areal-ray: interrupted{more}", file=sys.stderr)
             status = 128 + signal.SIGINT
     # Of these the output is not what they are for; of all others it is.
     works = arguments.run in (_train, _submit, _verify, _chaos, _prepare) and not arguments.print_config

@@ -14,7 +14,7 @@ from typing import Any
 
 from areal_ray.cluster.nodes import node_name
 from areal_ray.run import RunDir
-from areal_ray.run.versions import OtherVersions
+from areal_ray.run.versions import OtherVersions, strange, versions
 
 UUID_UNKNOWN = "UUID unknown"
 _ENOUGH = 2  # failures of a node, or of one device, after which its node is left out
@@ -63,7 +63,7 @@ def left_out(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
     A node is left out when it has failed twice since it was last taken back, or when a device was seen there last that
     has failed twice: in a container the host name may be another one at every start. One with other packages than the
-    driver is left out at once, until a driver with others than that one takes over.
+    driver is left out at once, by every driver that has those of that one.
 
     Args:
         events: of a run's ledger, oldest first.
@@ -127,13 +127,15 @@ class BadNodes:
     def record(self, errors: Iterable[BaseException]) -> bool:
         """Write the bad devices among the exceptions of the workers to the ledger; whether there were any.
 
-        And nodes with other packages, if there are nodes without, and the run has trained on them since it was
-        submitted. Else it is to end: what is wrong is the driver or the cluster, and submitting it again is what helps.
+        And nodes with other packages, if the run has trained without them since it was submitted, and this process has
+        the packages that the driver had then. Else it is to end: what is wrong is the driver, or packages have been
+        changed under a run, and submitting it again is what helps.
         """
         errors = list(errors)
         found = [error for error in errors if isinstance(error, BadDevice)]
         others = next((error for error in errors if isinstance(error, OtherVersions)), None)
-        strangers = others.nodes if others and not others.everywhere and self._has_trained() else {}
+        as_before = others is not None and strange(others.driver, versions(), "here") is None
+        strangers = others.nodes if others and as_before and self._has_trained() else {}
         number = max((event.get("failure", 0) for event in self._events), default=0) + 1
         for error in found:
             fields = {**asdict(error.device), "problem": error.problem[:500], "failure": number}

@@ -26,6 +26,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES.values():
+        return import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

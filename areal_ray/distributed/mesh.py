@@ -89,7 +89,7 @@ def leave_distributed(limit_s: float = 10.0) -> None:
 def _gloo_is_busy() -> bool:
     for task in Path("/proc/self/task").glob("*/stat"):  # of Linux; elsewhere there is nothing to be seen
         with suppress(OSError):  # a thread that has ended
-            name, _, state = task.read_text().partition("(")[2].rpartition(") ")
+            name, _, state = task.read_text(errors="replace").partition("(")[2].rpartition(") ")
             if name == _GLOO_THREAD and not state.startswith("S"):  # sleeping
                 return True
     return False

@@ -20,13 +20,12 @@ class OtherVersions(ValueError):
     Args:
         nodes: by their names in Ray (`nodes.node_name`), one line each that names every package that differs.
         driver: versions of the driver.
-        everywhere: whether no node has what the driver has.
         here: whether that of the process that raises it has others.
     """
 
-    def __init__(self, nodes: Mapping[str, str], driver: Mapping[str, str], everywhere: bool, here: bool) -> None:
-        super().__init__(nodes, driver, everywhere, here)  # with which it is pickled
-        self.nodes, self.driver, self.everywhere, self.here = dict(nodes), dict(driver), everywhere, here
+    def __init__(self, nodes: Mapping[str, str], driver: Mapping[str, str], here: bool) -> None:
+        super().__init__(nodes, driver, here)  # with which it is pickled
+        self.nodes, self.driver, self.here = dict(nodes), dict(driver), here
 
     def __str__(self) -> str:
         return "; ".join(self.nodes.values())

@@ -11,7 +11,7 @@ from typing import Any
 from areal_ray.run import RunDir
 from areal_ray.run.directory import CONFIG
 from areal_ray.storage import Storage
-from areal_ray.tools.report.course import ENDS, Course, flat, read_config, status, stored
+from areal_ray.tools.report.course import ENDS, Course, flat, last_step, read_config, status, stored
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RunRow:
     Args:
         name: of its directory.
         status: as in `Course`.
-        step, steps: the last that was logged, and the length of the run.
+        step, steps: at which it has ended, else the last that was logged; and the length of the run.
         loss, held_out_loss: the newest that are known.
         restarts: starts of the workers beyond one a submission.
         age_s: since its last sign of life.
@@ -64,7 +64,7 @@ def run_row(run: RunDir) -> RunRow:
     return RunRow(
         name=run.storage.location.rstrip("/").rpartition("/")[2],
         status=status(run, events),
-        step=_ended_at(events) or max((line["step"] for line in metrics), default=0),
+        step=last_step(events, metrics),
         steps=config.get("train", {}).get("steps"),
         loss=_newest(metrics, "loss"),
         held_out_loss=_newest(metrics, "held_out_loss"),
@@ -72,11 +72,6 @@ def run_row(run: RunDir) -> RunRow:
         age_s=max(0.0, time.time() - max(times)) if times else None,
         bytes=sum(stored(events).values()),
     )
-
-
-def _ended_at(events: list[dict[str, Any]]) -> int | None:
-    """The step at which a run has ended, which may have no line of its own; None if that is not written down."""
-    return events[-1].get("step") if events and events[-1]["event"] in ENDS else None
 
 
 def _newest(metrics: list[dict[str, Any]], name: str) -> float | None:

@@ -52,8 +52,7 @@ def check_versions(context: JobContext, ranks: Ranks) -> None:
     if not ranks.all_reduce_min(problem is None):
         told = ranks.gather((this_node()[0], problem))
         nodes = {node: text for node, text in told if text is not None}
-        everywhere = len(nodes) == len({node for node, _ in told})
-        raise OtherVersions(nodes, context.versions, everywhere, here=problem is not None)
+        raise OtherVersions(nodes, context.versions, here=problem is not None)
 
 
 def head_watch(leave: Callable[[int], object] = os._exit) -> AbstractContextManager[None]:

@@ -50,17 +50,35 @@ def prepared(tmp_path, monkeypatch):
     for i in range(20):
         (text / f"{i:02}.txt").write_bytes(bytes([i]) * (37 + i))
 
-    def run(folder, map_groups, **harm):
+    def run(folder, map_groups, kind=Harmful, **harm):
         config = DataConfig(source="text", paths=[str(text)], held_out=0.25)
         plan = planning.make_plan(config, build_tokenizer("bytes"), LocalStorage(tmp_path / folder))
         if harm:
-            harmful = Harmful(plan.work.source, str(tmp_path / "marks"), **harm)
+            harmful = kind(plan.work.source, str(tmp_path / "marks"), **harm)
             plan = replace(plan, work=replace(plan.work, source=harmful))
         prepare.prepare(plan, map_groups, print)
         (corpus,) = (tmp_path / folder).iterdir()
         return {path.name: path.read_bytes() for path in corpus.iterdir()}
 
     return run
+
+
+class Sent:
+    """A source that is larger than a pipe, and may end the process that it is sent to."""
+
+    def __init__(self, source, marks, kills):
+        self.source, self.marks, self.kills = source, marks, kills
+        self.notes, self.skipped, self.padding = [], source.skipped, b"0" * (1 << 20)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        marks = Path(self.marks)
+        if (killed := len(list(marks.iterdir()))) < self.kills:
+            (marks / str(killed)).touch()
+            os._exit(1)
+
+    def read(self, part):
+        yield from self.source.read(part)
 
 
 @pytest.fixture
@@ -91,6 +109,11 @@ def test_a_lost_node_costs_the_groups_that_it_had_in_work(prepared, tmp_path):
     (corpus,) = (tmp_path / "there").iterdir()
     found = {path.name: path.read_bytes() for path in corpus.iterdir()}
     assert found == expected, sorted(found)
+
+
+def test_a_process_that_dies_of_what_it_is_sent_is_not_waited_for(prepared):
+    expected = prepared("here", prepare.in_process)
+    assert prepared("there", InProcesses(print), kind=Sent, kills=1) == expected
 
 
 def test_half_as_many_processes_go_on_after_a_death_and_many_deaths_end_it(prepared, capsys):

@@ -62,10 +62,14 @@ class InProcesses:
         """Prepare groups until all are done, or a process dies."""
         context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
         alive, held = context.Pipe(duplex=False)
-        pool = ProcessPoolExecutor(min(len(groups), self._count), context, _begin, (alive, work))
+        pool = ProcessPoolExecutor(min(len(groups), self._count), context, _begin, (alive,))
+        shared = os.memfd_create("work")  # as a file, but gone with this process
         try:
+            with open(shared, "wb", closefd=False) as file:
+                pickle.dump(work, file)
             with _for_children():
-                futures = {pool.submit(_prepare, group): group for group in groups}
+                path = f"/proc/{os.getpid()}/fd/{shared}"
+                futures = {pool.submit(_prepare, path, group): group for group in groups}
             for future in as_completed(futures):
                 group, record = futures.pop(future), future.result()
                 records[group.number] = record
@@ -75,6 +79,7 @@ class InProcesses:
             held.close()  # ends the processes in the middle of their groups: neither an error nor Ctrl-C waits for them
             alive.close()
             pool.shutdown(cancel_futures=True)
+            os.close(shared)
 
 
 @contextmanager
@@ -94,14 +99,17 @@ def _for_children() -> Iterator[None]:
 
 
 class _Process:
-    """A process of the pool: sent once what every group needs, which may be the whole of a tokenizer."""
+    """A process of the pool, with what every group needs.
 
-    work: Work
+    It is read here, once: it may have the whole of a tokenizer in it, and what a process that begins is sent must fit
+    into a pipe, or one that dies meanwhile is waited for without end.
+    """
+
+    work: Work | None = None
 
 
-def _begin(alive: Connection, work: Work) -> None:
+def _begin(alive: Connection) -> None:
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
-    _Process.work = work
 
 
 def _end_with(alive: Connection) -> None:
@@ -110,12 +118,16 @@ def _end_with(alive: Connection) -> None:
     os._exit(1)
 
 
-def _prepare(group: Group) -> Record:
+def _prepare(path: str, group: Group) -> Record:
     try:
+        if _Process.work is None:
+            with open(path, "rb") as file:
+                _Process.work = pickle.load(file)  # noqa: S301  (our parent's)
         return prepare_group(_Process.work, group, keep=True)
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))  # noqa: S301  (its own)
         except Exception:  # noqa: BLE001  (whatever its class does)
-            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+            kind = next(each for each in (OSError, ValueError, RuntimeError, Exception) if isinstance(error, each))
+            raise kind(f"{type(error).__name__}: {error}") from None
         raise

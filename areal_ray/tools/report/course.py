@@ -61,8 +61,8 @@ class Course:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
-        return int(self.metrics[-1]["step"]) if self.metrics else 0
+        """The step at which the run has ended, else the last that was logged."""
+        return last_step(self.events, self.metrics)
 
     @property
     def steps(self) -> int | None:
@@ -122,12 +122,24 @@ def status(run: RunDir, events: list[dict[str, Any]]) -> str:
     Args:
         events: of which those of submissions and of their ends count.
     """
-    turns = [event["event"] for event in events if event["event"] in ("submitted", *ENDS)]
-    if turns and turns[-1] in ENDS:
-        return str(turns[-1])
+    end = _end(events)
+    if end is not None:
+        return str(end["event"])
     driver = holder(run.storage)
     alive = driver is not None and time.time() - driver.get("time", 0.0) < _ALIVE_S
     return "running" if alive else "gone"
+
+
+def last_step(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> int:
+    """The step at which a run has ended, which may have no line of its own; else the last that was logged."""
+    at = (_end(events) or {}).get("step")
+    return at if isinstance(at, int) else max((int(line["step"]) for line in metrics), default=0)
+
+
+def _end(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The event with which the newest submission has ended; None if it has not."""
+    turns = [event for event in events if event["event"] in ("submitted", *ENDS)]
+    return turns[-1] if turns and turns[-1]["event"] in ENDS else None
 
 
 def stored(events: list[dict[str, Any]]) -> dict[str, int]:

@@ -24,7 +24,7 @@ def test_all_that_differs_is_named_at_once():
 
 
 def test_what_is_raised_reaches_the_controller_in_one_piece():
-    error = OtherVersions({"b": "b has torch 1", "c": "c has torch 2"}, {"torch": "3"}, everywhere=False, here=True)
+    error = OtherVersions({"b": "b has torch 1", "c": "c has torch 2"}, {"torch": "3"}, here=True)
     sent = pickle.loads(pickle.dumps(error))  # noqa: S301  (its own)
     assert str(sent) == "b has torch 1; c has torch 2"
     assert vars(sent) == vars(error)
