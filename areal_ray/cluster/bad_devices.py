@@ -14,7 +14,7 @@ from typing import Any
 
 from areal_ray.cluster.nodes import node_name
 from areal_ray.run import RunDir
-from areal_ray.run.versions import OtherVersions, strange, versions
+from areal_ray.run.versions import OtherVersions, mismatch, versions
 
 UUID_UNKNOWN = "UUID unknown"
 _ENOUGH = 2  # failures of a node, or of one device, after which its node is left out
@@ -63,23 +63,23 @@ def left_out(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
     A node is left out when it has failed twice since it was last taken back, or when a device was seen there last that
     has failed twice: in a container the host name may be another one at every start. One with other packages than the
-    driver is left out at once, by every driver that has those of that one.
+    driver is left out at once, for as long as drivers have the same.
 
     Args:
         events: of a run's ledger, oldest first.
     """
     failures: list[Mapping[str, Any]] = []
-    strangers: dict[str, Mapping[str, Any]] = {}
+    mismatched: dict[str, Mapping[str, Any]] = {}
     for event in events:
         if event["event"] == "bad_device":
             failures.append(event)
         elif event["event"] == "other_versions":
-            strangers[event["node"]] = event
+            mismatched[event["node"]] = event
         elif event["event"] == "submitted":
             now = event.get("versions")
-            strangers = {node: each for node, each in strangers.items() if each["driver"] == now}
+            mismatched = {node: each for node, each in mismatched.items() if each["driver"] == now}
         elif event["event"] == "readmitted":
-            strangers.pop(event["node"], None)
+            mismatched.pop(event["node"], None)
             # And what its devices did elsewhere, or one that has moved would still count.
             devices = {_device(failure) for failure in failures if failure["node"] == event["node"]}
             failures = [each for each in failures if each["node"] != event["node"] and _device(each) not in devices]
@@ -90,7 +90,7 @@ def left_out(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     found = {node for node, times in of_nodes.items() if times >= _ENOUGH}
     found |= {last[device]["node"] for device, times in of_devices.items() if times >= _ENOUGH}
     out = {node: _why(node, failures) for node in sorted(found)}
-    return out | {node: event["problem"] for node, event in strangers.items()}
+    return out | {node: event["problem"] for node, event in mismatched.items()}
 
 
 def _device(failure: Mapping[str, Any]) -> str:
@@ -125,40 +125,41 @@ class BadNodes:
             self._say(f"{node} is left out, as before: {why}; {_way_back(node)}")
 
     def record(self, errors: Iterable[BaseException]) -> bool:
-        """Write the bad devices among the exceptions of the workers to the ledger; whether there were any.
+        """Write bad devices, and nodes with other packages, that workers have raised to the ledger; whether any count.
 
-        And nodes with other packages, if the run has trained without them since it was submitted, and this process has
-        the packages that the driver had then. Else it is to end: what is wrong is the driver, or packages have been
-        changed under a run, and submitting it again is what helps.
+        Other packages count only in a run that has trained since it was submitted, while this process still has those
+        of the driver. Else the run is to end: the driver is wrong, or packages were changed under the run, and what
+        helps is to submit it again.
         """
         errors = list(errors)
         found = [error for error in errors if isinstance(error, BadDevice)]
-        others = next((error for error in errors if isinstance(error, OtherVersions)), None)
-        as_before = others is not None and strange(others.driver, versions(), "here") is None
-        strangers = others.nodes if others and as_before and self._has_trained() else {}
+        others = next((error for error in errors if isinstance(error, OtherVersions) and self._counts(error)), None)
+        mismatched: dict[str, dict[str, Any]] = {}
+        if others is not None:
+            about = {"driver": others.driver}
+            mismatched = {node: {"node": node, "problem": text} | about for node, text in others.nodes.items()}
         number = max((event.get("failure", 0) for event in self._events), default=0) + 1
         for error in found:
             fields = {**asdict(error.device), "problem": error.problem[:500], "failure": number}
             self._events.append({"event": "bad_device", **fields})
             self._run.note("bad_device", self._say, **fields)
-        for node, problem in strangers.items():
-            assert others is not None
-            fields = {"node": node, "problem": problem, "driver": others.driver}
+        for fields in mismatched.values():
             self._events.append({"event": "other_versions", **fields})
             self._run.note("other_versions", self._say, **fields)
         before, self._out = self._out, left_out(self._events)
         for node in self._out.keys() - before.keys():
-            failed = "" if node in strangers else " has failed twice and"
+            failed = "" if node in mismatched else " has failed twice and"
             self._say(f"{node}{failed} is left out from now on: {self._out[node]}; {_way_back(node)}")
             self._run.note("left_out", self._say, node=node, why=self._out[node])
-        return bool(found or strangers)
+        return bool(found or mismatched)
 
-    def _has_trained(self) -> bool:
-        trained = False
-        with suppress(OSError):  # storage that is away: then it ends, as it does before it has trained
-            for event in self._run.turning_points():
-                trained = event["event"] == "training" or (trained and event["event"] != "submitted")
-        return trained
+    def _counts(self, others: OtherVersions) -> bool:
+        if mismatch(others.driver, versions(), "here") is not None:
+            return False
+        kinds: list[str] = []
+        with suppress(OSError):  # storage that is away: it ends, as if it had not trained
+            kinds = [event["event"] for event in self._run.turning_points()]
+        return [kind for kind in kinds if kind in ("submitted", "training")][-1:] == ["training"]
 
     def ids(self, nodes: Callable[[], Iterable[Mapping[str, Any]]]) -> set[str]:
         """Find the present ids of the nodes that are left out.

@@ -16,7 +16,7 @@ from areal_ray.data.build import build_renderer, build_source
 from areal_ray.data.corpus import planning, prepare
 from areal_ray.data.corpus.corpus import Corpus, TokenSource
 from areal_ray.data.corpus.manifest import Manifest
-from areal_ray.data.corpus.process_prepare import InProcesses
+from areal_ray.data.corpus.process_prepare import ProcessPool
 from areal_ray.data.splits import open_source
 from areal_ray.data.tokenizers import Tokenizer
 from areal_ray.driver.connect import cluster
@@ -57,14 +57,14 @@ def make_corpus(config: Config, plan: planning.Plan, say: Say) -> None:
     if len(plan.groups) == 1 or plan.bytes <= limit * 1_000_000:
         manifest = prepare.prepare(plan, prepare.in_process, say)
     elif ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
-        from areal_ray.data.corpus.ray_prepare import on_cluster
+        from areal_ray.driver.ray_prepare import on_cluster
 
         say(f"{what}, with Ray Data")
         with nullcontext() if ray.is_initialized() else cluster(config):
             manifest = prepare.prepare(plan, on_cluster, say)
     else:
         say(f"{what}, in processes of this machine")
-        manifest = prepare.prepare(plan, InProcesses(say), say)
+        manifest = prepare.prepare(plan, ProcessPool(say), say)
     sources, skipped = manifest.sources, manifest.sources["skipped"]
     left_out = "".join(f", {count:,} {reason}" for reason, count in skipped.items())
     tokens = sum(manifest.count(split, "tokens") for split in manifest.splits)

@@ -53,8 +53,8 @@ def differences(there: Mapping[str, str], here: Mapping[str, str], names: tuple[
     return [f"{name} {there[name]} (here {here[name]})" for name in both if there[name] != here[name]]
 
 
-def strange(driver: Mapping[str, str], mine: Mapping[str, str], node: str) -> str | None:
-    """What differs on a worker's node from the driver, in one line; None if nothing does that binds.
+def mismatch(driver: Mapping[str, str], mine: Mapping[str, str], node: str) -> str | None:
+    """The mismatch between a worker's node and the driver, in one line; None if no package of BINDING differs.
 
     Args:
         driver: its versions.

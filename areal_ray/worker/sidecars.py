@@ -48,7 +48,7 @@ def check_versions(context: JobContext, ranks: Ranks) -> None:
         OtherVersions: on every rank, with all nodes that have others: the controller acts on the first that it hears.
     """
     mine = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-    problem = versions.strange(context.versions, versions.versions(), mine)
+    problem = versions.mismatch(context.versions, versions.versions(), mine)
     if not ranks.all_reduce_min(problem is None):
         told = ranks.gather((this_node()[0], problem))
         nodes = {node: text for node, text in told if text is not None}

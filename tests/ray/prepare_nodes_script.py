@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from areal_ray.config import DataConfig
 from areal_ray.data import build_tokenizer
 from areal_ray.data.corpus import planning, prepare
-from areal_ray.data.corpus.ray_prepare import on_cluster
+from areal_ray.driver.ray_prepare import on_cluster
 from areal_ray.storage import LocalStorage
 from tests.bench.cluster_process import lose
 

@@ -13,11 +13,11 @@ import pytest
 from areal_ray.config import ConfigError, DataConfig
 from areal_ray.data import build_tokenizer
 from areal_ray.data.corpus import planning, prepare
-from areal_ray.data.corpus.process_prepare import InProcesses
-from areal_ray.data.corpus.ray_prepare import on_cluster
+from areal_ray.data.corpus.process_prepare import ProcessPool
+from areal_ray.driver.ray_prepare import on_cluster
 from areal_ray.storage import LocalStorage
 
-from .conftest import ROOT
+from .conftest import EXPERIMENT, ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -88,7 +88,7 @@ def map_groups(request):
     return request.param
 
 
-@pytest.mark.parametrize("map_groups", [on_cluster, InProcesses(print)], indirect=True)
+@pytest.mark.parametrize("map_groups", [on_cluster, ProcessPool(print)], indirect=True, ids=["cluster", "pool"])
 def test_processes_give_the_same_bytes_though_one_is_killed_and_raise_what_a_source_raises(
     map_groups, prepared, tmp_path
 ):
@@ -114,12 +114,12 @@ def test_a_lost_node_costs_the_groups_that_it_had_in_work(prepared, tmp_path):
 
 def test_a_process_that_dies_of_what_it_is_sent_is_not_waited_for(prepared):
     expected = prepared("here", prepare.in_process)
-    assert prepared("there", InProcesses(print), kind=Sent, kills=1) == expected
+    assert prepared("there", ProcessPool(print), kind=Sent, kills=1) == expected
 
 
 def test_half_as_many_processes_go_on_after_a_death_and_many_deaths_end_it(prepared, capsys):
     with pytest.raises(ConfigError, match="die again and again"):
-        prepared("there", InProcesses(print, most=4), kills=1000)
+        prepared("there", ProcessPool(print, most=4), kills=1000)
     said = [line for line in capsys.readouterr().out.splitlines() if "was killed" in line]
     assert [line.rpartition(" ")[2] for line in said[:2]] == ["2", "1"]
 
@@ -131,19 +131,17 @@ def test_processes_end_with_the_one_that_is_killed_and_what_they_finished_is_use
     for i in range(150):
         (text / f"{i:03}.txt").write_bytes(os.urandom(500_000).hex().encode())
     own = ["data=text", f"data.paths=[{text}]", "data.prepare_in_process_mb=1", f"run.storage_path={tmp_path}/runs"]
-    command = [sys.executable, "-m", "areal_ray.cli.main", "prepare", "--config", "conf/experiments/tiny.yaml", *own]
-    killed = subprocess.Popen(command, stdout=subprocess.PIPE)
-    first = killed.stdout.readline()
-    assert b"in processes of this machine" in first
-    while not (started := psutil.Process(killed.pid).children(recursive=True)) or not list(
-        tmp_path.glob("runs/data/*/*.done")
-    ):
-        assert killed.poll() is None
-    killed.kill()
-    killed.wait()
+    command = [sys.executable, "-m", "areal_ray.cli.main", "prepare", "--config", EXPERIMENT, *own]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment) as killed:
+        assert b"in processes of this machine" in killed.stdout.readline()
+        while not list(tmp_path.glob("runs/data/*/*.done")):
+            assert killed.poll() is None
+        started = psutil.Process(killed.pid).children(recursive=True)
+        killed.kill()
     gone, left = psutil.wait_procs(started, timeout=60)
     assert gone
     assert not left
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     assert "150 documents" in ran.stdout
     assert not ran.stderr

@@ -21,7 +21,7 @@ from areal_ray.data.corpus.shard import Advance, Group, Record, Work, hold_back,
 from areal_ray.storage import Storage
 
 _SAY_EVERY_S = 5.0
-# Prepares the groups: `in_process`, `process_prepare.InProcesses`, `ray_prepare.on_cluster`.
+# Prepares the groups: `in_process`, `process_prepare.ProcessPool`, `driver.ray_prepare.on_cluster`.
 MapGroups = Callable[[Work, Sequence[Group], Advance], list[Record]]
 
 

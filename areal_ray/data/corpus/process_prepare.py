@@ -21,11 +21,11 @@ _ENOUGH = 3  # breaks of the pool, without a group that was finished between the
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-class InProcesses:
-    """Prepares groups in processes of this machine; one that is killed costs the groups that were in work.
+class ProcessPool:
+    """Pool of processes of this machine that prepare groups; one that is killed costs the groups that were in work.
 
-    After that half as many processes go on: memory is what they are mostly killed for. A process takes that of
-    `prepare_group`, and some hundred megabytes of libraries, most of it shared.
+    After that half as many go on: memory is what they are mostly killed for. Each takes that of `prepare_group`, and of
+    the libraries that sources and tokenizer need.
 
     Args:
         say: prints a line for the user.

@@ -1,4 +1,4 @@
-"""Preparing a large corpus with Ray Data, on all nodes of a cluster. The only part of `data` that imports Ray."""
+"""Preparing a large corpus with Ray Data, on all nodes of a cluster."""
 
 from __future__ import annotations
 
