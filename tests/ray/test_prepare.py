@@ -63,19 +63,25 @@ def prepared(tmp_path, monkeypatch):
     return run
 
 
-class Sent:
-    """A source that is larger than a pipe, and may end the process that it is sent to."""
+class Deadly:
+    """Ends the process that it is sent to, as often as it is told."""
 
-    def __init__(self, source, marks, kills):
-        self.source, self.marks, self.kills = source, marks, kills
-        self.notes, self.skipped, self.padding = [], source.skipped, b"0" * (1 << 20)
+    def __init__(self, marks, kills):
+        self.marks, self.kills = marks, kills
 
     def __setstate__(self, state):
-        self.__dict__.update(state)
-        marks = Path(self.marks)
-        if (killed := len(list(marks.iterdir()))) < self.kills:
+        marks = Path(state["marks"])
+        if (killed := len(list(marks.iterdir()))) < state["kills"]:
             (marks / str(killed)).touch()
             os._exit(1)
+
+
+class DeadlyWhenSent:
+    """A source that may end the process that it is sent to, before more of it is read than a pipe holds."""
+
+    def __init__(self, source, marks, kills):
+        self.source, self.notes, self.skipped = source, [], source.skipped
+        self.deadly, self.padding = Deadly(marks, kills), b"0" * (1 << 20)
 
     def read(self, part):
         yield from self.source.read(part)
@@ -114,7 +120,7 @@ def test_a_lost_node_costs_the_groups_that_it_had_in_work(prepared, tmp_path):
 
 def test_a_process_that_dies_of_what_it_is_sent_is_not_waited_for(prepared):
     expected = prepared("here", prepare.in_process)
-    assert prepared("there", ProcessPool(print), kind=Sent, kills=1) == expected
+    assert prepared("there", ProcessPool(print), kind=DeadlyWhenSent, kills=1) == expected
 
 
 def test_half_as_many_processes_go_on_after_a_death_and_many_deaths_end_it(prepared, capsys):
